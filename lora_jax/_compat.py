@@ -1,0 +1,66 @@
+"""All contact with `jax.extend`, and all that differs between JAX versions."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+ClosedJaxpr = core.ClosedJaxpr
+Equation = core.JaxprEqn
+Jaxpr = core.Jaxpr
+Literal = core.Literal
+Var = core.Var
+
+_OWN_FOLDERS = tuple(
+    os.path.dirname(os.path.abspath(module_file)) + os.sep
+    for module_file in (jax.__file__, __file__)
+)
+
+
+def is_tracer(value: Any) -> bool:
+    """Says whether `value` is being traced, so that it has no concrete numbers."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def evaluate(closed_jaxpr: ClosedJaxpr, values: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a jaxpr, each equation evaluated with its own source information."""
+    return core.jaxpr_as_fun(closed_jaxpr)(*values)
+
+
+def evaluate_equation(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of one equation for `values`, one for each of its inputs.
+
+    The equation is evaluated as a jaxpr of its own, which is the public way to keep its source
+    line, its named scopes and the settings under which it was traced.
+    """
+    inputs = {
+        atom: value
+        for atom, value in zip(equation.invars, values, strict=True)
+        if isinstance(atom, Var)
+    }
+    jaxpr = Jaxpr((), list(inputs), equation.outvars, [equation], equation.effects)
+    return evaluate(ClosedJaxpr(jaxpr, ()), list(inputs.values()))
+
+
+def name_scope(equation: Equation) -> str:
+    """Returns the named scopes in which the model computes `equation`, `/`-joined."""
+    return str(equation.source_info.name_stack)
+
+
+def source_line(equation: Equation) -> str:
+    """Returns the line of the model's own source that `equation` comes from."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_OWN_FOLDERS) and not frame.file_name.startswith("<"):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "an unknown line"
+
+
+def scan_counts(equation: Equation) -> tuple[int, int]:
+    """Returns how many inputs of a scan are constants and how many are carried."""
+    if "ft_in" in equation.params:  # JAX 0.11
+        constants, carried, _ = equation.params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return equation.params["num_consts"], equation.params["num_carry"]

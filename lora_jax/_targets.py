@@ -1,0 +1,119 @@
+"""Which leaves of a parameter tree `wrap` adapts, and with what settings of their own."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax._paths import compile_expression, leaves_with_paths, listed, nearest_paths
+
+Overrides = Mapping[str, Any]
+Targets = str | Sequence[str] | Callable[[str, Any], bool] | Mapping[str, Overrides]
+
+# Leaves with these names shift a module's output. They may have two axes (the heads and the head
+# dimension of an attention bias), and still a matched module does not mean them.
+_BIAS_NAMES = frozenset({"bias", "b"})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selector:
+    """One expression or predicate of `targets`, with the settings that it overrides."""
+
+    description: str
+    matches: Callable[[str, Any], bool]
+    names_leaf: Callable[[str], bool]
+    overrides: Overrides
+
+
+def select(
+    params: Any,
+    targets: Targets,
+    *,
+    adaptable: Callable[[str, Any], bool],
+    argument: str = "targets",
+    expected: str = "a weight of two or more axes",
+    biases: bool = False,
+) -> dict[str, Overrides]:
+    """Returns the paths that `targets` selects, each with its overrides; the first match counts.
+
+    Args:
+      params: the parameter tree.
+      targets: an expression, a sequence of them, a predicate `(path, leaf)`, or a mapping from
+        expression to overrides.
+      adaptable: whether a matched leaf is one that can be selected.
+      argument: the name of the argument, for errors.
+      expected: what `adaptable` asks for, in words.
+      biases: whether a matched module means its biases too.
+
+    Raises:
+      ValueError: an expression matches nothing, or nothing that is adaptable.
+      TypeError: `targets` has none of these forms.
+    """
+    leaves = leaves_with_paths(params)
+    selected: dict[str, Overrides] = {}
+    for selector in _selectors(targets, argument):
+        matched = [(path, leaf) for path, leaf in leaves if selector.matches(path, leaf)]
+        chosen = [
+            path
+            for path, leaf in matched
+            if adaptable(path, leaf) and (biases or selector.names_leaf(path) or not _is_bias(path))
+        ]
+        if not matched:
+            raise ValueError(_no_match(selector, [path for path, _ in leaves], argument))
+        if not chosen:
+            shapes = [f"{path} {tuple(jnp.shape(leaf))}" for path, leaf in matched]
+            raise ValueError(
+                f"`{argument}`: {selector.description} matches {listed(shapes)}, "
+                f"of which none is {expected}."
+            )
+        for path in chosen:
+            selected.setdefault(path, selector.overrides)
+    return selected
+
+
+def _selectors(targets: Targets, argument: str) -> list[_Selector]:
+    if isinstance(targets, str):
+        return [_expression_selector(targets, {}, argument)]
+    if isinstance(targets, Mapping):
+        return [
+            _expression_selector(expression, overrides, argument)
+            for expression, overrides in targets.items()
+        ]
+    if callable(targets):
+        return [_Selector("the predicate", targets, lambda path: True, {})]
+    if isinstance(targets, Sequence) and targets:
+        return [_expression_selector(expression, {}, argument) for expression in targets]
+    raise TypeError(
+        f"`{argument}` is {targets!r}; expected a regular expression, a sequence of them, a "
+        "function (path, leaf) -> bool, or a mapping from expression to overrides."
+    )
+
+
+def _expression_selector(expression: Any, overrides: Any, argument: str) -> _Selector:
+    if not isinstance(expression, str):
+        raise TypeError(f"`{argument}` holds {expression!r}; expected a regular expression.")
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"`{argument}` maps {expression!r} to {overrides!r}; expected overrides such as "
+            "dict(rank=16)."
+        )
+    pattern = compile_expression(expression, argument)
+    return _Selector(
+        description=f"the expression {expression!r}",
+        matches=lambda path, leaf: pattern.search(path) is not None,
+        names_leaf=lambda path: any(match.end() == len(path) for match in pattern.finditer(path)),
+        overrides=overrides,
+    )
+
+
+def _no_match(selector: _Selector, paths: list[str], argument: str) -> str:
+    wanted = selector.description.removeprefix("the expression ").strip("'\"")
+    return (
+        f"`{argument}`: {selector.description} matches no leaf. It must match whole segments of a "
+        f"path; the nearest paths are {listed(nearest_paths(wanted, paths))}."
+    )
+
+
+def _is_bias(path: str) -> bool:
+    return path.rpartition("/")[2] in _BIAS_NAMES

@@ -1,0 +1,153 @@
+"""What trains and what stays frozen: labels, the two halves of a tree, and the optimiser."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from lora_jax._paths import listed
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
+
+_FROZEN = "frozen"
+_TRAINABLE = ("lora_A", "lora_B", "full")
+
+
+def labels(wrapped: Any) -> Any:
+    """Returns a tree like `wrapped` with a label for each leaf, for `optax.multi_transform`.
+
+    Args:
+      wrapped: what `wrap` returned, or a half of it.
+
+    Returns:
+      The same structure with `"lora_A"` and `"lora_B"` at the factors, `"full"` at weights that
+      are trained in full, and `"frozen"` everywhere else.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "kernel", rank=2)
+      >>> lora_jax.labels(wrapped)["kernel"].lora_A, lora_jax.labels(wrapped)["bias"]
+      ('lora_A', 'frozen')
+    """
+    return jax.tree.map(_node_labels, wrapped, is_leaf=is_adapter_node)
+
+
+def split(wrapped: Any) -> tuple[Any, Any]:
+    """Returns the trainable half of `wrapped` and the frozen one; each has None for the other's.
+
+    Differentiate with respect to the first and `combine` inside the loss, and any optimiser on it
+    is safe.
+
+    Args:
+      wrapped: what `wrap` returned.
+
+    Returns:
+      adapters: factors and weights trained in full.
+      frozen: all else, `base` and `scale` included.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+      >>> adapters, frozen = lora_jax.split(wrapped)
+      >>> [leaf.shape for leaf in jax.tree.leaves(adapters)]
+      [(4, 2), (2, 3)]
+    """
+    leaf_labels = labels(wrapped)
+    adapters = jax.tree.map(lambda label, x: None if label == _FROZEN else x, leaf_labels, wrapped)
+    frozen = jax.tree.map(lambda label, x: x if label == _FROZEN else None, leaf_labels, wrapped)
+    return adapters, frozen
+
+
+def combine(adapters: Any, frozen: Any) -> Any:
+    """Returns the wrapped tree whose halves these are.
+
+    Args:
+      adapters: the trainable half, from `split` or an update of it.
+      frozen: the frozen half.
+
+    Returns:
+      The wrapped tree.
+
+    Raises:
+      ValueError: the two are not halves of one tree.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+      >>> lora_jax.combine(*lora_jax.split(wrapped))["kernel"].rank
+      2
+    """
+    return jax.tree.map(
+        lambda adapter, leaf: leaf if adapter is None else adapter,
+        adapters,
+        frozen,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def optimizer(
+    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimiser for wrapped trees: adapters train, everything else is set to zero.
+
+    It is `optax.multi_transform` over `labels`. Its state holds arrays for trainable leaves only.
+
+    Args:
+      tx: the transformation for all that trains, or a mapping from label to transformation
+        (`{"lora_A": ..., "lora_B": ...}`); labels that a mapping leaves out stay frozen.
+
+    Returns:
+      A transformation whose `init` and `update` take the wrapped tree and its gradient.
+
+    Raises:
+      ValueError: a label is unknown; or, from `init`, the tree has nothing that trains.
+
+    Source: optax's `multi_transform` and `set_to_zero`.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax, optax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+      >>> state = lora_jax.optimizer(optax.adam(1e-3)).init(wrapped)
+    """
+    by_label = dict(tx) if isinstance(tx, Mapping) else None
+    if by_label is not None and not set(by_label) <= set(_TRAINABLE):
+        unknown = sorted(set(by_label) - set(_TRAINABLE))
+        raise ValueError(f"`tx` has the labels {listed(unknown)}; expected {listed(_TRAINABLE)}.")
+    # One group for one transformation: a global norm or a count must see all that trains at once.
+    transforms = {"trainable": tx} if by_label is None else by_label
+    grouped = optax.multi_transform(
+        {**transforms, _FROZEN: optax.set_to_zero()},
+        lambda tree: jax.tree.map(lambda label: _group(label, by_label), labels(tree)),
+    )
+
+    def init(params: Any) -> optax.OptState:
+        groups = {_group(label, by_label) for label in jax.tree.leaves(labels(params))}
+        if not groups - {_FROZEN}:
+            raise ValueError(
+                "`optimizer` was given a tree in which nothing trains; call "
+                "optimizer(tx).init(wrapped) with what `wrap` returned, not with plain params."
+            )
+        return grouped.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, grouped.update)
+
+
+def _group(label: str, by_label: Mapping[str, Any] | None) -> str:
+    if by_label is not None:
+        return label if label in by_label else _FROZEN
+    return label if label == _FROZEN else "trainable"
+
+
+def _node_labels(node: Any) -> Any:
+    if isinstance(node, LoRAWeight):
+        return _labelled(node, {"lora_A": "lora_A", "lora_B": "lora_B"})
+    if isinstance(node, FullWeight):
+        return _labelled(node, {"value": "full"})
+    return _FROZEN
+
+
+def _labelled(node: Any, trainable: Mapping[str, str]) -> Any:
+    """Returns the node with a label in place of each leaf that it holds."""
+    return jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: trainable.get(key_path[0].name, _FROZEN), node
+    )

@@ -1,0 +1,217 @@
+"""Rules for `dot_general`: the base op plus the products of the other operand and the factors."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax.transform._factored import (
+    Factored,
+    Term,
+    dense_flops,
+    dense_value,
+    without_windows,
+)
+from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax.transform._product import (
+    Labelled,
+    Labels,
+    plan_product,
+    product,
+    without_unit_axes,
+)
+from lora_jax.transform._report import Use
+
+
+def dot_general(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any] | None:
+    r"""Returns $x \cdot W$ plus, for each term, the product of x, lora_A and lora_B.
+
+    A contraction is linear in each operand, so with $W = W_0 + \sum_k s_k A_k B_k$ it is the base
+    contraction plus one of three operands for each term, which is taken in the cheapest order. If
+    both operands are factored, the sum is multiplied out.
+    """
+    labels, output = _labels(equation, inputs)
+    choices = [
+        _computed(interpreter, equation, position, inputs, labels, output)
+        for position in range(len(inputs))
+    ]
+    result = evaluate_equation(equation, [_base(choice) for choice in choices])[0]
+    with scope_of(equation), jax.named_scope("lora"):
+        for terms in itertools.product(*([None, *_terms(choice)] for choice in choices)):
+            if any(term is not None for term in terms):
+                result += _change(equation, choices, terms, labels, output, result)
+    return [result]
+
+
+def _computed(
+    interpreter: Interpreter,
+    equation: Equation,
+    position: int,
+    inputs: Sequence[Any],
+    labels: Sequence[Labels],
+    output: Labels,
+) -> Any:
+    """Returns an operand as it is to be computed with: dense if that is cheaper, else as it is."""
+    value = inputs[position]
+    if not isinstance(value, Factored):
+        return value
+    size_of = _sizes(inputs, labels)
+    base_flops = 2 * math.prod(size_of.values())
+    factored_flops = sum(
+        _factored_flops(term, labels, position, output, size_of) for term in value.terms
+    )
+    is_dense = prefers_dense(base_flops, factored_flops, dense_flops(value))
+    interpreter.record(
+        Use(
+            path=value.path,
+            primitive=equation.primitive.name,
+            source=source_line(equation),
+            how="dense" if is_dense else "factored",
+            base_flops=base_flops,
+            added_flops=dense_flops(value) if is_dense else factored_flops,
+            dense_flops=dense_flops(value),
+        )
+    )
+    return dense_value(value) if is_dense else value
+
+
+def prefers_dense(base_flops: int, factored_flops: int, building_flops: int) -> bool:
+    """Says whether a training step is cheaper with W + AB built than with factors.
+
+    The backward pass of each factored product is two products of the same size. That of a built
+    weight is the gradient of W, as large as the base op, and two products to split it in A's and
+    B's. Counting the forward pass alone would build W in every large batch and then pay for dW.
+    """
+    return building_flops + base_flops + 2 * building_flops < 3 * factored_flops
+
+
+def _factored_flops(
+    term: Term, labels: Sequence[Labels], position: int, output: Labels, size_of: dict[int, int]
+) -> int:
+    rank_label = _rank_label(position, labels)
+    operands = [
+        tuple(label for label in labels[other] if size_of[label] != 1)
+        for other in range(len(labels))
+        if other != position
+    ]
+    for factor in (term.lora_A, term.lora_B):
+        depends = [size != 1 for size in factor.shape]
+        named = (*labels[position], rank_label)
+        operands.append(tuple(x for x, used in zip(named, depends, strict=True) if used))
+    return plan_product(operands, output, {**size_of, rank_label: term.rank}).flops
+
+
+def _change(
+    equation: Equation,
+    operands: Sequence[Any],
+    terms: Sequence[Term | None],
+    labels: Sequence[Labels],
+    output: Labels,
+    result: Array,
+) -> Array:
+    """Returns one summand of the product, in the shape and dtype of `result`."""
+    if sum(term is not None for term in terms) > 1:
+        terms = [
+            None if term is None else without_windows(term, operand.shape)
+            for term, operand in zip(terms, operands, strict=True)
+        ]
+    ranges = _ranges(terms, labels)
+    arrays: list[tuple[Array, Labels]] = []
+    for position, (operand, term) in enumerate(zip(operands, terms, strict=True)):
+        if term is None:
+            arrays.append((_sliced(_base(operand), labels[position], ranges), labels[position]))
+        else:
+            named = (*labels[position], _rank_label(position, labels))
+            arrays += [(term.lora_A, named), (term.lora_B, named)]
+    dtype = jnp.result_type(*(array.dtype for array, _ in arrays))
+    scales = [term.scale for term in terms if term is not None]
+    joined = product(
+        [without_unit_axes(array.astype(dtype), named) for array, named in arrays],
+        output,
+        scale=math.prod(scales[1:], start=scales[0]),
+        precision=equation.params["precision"],
+        preferred_element_type=_product_dtype(equation, dtype),
+    )
+    return _placed(joined, output, ranges, result)
+
+
+def _placed(
+    joined: Labelled, output: Labels, ranges: dict[int, tuple[int, int]], result: Array
+) -> Array:
+    """Returns a product broadcast and padded to the shape of `result`, and cast to its dtype."""
+    absent = [axis for axis, label in enumerate(output) if label not in joined.labels]
+    array = jnp.expand_dims(joined.array, absent).astype(result.dtype)
+    windows = [ranges.get(label, (0, size)) for label, size in zip(output, result.shape, strict=True)]
+    array = jnp.broadcast_to(array, [stop - start for start, stop in windows])
+    if array.shape == result.shape:
+        return array
+    padding = [(lo, size - hi) for (lo, hi), size in zip(windows, result.shape, strict=True)]
+    return jnp.pad(array, padding)
+
+
+def _product_dtype(equation: Equation, dtype: Any) -> Any:
+    """Returns the dtype in which products accumulate: the model's, or the factors' if wider."""
+    wanted = equation.params["preferred_element_type"]
+    return dtype if wanted is None else jnp.promote_types(dtype, wanted)
+
+
+def _sliced(array: Array, labels: Labels, ranges: dict[int, tuple[int, int]]) -> Array:
+    for axis, label in enumerate(labels):
+        if label in ranges:
+            array = jax.lax.slice_in_dim(array, *ranges[label], axis=axis)
+    return array
+
+
+def _ranges(
+    terms: Sequence[Term | None], labels: Sequence[Labels]
+) -> dict[int, tuple[int, int]]:
+    """Returns, for each label that a term's window restricts, the range that it allows."""
+    return {
+        label: window
+        for term, named in zip(terms, labels, strict=True)
+        if term is not None
+        for label, window in zip(named, term.window, strict=True)
+        if window is not None
+    }
+
+
+def _labels(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, Labels], Labels]:
+    """Returns the labels of both operands' axes and those of the output, in its order."""
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
+    lhs = tuple(range(inputs[0].ndim))
+    paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
+    rhs = tuple(paired.get(axis, len(lhs) + axis) for axis in range(inputs[1].ndim))
+    lhs_free = [axis for axis in lhs if axis not in (*lhs_contracted, *lhs_batch)]
+    rhs_free = [label for label in rhs if label >= len(lhs)]
+    return (lhs, rhs), (*lhs_batch, *lhs_free, *rhs_free)
+
+
+def _rank_label(position: int, labels: Sequence[Labels]) -> int:
+    """Returns a label for a factor's rank that no axis of any operand has."""
+    return 1 + position + max((label for named in labels for label in named), default=0)
+
+
+def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, int]:
+    return {
+        label: size
+        for value, named in zip(inputs, labels, strict=True)
+        for label, size in zip(named, value.shape, strict=True)
+    }
+
+
+def _base(operand: Any) -> Array:
+    return operand.base if isinstance(operand, Factored) else operand
+
+
+def _terms(operand: Any) -> tuple[Term, ...]:
+    return operand.terms if isinstance(operand, Factored) else ()
+
+
+RULES: dict[str, Rule] = {"dot_general": dot_general}

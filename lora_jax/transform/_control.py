@@ -1,0 +1,225 @@
+"""Rules for control flow: the body is rewritten, and the op is called again around it.
+
+Each op is expressed through JAX's public function, so that its policies, names and derivative
+rules hold for the rewritten body too. Factored values enter bodies as they are: they are pytrees.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
+from lora_jax.transform._factored import Factored, Term, without_windows
+from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+
+
+def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a jitted function, rewritten and jitted under its own name."""
+    with scope_of(equation):
+        return interpreter.call_shared(
+            equation.params["jaxpr"],
+            lambda body: jax.jit(
+                _named(body, equation.params["name"]), inline=equation.params["inline"]
+            ),
+            inputs,
+        )
+
+
+def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a rematerialised function under its own policy."""
+    rewritten = jax.checkpoint(
+        lambda *arguments: interpreter.run_open(equation.params["jaxpr"], (), arguments),
+        prevent_cse=equation.params["prevent_cse"],
+        policy=equation.params["policy"],
+    )
+    with scope_of(equation):
+        return rewritten(*inputs)
+
+
+def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a plain call."""
+    return interpreter.run(equation.params["call_jaxpr"], inputs)
+
+
+def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of the chosen branch."""
+    index, *operands = inputs
+
+    def rewritten(branch: ClosedJaxpr) -> Callable[..., list[Any]]:
+        return lambda *arguments: _arrays(interpreter, equation, interpreter.run(branch, arguments))
+
+    branches = [rewritten(branch) for branch in equation.params["branches"]]
+    with scope_of(equation):
+        return jax.lax.switch(index, branches, *operands)
+
+
+def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a scan whose constants or scanned stacks are factored.
+
+    A stack of weights is scanned layer by layer, base and factors alike.
+    """
+    body = equation.params["jaxpr"]
+    constant_count, carry_count = scan_counts(equation)
+    constants = inputs[:constant_count]
+    carry = _Carry.of(
+        interpreter, equation, body.jaxpr, inputs[constant_count:][:carry_count], constant_count
+    )
+    stacks = [_Stack.of(value) for value in inputs[constant_count + carry_count :]]
+    loop = interpreter.repeated(equation.params["length"])
+
+    def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
+        outputs = loop.run(body, [*constants, *carry.joined(state), *layers])
+        state = carry.changing(outputs[:carry_count])
+        return _arrays(loop, equation, state), _arrays(loop, equation, outputs[carry_count:])
+
+    with scope_of(equation):
+        state, stacked = jax.lax.scan(
+            step,
+            carry.changing(carry.initial),
+            [stack.leaves for stack in stacks],
+            length=equation.params["length"],
+            reverse=equation.params["reverse"],
+            unroll=equation.params["unroll"],
+        )
+    return [*carry.joined(state), *stacked]
+
+
+def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the final state of a while loop that reads factored weights."""
+    test, body = equation.params["cond_jaxpr"], equation.params["body_jaxpr"]
+    test_count, body_count = equation.params["cond_nconsts"], equation.params["body_nconsts"]
+    test_constants, body_constants = inputs[:test_count], inputs[test_count:][:body_count]
+    carry = _Carry.of(
+        interpreter, equation, body.jaxpr, inputs[test_count + body_count :], body_count
+    )
+
+    def goes_on(state: list[Any]) -> Any:
+        (result,) = interpreter.run(test, [*test_constants, *carry.joined(state)])
+        return result
+
+    def step(state: list[Any]) -> list[Any]:
+        outputs = interpreter.run(body, [*body_constants, *carry.joined(state)])
+        return _arrays(interpreter, equation, carry.changing(outputs))
+
+    with scope_of(equation):
+        state = jax.lax.while_loop(goes_on, step, carry.changing(carry.initial))
+    return carry.joined(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """What a loop carries, told apart: values that change, and those that it only hands on.
+
+    A weight that the body hands on unchanged is a constant in disguise: it stays factored. One that
+    the body changes must be an array.
+    """
+
+    initial: list[Any]
+    is_handed_on: list[bool]
+
+    @classmethod
+    def of(
+        cls,
+        interpreter: Interpreter,
+        equation: Equation,
+        body: Jaxpr,
+        initial: Sequence[Any],
+        constant_count: int,
+    ) -> "_Carry":
+        carried_in = body.invars[constant_count:][: len(initial)]
+        is_handed_on = [
+            isinstance(value, Factored) and before is after
+            for value, before, after in zip(
+                initial, carried_in, body.outvars[: len(initial)], strict=True
+            )
+        ]
+        values = [
+            value if same else _arrays(interpreter, equation, [value])[0]
+            for value, same in zip(initial, is_handed_on, strict=True)
+        ]
+        return cls(values, is_handed_on)
+
+    def changing(self, values: Sequence[Any]) -> list[Any]:
+        """Returns those of `values` that the loop changes."""
+        return [x for x, same in zip(values, self.is_handed_on, strict=True) if not same]
+
+    def joined(self, state: Sequence[Any]) -> list[Any]:
+        """Returns all carried values: the changing ones from `state`, the rest as they came."""
+        rest = iter(state)
+        return [
+            value if same else next(rest)
+            for value, same in zip(self.initial, self.is_handed_on, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """A scanned input: the leaves that are cut along their first axis, and what they belong to."""
+
+    value: Any
+
+    @classmethod
+    def of(cls, value: Any) -> "_Stack":
+        if not isinstance(value, Factored):
+            return cls(value)
+        terms = tuple(
+            term if term.window[0] is None else without_windows(term, value.shape)
+            for term in value.terms
+        )
+        return cls(dataclasses.replace(value, terms=terms))
+
+    @property
+    def leaves(self) -> Any:
+        """The arrays to scan; a factor that is the same for all layers is not among them."""
+        if not isinstance(self.value, Factored):
+            return self.value
+        factors = [
+            factor if factor.shape[0] != 1 else None
+            for term in self.value.terms
+            for factor in (term.lora_A, term.lora_B)
+        ]
+        return self.value.base, factors
+
+    def layer(self, leaves: Any) -> Any:
+        """Returns one layer of the stack, from one step's cut of `leaves`."""
+        if not isinstance(self.value, Factored):
+            return leaves
+        base, cuts = leaves
+        factors = [factor for term in self.value.terms for factor in (term.lora_A, term.lora_B)]
+        layers = [
+            factor[0] if cut is None else cut for factor, cut in zip(factors, cuts, strict=True)
+        ]
+        terms = tuple(
+            Term(lora_A, lora_B, term.scale, term.window[1:])
+            for term, lora_A, lora_B in zip(
+                self.value.terms, layers[::2], layers[1::2], strict=True
+            )
+        )
+        return Factored(base, terms, self.value.path)
+
+
+def _arrays(interpreter: Interpreter, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Returns the values as arrays: what leaves a body as a changing value can't stay factored."""
+    return interpreter.materialize(equation, values)
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+RULES: dict[str, Rule] = {
+    "checkpoint": remat,
+    "closed_call": closed_call,
+    "cond": cond,
+    "core_call": closed_call,
+    "jit": jit,
+    "pjit": jit,
+    "remat": remat,
+    "remat2": remat,
+    "scan": scan,
+    "while": while_loop,
+}

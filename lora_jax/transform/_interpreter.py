@@ -1,0 +1,132 @@
+"""The interpreter: evaluates a jaxpr in which some values are factored weights."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._compat import (
+    ClosedJaxpr,
+    Equation,
+    Jaxpr,
+    Literal,
+    evaluate_equation,
+    name_scope,
+    source_line,
+)
+from lora_jax.transform._factored import Factored, dense_flops, dense_value
+from lora_jax.transform._report import OnMaterialize, Use, materialized
+
+Rule = Callable[["Interpreter", Equation, list[Any]], Sequence[Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpreter:
+    """Evaluates jaxprs, handing each equation that a factored weight reaches to its rule.
+
+    Attributes:
+      rules: for each primitive's name, the function that computes its outputs when an input is
+        `Factored`. It returns None where it doesn't cover a case; then base + Σ terms is built.
+      on_materialize: what to do where no rule covers an equation: `"warn"`, `"error"`, `"ignore"`.
+      uses: what happened at each equation that a factored weight reached, in order.
+      shared: inner functions that were rewritten already, so that what the model calls twice is
+        traced once and is one function in the lowered program.
+      times: how often the jaxpr being evaluated runs in one call, as far as that is known.
+    """
+
+    rules: Mapping[str, Rule]
+    on_materialize: OnMaterialize
+    uses: list[Use]
+    shared: "dict[int, _SharedFunction]"
+    times: int = 1
+
+    def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of a closed jaxpr; each argument is an array or `Factored`."""
+        return self.run_open(closed_jaxpr.jaxpr, closed_jaxpr.consts, arguments)
+
+    def run_open(
+        self, jaxpr: Jaxpr, constants: Sequence[Any], arguments: Sequence[Any]
+    ) -> list[Any]:
+        """Returns the outputs of a jaxpr for these constants and arguments."""
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
+        values.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def value_of(atom: Any) -> Any:
+            return atom.val if isinstance(atom, Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            outputs = self.evaluate(equation, [value_of(atom) for atom in equation.invars])
+            values.update(zip(equation.outvars, outputs, strict=True))
+        return [value_of(atom) for atom in jaxpr.outvars]
+
+    def evaluate(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        """Returns the outputs of one equation."""
+        if not any(isinstance(value, Factored) for value in inputs):
+            return evaluate_equation(equation, inputs)
+        rule = self.rules.get(equation.primitive.name)
+        outputs = None if rule is None else rule(self, equation, inputs)
+        if outputs is not None:
+            return outputs
+        return evaluate_equation(equation, self.materialize(equation, inputs))
+
+    def call_shared(
+        self,
+        closed_jaxpr: ClosedJaxpr,
+        transformed: Callable[[Callable[..., Any]], Callable[..., Any]],
+        inputs: Sequence[Any],
+    ) -> Sequence[Any]:
+        """Returns the outputs of an inner function that is rewritten and transformed only once."""
+        if id(closed_jaxpr) not in self.shared:
+            rewritten = transformed(lambda *arguments: self.run(closed_jaxpr, arguments))
+            self.shared[id(closed_jaxpr)] = _SharedFunction(closed_jaxpr, rewritten, {})
+        function = self.shared[id(closed_jaxpr)]
+        first_new = len(self.uses)
+        outputs = function.rewritten(*inputs)
+        structure = jax.tree.structure(inputs)
+        function.uses.setdefault(structure, self.uses[first_new:])
+        self.uses[first_new:] = [
+            dataclasses.replace(use, times=self.times) for use in function.uses[structure]
+        ]
+        return outputs
+
+    def materialize(self, equation: Equation, inputs: Sequence[Any]) -> list[Any]:
+        """Returns `inputs` with base + Σ terms built where no rule can do without it."""
+        where = equation.primitive.name, source_line(equation)
+        return [
+            self.materialized_value(value, *where) if isinstance(value, Factored) else value
+            for value in inputs
+        ]
+
+    def materialized_value(self, value: Factored, primitive: str, source: str) -> jax.Array:
+        """Returns base + Σ terms, which `primitive` at `source` needs; warns or raises."""
+        materialized(value.path, primitive, source, self.on_materialize)
+        flops = dense_flops(value)
+        self.record(Use(value.path, primitive, source, "materialized", 0, flops, flops))
+        return dense_value(value)
+
+    def record(self, use: Use) -> None:
+        """Notes what happened at an equation, for `explain`."""
+        self.uses.append(dataclasses.replace(use, times=self.times))
+
+    def repeated(self, times: int) -> "Interpreter":
+        """Returns an interpreter for a body that runs `times` times."""
+        return dataclasses.replace(self, times=self.times * times)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SharedFunction:
+    """An inner function, and the uses that tracing it recorded for each structure of inputs."""
+
+    closed_jaxpr: ClosedJaxpr
+    rewritten: Callable[..., Any]
+    uses: dict[Any, list[Use]]
+
+
+@contextlib.contextmanager
+def scope_of(equation: Equation) -> Any:
+    """Puts what is computed inside under the model's own named scopes, for profiles."""
+    name = name_scope(equation)
+    with jax.named_scope(name) if name else contextlib.nullcontext():
+        yield

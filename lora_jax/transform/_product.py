@@ -1,0 +1,197 @@
+"""Products of several arrays with labelled axes, contracted in the cheapest order."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Labels = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """An array with a label for each axis; axes of two arrays with the same label are one axis."""
+
+    array: Array
+    labels: Labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """In what order to contract the operands of a product.
+
+    Attributes:
+      pairs: which two operands to contract at each step; the result is appended to what is left.
+      labels: the labels of all operands and, after them, of each step's result.
+      flops: the operations that all steps take together.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    labels: tuple[Labels, ...]
+    flops: int
+
+
+def without_unit_axes(array: Array, labels: Sequence[int]) -> Labelled:
+    """Returns `array` without its axes of size 1, on which it does not depend."""
+    kept = [axis for axis, size in enumerate(array.shape) if size != 1]
+    return Labelled(
+        array.reshape([array.shape[axis] for axis in kept]), tuple(labels[axis] for axis in kept)
+    )
+
+
+@functools.cache
+def cheapest_plan(
+    operands: tuple[Labels, ...], output: frozenset[int], sizes: tuple[tuple[int, int], ...]
+) -> Plan:
+    """Returns the cheapest order of pairwise contractions, of all that there are.
+
+    Args:
+      operands: the labels of each operand; at most four operands occur, so 18 orders at most.
+      output: the labels that the product keeps.
+      sizes: (label, size) of every label.
+    """
+    if len(operands) == 1:
+        return Plan((), operands, 0)
+    size_of = dict(sizes)
+    plans = [
+        _plan_from(operands, output, sizes, size_of, first, second)
+        for first in range(len(operands))
+        for second in range(first + 1, len(operands))
+    ]
+    return min(plans, key=lambda plan: plan.flops)
+
+
+def _plan_from(
+    operands: tuple[Labels, ...],
+    output: frozenset[int],
+    sizes: tuple[tuple[int, int], ...],
+    size_of: Mapping[int, int],
+    first: int,
+    second: int,
+) -> Plan:
+    rest = tuple(labels for i, labels in enumerate(operands) if i not in (first, second))
+    union = frozenset(operands[first]) | frozenset(operands[second])
+    kept = union & output.union(*rest)
+    result = tuple(sorted(kept))
+    flops = 2 * math.prod(size_of[label] for label in union)
+    tail = cheapest_plan((*rest, result), output, sizes)
+    return Plan(((first, second), *tail.pairs), (*operands, result, *tail.labels[len(rest) + 1 :]), flops + tail.flops)
+
+
+def plan_product(
+    operands: Sequence[Labels], output: Sequence[int], size_of: Mapping[int, int]
+) -> Plan:
+    """Returns the cheapest plan for a product of operands with these labels."""
+    used = {label for labels in operands for label in labels}
+    sizes = tuple(sorted((label, size_of[label]) for label in used))
+    return cheapest_plan(tuple(operands), frozenset(output), sizes)
+
+
+def product(
+    operands: Sequence[Labelled],
+    output: Sequence[int],
+    *,
+    scale: Array | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Labelled:
+    """Returns the sum over all labels that are not in `output` of the product of the operands.
+
+    Labels of `output` that no operand has are absent from the result, which otherwise has its axes
+    in the order of `output`. The scalar is multiplied onto the smallest array on the way.
+    """
+    size_of = {
+        label: size
+        for operand in operands
+        for label, size in zip(operand.labels, operand.array.shape, strict=True)
+    }
+    plan = plan_product([operand.labels for operand in operands], output, size_of)
+    scaled = _smallest(plan.labels, size_of) if scale is not None else None
+    waiting = [
+        _scaled(operand, scale) if index == scaled else operand
+        for index, operand in enumerate(operands)
+    ]
+    for step, (first, second) in enumerate(plan.pairs):
+        pair = waiting[first], waiting[second]
+        waiting = [operand for i, operand in enumerate(waiting) if i not in (first, second)]
+        needed = set(output).union(*(operand.labels for operand in waiting))
+        result = _contract(*pair, needed, output, precision, preferred_element_type)
+        if scaled == len(operands) + step:
+            result = _scaled(result, scale)
+        waiting.append(result)
+    return _in_order(_summed(waiting[0], set(output)), output)
+
+
+def _contract(
+    first: Labelled,
+    second: Labelled,
+    needed: set[int],
+    output: Sequence[int],
+    precision: Any,
+    preferred_element_type: Any,
+) -> Labelled:
+    first = _summed(first, needed | set(second.labels))
+    second = _summed(second, needed | set(first.labels))
+    # `dot_general` puts the left operand's free axes first: take the order that needs no transpose.
+    lhs, rhs = first, second
+    if _pair_labels(second, first, needed) == tuple(x for x in output if x in needed):
+        lhs, rhs = second, first
+    batch, contracted = _shared(lhs, rhs, needed)
+    dimensions = (
+        (_axes(lhs, contracted), _axes(rhs, contracted)),
+        (_axes(lhs, batch), _axes(rhs, batch)),
+    )
+    array = jax.lax.dot_general(
+        lhs.array,
+        rhs.array,
+        dimensions,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return Labelled(array, _pair_labels(lhs, rhs, needed))
+
+
+def _pair_labels(lhs: Labelled, rhs: Labelled, needed: set[int]) -> Labels:
+    batch, _ = _shared(lhs, rhs, needed)
+    free = [label for label in lhs.labels if label not in rhs.labels]
+    return (*batch, *free, *(label for label in rhs.labels if label not in lhs.labels))
+
+
+def _shared(lhs: Labelled, rhs: Labelled, needed: set[int]) -> tuple[list[int], list[int]]:
+    """Returns the labels that both have: those that are needed later, and the contracted ones."""
+    shared = [label for label in lhs.labels if label in rhs.labels]
+    return [x for x in shared if x in needed], [x for x in shared if x not in needed]
+
+
+def _axes(operand: Labelled, labels: Sequence[int]) -> list[int]:
+    return [operand.labels.index(label) for label in labels]
+
+
+def _summed(operand: Labelled, needed: set[int]) -> Labelled:
+    alone = [axis for axis, label in enumerate(operand.labels) if label not in needed]
+    if not alone:
+        return operand
+    labels = tuple(label for label in operand.labels if label in needed)
+    return Labelled(jnp.sum(operand.array, axis=tuple(alone)), labels)
+
+
+def _in_order(operand: Labelled, output: Sequence[int]) -> Labelled:
+    labels = tuple(label for label in output if label in operand.labels)
+    if labels == operand.labels:
+        return operand
+    return Labelled(operand.array.transpose(_axes(operand, labels)), labels)
+
+
+def _scaled(operand: Labelled, scale: Array | None) -> Labelled:
+    assert scale is not None
+    return Labelled(operand.array * scale.astype(operand.array.dtype), operand.labels)
+
+
+def _smallest(labels: Sequence[Labels], size_of: Mapping[int, int]) -> int:
+    counts = [math.prod(size_of[label] for label in array_labels) for array_labels in labels]
+    return counts.index(min(counts))

@@ -1,0 +1,59 @@
+"""What the transform says of its work: a record of each use, and the warning."""
+
+import dataclasses
+import warnings
+from typing import Literal
+
+OnMaterialize = Literal["warn", "error", "ignore"]
+How = Literal["factored", "dense", "materialized"]
+
+
+class MaterializationWarning(UserWarning):
+    """An op for which there is no rule made `adapt` build W + scale · lora_A · lora_B."""
+
+
+class MaterializationError(ValueError):
+    """The same as `MaterializationWarning` under `adapt(fn, on_materialize="error")`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One equation that an adapted weight reached, and how it was computed.
+
+    Attributes:
+      path: the weight's place in the arguments.
+      primitive: the name of the JAX primitive.
+      source: the line of the model's own source.
+      how: `"factored"`; `"dense"` where building W + AB is cheaper by count of operations;
+        `"materialized"` where no rule covers the primitive.
+      base_flops: operations of the base op alone.
+      added_flops: operations that the adapter adds in one forward pass, as it is computed.
+      dense_flops: operations that building W + AB takes.
+      times: how often this happens in one call.
+    """
+
+    path: str
+    primitive: str
+    source: str
+    how: How
+    base_flops: int
+    added_flops: int
+    dense_flops: int
+    times: int = 1
+
+
+def materialized(path: str, primitive: str, source: str, on_materialize: OnMaterialize) -> None:
+    """Warns that W + AB is built, or raises, as `on_materialize` says."""
+    if on_materialize == "ignore":
+        return
+    message = (
+        f"'{path}' reaches `{primitive}` at {source}, for which there is no rule: "
+        "W + scale · lora_A · lora_B is built there, which is right but costs the memory of a "
+        "whole weight."
+    )
+    if on_materialize == "error":
+        raise MaterializationError(
+            f"{message} Leave this weight out of `targets`, or allow it with "
+            "adapt(fn, on_materialize='warn')."
+        )
+    warnings.warn(message, MaterializationWarning, stacklevel=2)

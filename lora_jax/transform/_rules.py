@@ -1,0 +1,17 @@
+"""Which rule covers which primitive.
+
+A rule is a function `(interpreter, equation, inputs) -> outputs`. It is called when at least one
+input is a `Factored` value and returns the equation's outputs, arrays or `Factored`; or None where
+it doesn't cover the case at hand, and then W + AB is built. A new rule is one function and one row.
+"""
+
+from collections.abc import Mapping
+
+from lora_jax.transform import _contraction, _control, _structure
+from lora_jax.transform._interpreter import Rule
+
+RULES: Mapping[str, Rule] = {
+    **_structure.RULES,
+    **_contraction.RULES,
+    **_control.RULES,
+}

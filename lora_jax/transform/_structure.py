@@ -1,0 +1,423 @@
+"""Rules for ops that only move, cut or scale a weight: done to the base, they are done to factors.
+
+A factor has size 1 on the axes that it doesn't depend on. So a rule does to a factor what the op
+does to the base on the other axes, and leaves the axes of size 1 and the rank alone.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation
+from lora_jax.transform._factored import Factored, Term, Window, without_windows
+from lora_jax.transform._interpreter import Interpreter, Rule
+
+Windows = tuple[Window | None, ...]
+
+
+def on_every_array(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight with an op that acts on each element alone and keeps sums done to all.
+
+    Dtype conversion, `stop_gradient`, copies: f(W + AB) = f(W) + f(A) f(B), up to rounding.
+    """
+    (value,) = inputs
+    return [
+        _moved(equation, value, lambda factor: equation.primitive.bind(factor, **equation.params))
+    ]
+
+
+def on_base_alone(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight with an op that changes no number done to its base: a sharding, a name."""
+    (value,) = inputs
+    return [_moved(equation, value, lambda factor: factor)]
+
+
+def optimization_barrier(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any]:
+    """Returns the inputs, factors included, behind one barrier."""
+    return list(jax.lax.optimization_barrier(tuple(inputs)))
+
+
+def convert_element_type(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any] | None:
+    """Returns the weight in another floating-point dtype: base and factors are converted alike."""
+    (value,) = inputs
+    dtype = equation.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return [_moved(equation, value, lambda factor: factor.astype(dtype))]
+
+
+def transpose(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight with its axes in another order."""
+    (value,) = inputs
+    order = equation.params["permutation"]
+    return [
+        _moved(
+            equation,
+            value,
+            lambda factor: factor.transpose(*order, len(order)),
+            lambda windows: tuple(windows[axis] for axis in order),
+        )
+    ]
+
+
+def squeeze(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight without some axes of size 1."""
+    (value,) = inputs
+    removed = equation.params["dimensions"]
+    kept = [axis for axis in range(value.ndim) if axis not in removed]
+    return [
+        _moved(
+            equation,
+            value,
+            lambda factor: factor.squeeze(removed),
+            lambda windows: tuple(windows[axis] for axis in kept),
+        )
+    ]
+
+
+def broadcast_in_dim(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any]:
+    """Returns the weight with new axes, on which neither factor depends."""
+    value = inputs[0]
+    ndim = len(equation.params["shape"])
+    placed = equation.params["broadcast_dimensions"]
+
+    def factor_with_axes(factor: Array) -> Array:
+        return jnp.expand_dims(factor, [axis for axis in range(ndim) if axis not in placed])
+
+    def windows_with_axes(windows: Windows) -> Windows:
+        by_axis = dict(zip(placed, windows, strict=True))
+        return tuple(by_axis.get(axis) for axis in range(ndim))
+
+    base = evaluate_equation(equation, [value.base, *inputs[1:]])[0]
+    return [_with(value, base, factor_with_axes, windows_with_axes)]
+
+
+def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight reshaped, where each factor holds all or none of the axes that join.
+
+    A reshape splits the axes into groups, of equal size before and after. A factor that holds only
+    some of a group's axes would have to grow by the others.
+    """
+    value = inputs[0]
+    if equation.params["dimensions"] is not None or len(inputs) > 1:
+        return None
+    new_shape = equation.params["new_sizes"]
+    groups = _reshape_groups(value.shape, new_shape)
+    regrouped = {axis for old, new in groups if (len(old), len(new)) != (1, 1) for axis in old}
+    value = _without_windows_on(value, [axis in regrouped for axis in range(value.ndim)])
+    shapes = [
+        _reshaped_factor_shape(factor, new_shape, groups)
+        for term in value.terms
+        for factor in (term.lora_A, term.lora_B)
+    ]
+    if any(shape is None for shape in shapes):
+        return None
+    moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
+    return [
+        _moved(
+            equation,
+            value,
+            lambda factor: factor.reshape(_reshaped_factor_shape(factor, new_shape, groups)),
+            lambda windows: tuple(
+                windows[moved_axes[axis]] if axis in moved_axes else None
+                for axis in range(len(new_shape))
+            ),
+        )
+    ]
+
+
+def rev(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight with some axes reversed."""
+    (value,) = inputs
+    reversed_axes = equation.params["dimensions"]
+
+    def mirrored(windows: Windows) -> Windows:
+        return tuple(
+            (value.shape[axis] - window[1], value.shape[axis] - window[0])
+            if window is not None and axis in reversed_axes
+            else window
+            for axis, window in enumerate(windows)
+        )
+
+    return [_moved(equation, value, lambda factor: jax.lax.rev(factor, reversed_axes), mirrored)]
+
+
+def slice_(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns a range of the weight; what of a factor lies outside of it is never touched."""
+    (value,) = inputs
+    starts = equation.params["start_indices"]
+    stops = equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * value.ndim
+    is_cut = [
+        (start, stop, stride) != (0, size, 1)
+        for start, stop, stride, size in zip(starts, stops, strides, value.shape, strict=True)
+    ]
+    value = _without_windows_on(value, is_cut)
+
+    def cut(factor: Array) -> Array:
+        indices = [
+            slice(start, stop, stride) if cut_here and size != 1 else slice(None)
+            for start, stop, stride, cut_here, size in zip(
+                starts, stops, strides, is_cut, factor.shape[:-1], strict=True
+            )
+        ]
+        return factor[tuple(indices)]
+
+    return [_moved(equation, value, cut)]
+
+
+def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the parts of the weight along one axis."""
+    (value,) = inputs
+    axis, sizes = equation.params["axis"], equation.params["sizes"]
+    value = _without_windows_on(value, [index == axis for index in range(value.ndim)])
+    bases = evaluate_equation(equation, [value.base])
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def part(start: int, size: int) -> Callable[[Array], Array]:
+        return lambda factor: (
+            jax.lax.slice_in_dim(factor, start, start + size, axis=axis)
+            if factor.shape[axis] != 1
+            else factor
+        )
+
+    return [
+        _with(value, base, part(start, size))
+        for base, start, size in zip(bases, starts, sizes, strict=True)
+    ]
+
+
+def dynamic_slice(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any] | None:
+    """Returns a range that starts where the numbers say: a layer picked out of a stack."""
+    value, *starts = inputs
+    if not isinstance(value, Factored) or len(starts) != value.ndim:
+        return None
+    sizes = equation.params["slice_sizes"]
+    is_cut = [size != whole for size, whole in zip(sizes, value.shape, strict=True)]
+    value = _without_windows_on(value, is_cut)
+
+    def cut(factor: Array) -> Array:
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if is_cut[axis] and factor.shape[axis] != 1:
+                factor = jax.lax.dynamic_slice_in_dim(factor, start, size, axis=axis)
+        return factor
+
+    base = evaluate_equation(equation, [value.base, *starts])[0]
+    return [_with(value, base, cut)]
+
+
+def concatenate(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any]:
+    """Returns weights joined along an axis: each one's terms fill a window of the whole."""
+    axis = equation.params["dimension"]
+    bases = [value.base if isinstance(value, Factored) else value for value in inputs]
+    base = evaluate_equation(equation, bases)[0]
+    terms: list[Term] = []
+    start = 0
+    for value in inputs:
+        size = value.shape[axis]
+        for term in value.terms if isinstance(value, Factored) else ():
+            inner = term.window[axis] or (0, size)
+            window = (start + inner[0], start + inner[1])
+            windows = (*term.window[:axis], window, *term.window[axis + 1 :])
+            terms.append(Term(term.lora_A, term.lora_B, term.scale, windows))
+        start += size
+    return [Factored(base, tuple(terms), joined_path(inputs))]
+
+
+def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the negated weight: base and scale change sign."""
+    (value,) = inputs
+    terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
+    return [Factored(_on_bases(equation, inputs), terms, value.path)]
+
+
+def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight times a scalar, or times an array on axes that one factor holds."""
+    if all(isinstance(value, Factored) for value in inputs):
+        return None
+    value, other = inputs if isinstance(inputs[0], Factored) else reversed(inputs)
+    return _multiplied(equation, inputs, value, jnp.asarray(other))
+
+
+def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight divided by a scalar, or by an array on axes that one factor holds."""
+    value, other = inputs
+    if not isinstance(value, Factored) or isinstance(other, Factored):
+        return None
+    return _multiplied(equation, inputs, value, 1 / jnp.asarray(other))
+
+
+def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
+    terms = tuple(term for value in inputs for term in _terms(value))
+    return [Factored(_on_bases(equation, inputs), terms, joined_path(inputs))]
+
+
+def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the difference of a weight and an array or another weight."""
+    first, second = inputs
+    negated = tuple(
+        dataclasses.replace(term, scale=-term.scale) for term in _terms(second)
+    )
+    return [Factored(_on_bases(equation, inputs), _terms(first) + negated, joined_path(inputs))]
+
+
+def joined_path(inputs: Sequence[Any]) -> str:
+    """Returns the paths of all factored inputs, as one that names them in messages."""
+    paths = [value.path for value in inputs if isinstance(value, Factored)]
+    return " + ".join(dict.fromkeys(paths))
+
+
+def _moved(
+    equation: Equation,
+    value: Factored,
+    factor_moved: Callable[[Array], Array],
+    windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
+) -> Factored:
+    """Returns the value with the equation done to its base, and its counterpart to the factors."""
+    return _with(value, evaluate_equation(equation, [value.base])[0], factor_moved, windows_moved)
+
+
+def _with(
+    value: Factored,
+    base: Array,
+    factor_moved: Callable[[Array], Array],
+    windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
+) -> Factored:
+    terms = tuple(
+        Term(
+            factor_moved(term.lora_A),
+            factor_moved(term.lora_B),
+            term.scale,
+            windows_moved(term.window),
+        )
+        for term in value.terms
+    )
+    return Factored(base, terms, value.path)
+
+
+def _without_windows_on(value: Factored, axes: Sequence[bool]) -> Factored:
+    """Returns the value with no term that has a window on one of these axes."""
+    terms = tuple(
+        without_windows(term, value.shape)
+        if any(cut and window is not None for cut, window in zip(axes, term.window, strict=True))
+        else term
+        for term in value.terms
+    )
+    return dataclasses.replace(value, terms=terms)
+
+
+def _multiplied(
+    equation: Equation, inputs: Sequence[Any], value: Factored, multiplier: Array
+) -> list[Any] | None:
+    """Returns the value times an array that each term absorbs into its scale or one factor."""
+    terms = [_multiplied_term(term, value.shape, multiplier) for term in value.terms]
+    if any(term is None for term in terms):
+        return None
+    return [Factored(_on_bases(equation, inputs), tuple(terms), value.path)]
+
+
+def _multiplied_term(term: Term, shape: tuple[int, ...], multiplier: Array) -> Term | None:
+    if multiplier.ndim == 0:
+        scale = term.scale * multiplier.astype(term.scale.dtype)
+        return dataclasses.replace(term, scale=scale)
+    term = without_windows(term, shape)
+    held = {axis for axis, size in enumerate(multiplier.shape) if size != 1}
+    for name in ("lora_A", "lora_B"):
+        factor = getattr(term, name)
+        if all(factor.shape[axis] != 1 for axis in held):
+            product = factor * multiplier[..., None].astype(factor.dtype)
+            return dataclasses.replace(term, **{name: product})
+    return None
+
+
+def _on_bases(equation: Equation, inputs: Sequence[Any]) -> Array:
+    bases = [value.base if isinstance(value, Factored) else value for value in inputs]
+    return evaluate_equation(equation, bases)[0]
+
+
+def _terms(value: Any) -> tuple[Term, ...]:
+    return value.terms if isinstance(value, Factored) else ()
+
+
+def _reshape_groups(
+    old_shape: Sequence[int], new_shape: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none."""
+    old = [axis for axis, size in enumerate(old_shape) if size != 1]
+    new = [axis for axis, size in enumerate(new_shape) if size != 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    while old and new:
+        old_group, new_group = [old.pop(0)], [new.pop(0)]
+        while (sizes := _group_sizes(old_group, old_shape, new_group, new_shape))[0] != sizes[1]:
+            if sizes[0] < sizes[1]:
+                old_group.append(old.pop(0))
+            else:
+                new_group.append(new.pop(0))
+        groups.append((old_group, new_group))
+    return groups
+
+
+def _group_sizes(
+    old: Sequence[int], old_shape: Sequence[int], new: Sequence[int], new_shape: Sequence[int]
+) -> tuple[int, int]:
+    return math.prod(old_shape[axis] for axis in old), math.prod(new_shape[axis] for axis in new)
+
+
+def _reshaped_factor_shape(
+    factor: Array, new_shape: Sequence[int], groups: Sequence[tuple[list[int], list[int]]]
+) -> tuple[int, ...] | None:
+    """Returns the shape of a factor after the reshape, or None if it holds a part of a group."""
+    sizes = [1] * len(new_shape)
+    for old, new in groups:
+        holds = [factor.shape[axis] != 1 for axis in old]
+        if len(old) == len(new) == 1:
+            sizes[new[0]] = factor.shape[old[0]]
+        elif all(holds):
+            for axis in new:
+                sizes[axis] = new_shape[axis]
+        elif any(holds):
+            return None
+    return (*sizes, factor.shape[-1])
+
+
+RULES: dict[str, Rule] = {
+    "add": add,
+    "add_any": add,
+    "broadcast_in_dim": broadcast_in_dim,
+    "concatenate": concatenate,
+    "convert_element_type": convert_element_type,
+    "copy": on_every_array,
+    "copy_p": on_every_array,
+    "device_put": on_base_alone,
+    "div": div,
+    "dynamic_slice": dynamic_slice,
+    "mul": mul,
+    "name": on_base_alone,
+    "neg": neg,
+    "optimization_barrier": optimization_barrier,
+    "reshape": reshape,
+    "rev": rev,
+    "sharding_constraint": on_base_alone,
+    "slice": slice_,
+    "split": split,
+    "squeeze": squeeze,
+    "stop_gradient": on_every_array,
+    "sub": sub,
+    "transpose": transpose,
+}
