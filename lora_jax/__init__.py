@@ -18,4 +18,8 @@ from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.transform import MaterializationError as MaterializationError
 from lora_jax.transform import MaterializationWarning as MaterializationWarning
+from lora_jax.transform import Report as Report
+from lora_jax.transform import TargetReport as TargetReport
+from lora_jax.transform import Use as Use
 from lora_jax.transform import adapt as adapt
+from lora_jax.transform import explain as explain

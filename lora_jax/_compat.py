@@ -40,7 +40,15 @@ def evaluate_equation(equation: Equation, values: Sequence[Any]) -> list[Any]:
         for atom, value in zip(equation.invars, values, strict=True)
         if isinstance(atom, Var)
     }
-    jaxpr = Jaxpr((), list(inputs), equation.outvars, [equation], equation.effects)
+    names = core.DebugInfo(
+        traced_for="adapt",
+        func_src_info=equation.primitive.name,
+        arg_names=("",) * len(inputs),
+        result_paths=("",) * len(equation.outvars),
+    )
+    jaxpr = Jaxpr(
+        (), list(inputs), equation.outvars, [equation], equation.effects, debug_info=names
+    )
     return evaluate(ClosedJaxpr(jaxpr, ()), list(inputs.values()))
 
 

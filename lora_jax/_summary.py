@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lora_jax._compat import is_tracer
 from lora_jax._paths import leaves_with_paths
+from lora_jax._tables import table
 from lora_jax._train import split
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
 from lora_jax._wrap import unwrap
@@ -100,7 +101,7 @@ def summary(wrapped: Any) -> str:
         if is_adapter_node(node)
     ]
     return (
-        f"{_table(rows)}\n\n"
+        f"{table(_HEADER, rows, right=('trainable',))}\n\n"
         f"{counts.original:,} original, {counts.added:,} added, {counts.total:,} together; "
         f"{counts.trainable:,} train ({counts.percent:.3f} %): "
         f"{_readable_bytes(counts.trainable_bytes)} of {_readable_bytes(counts.total_bytes)}"
@@ -112,7 +113,15 @@ _HEADER = ("path", "shape", "axes", "rank", "scale", "dtype", "trainable")
 
 def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
     if isinstance(node, FullWeight):
-        return (path, str(node.shape), "", "full", "", str(node.value.dtype), f"{_size(node.value):,}")
+        return (
+            path,
+            str(node.shape),
+            "",
+            "full",
+            "",
+            str(node.value.dtype),
+            f"{_size(node.value):,}",
+        )
     return (
         path,
         str(node.shape),
@@ -125,22 +134,8 @@ def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
 
 
 def _scale_text(scale: Any) -> str:
-    is_concrete = not isinstance(scale, jax.ShapeDtypeStruct | jax.core.Tracer)
+    is_concrete = not is_tracer(scale) and not isinstance(scale, jax.ShapeDtypeStruct)
     return f"{float(np.asarray(scale)):g}" if is_concrete and np.ndim(scale) == 0 else "…"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = [_HEADER, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    rule = tuple("-" * width for width in widths)
-    last = len(_HEADER) - 1
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column == last else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (_HEADER, rule, *rows)
-    )
 
 
 def _size(tree: Any) -> int:

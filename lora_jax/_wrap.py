@@ -122,7 +122,9 @@ def merge(wrapped: Any) -> Any:
       >>> lora_jax.merge(wrapped)["kernel"].shape
       (4, 3)
     """
-    return map_adapter_nodes(lambda node: dense(node) if is_lora_weight(node) else node.value, wrapped)
+    return map_adapter_nodes(
+        lambda node: dense(node) if is_lora_weight(node) else node.value, wrapped
+    )
 
 
 def unwrap(wrapped: Any) -> Any:

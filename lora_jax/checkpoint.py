@@ -20,13 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths, nearest_paths
-from lora_jax._weight import (
-    Axes,
-    FullWeight,
-    LoRAWeight,
-    factor_shapes,
-    is_adapter_node,
-)
+from lora_jax._weight import Axes, FullWeight, LoRAWeight, factor_shapes, is_adapter_node
 
 FORMAT_VERSION = 1
 
@@ -75,12 +69,11 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     nodes = _adapter_nodes(wrapped)
     arrays = {key: _host_arrays(key, node) for key, node in nodes.items()}
     metadata = {key: _WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
-    _check_destination(destination, overwrite)
+    cannot_write = f"`path` {destination} can't be written"
+    with _as_checkpoint_error(cannot_write):
+        _check_destination(destination, overwrite)
     unfinished = _sibling(destination, "unfinished")
-    with (
-        _removed_on_failure(unfinished),
-        _as_checkpoint_error(f"`path` {destination} can't be written"),
-    ):
+    with _removed_on_failure(unfinished), _as_checkpoint_error(cannot_write):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         _write_arrays(unfinished / _ARRAYS_FOLDER, arrays)
@@ -324,7 +317,8 @@ def _checked_array(
 
 
 def _read_metadata(source: Path) -> tuple[dict[str, _WeightMetadata], dict[str, int]]:
-    _check_source(source)
+    with _as_checkpoint_error(f"`path` {source} can't be read"):
+        _check_source(source)
     with _as_checkpoint_error(_damaged(source)):
         content = json.loads((source / _METADATA_FILE).read_text(encoding="utf-8"))
         stored_format, version = content["format"], int(content["version"])
@@ -423,7 +417,7 @@ def _factor_misfit(weight: _WeightMetadata) -> str | None:
 
 
 def _damaged(source: Path) -> str:
-    return f"the checkpoint {source} is damaged; restore another copy or save it again"
+    return f"the checkpoint {source} is damaged, restore another copy or save it again"
 
 
 @contextlib.contextmanager
@@ -434,7 +428,7 @@ def _as_checkpoint_error(message: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{message} ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(f"{message}: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -6,17 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, evaluate
 from lora_jax._paths import path_string
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, map_adapter_nodes
+from lora_jax._weight import FullWeight, is_lora_weight, map_adapter_nodes
+from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import Factored, factored_weight
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._report import OnMaterialize, Use
 from lora_jax.transform._rules import RULES
 
 
-def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> Callable[..., Any]:
+def adapt(
+    fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn", dropout: float = 0.0
+) -> Callable[..., Any]:
     r"""Returns `fn` as a function of wrapped parameters, with no change to its code.
 
     Wherever `fn` uses an adapted weight $W$, the result is what it would be with $W + s \cdot A B$;
@@ -30,12 +34,16 @@ def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> 
         dtype of its arguments, and arguments that are not arrays are static.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
+      dropout: the probability with which an element of an adapter's input is dropped, with an
+        independent mask for each use. It is on in calls that bring `lora_key=`, a random key, and
+        off in all others, so that evaluation needs no second function.
 
     Returns:
-      A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere.
+      A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and `lora_key`.
 
     Raises:
-      ValueError: `on_materialize` is none of the three.
+      ValueError: `on_materialize` or `dropout` is out of range; or, when called, `lora_key` is
+        given without `dropout`.
       MaterializationError: when called, under `on_materialize="error"`.
 
     Example:
@@ -50,43 +58,56 @@ def adapt(fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn") -> 
         raise ValueError(
             f"`on_materialize` is {on_materialize!r}; expected 'warn', 'error' or 'ignore'."
         )
-    rewritten = functools.partial(_rewritten, fn, on_materialize)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` is {dropout!r}; expected a probability from 0 to below 1.")
+
+    def rewritten(arguments: Any, lora_key: PRNGKeyArray | None) -> Any:
+        masks = None if lora_key is None else Dropout(dropout, lora_key)
+        return rewrite(fn, arguments, on_materialize=on_materialize, dropout=masks, uses=[])
 
     @functools.wraps(fn)
-    def adapted(*args: Any, **kwargs: Any) -> Any:
-        arguments = map_adapter_nodes(
-            lambda node: node.value if isinstance(node, FullWeight) else node, (args, kwargs)
-        )
-        if not any(isinstance(leaf, LoRAWeight) for leaf in _leaves(arguments)):
+    def adapted(*args: Any, lora_key: PRNGKeyArray | None = None, **kwargs: Any) -> Any:
+        if lora_key is not None and dropout == 0:
+            raise ValueError("`lora_key` is given, but dropout is 0; call adapt(fn, dropout=0.1).")
+        arguments = with_trained_values((args, kwargs))
+        if not any(
+            is_lora_weight(leaf) for leaf in jax.tree.leaves(arguments, is_leaf=is_lora_weight)
+        ):
             args, kwargs = arguments
             return fn(*args, **kwargs)
-        closed_jaxpr, output = jax.make_jaxpr(rewritten, return_shape=True)(_with_static(arguments))
-        values = evaluate(closed_jaxpr, jax.tree.leaves(_with_static(arguments)))
-        return _without_static(jax.tree.unflatten(jax.tree.structure(output), values))
+        inputs = with_static(arguments), lora_key
+        closed_jaxpr, output = jax.make_jaxpr(rewritten, return_shape=True)(*inputs)
+        values = evaluate(closed_jaxpr, jax.tree.leaves(inputs))
+        return without_static(jax.tree.unflatten(jax.tree.structure(output), values))
 
     return adapted
 
 
-def _rewritten(
-    fn: Callable[..., Any], on_materialize: OnMaterialize, arguments: Any
-) -> Any:
-    """Returns the outputs of `fn` on arguments that hold `LoRAWeight` nodes."""
-    return rewrite(fn, on_materialize, arguments, [])
-
-
 def rewrite(
-    fn: Callable[..., Any], on_materialize: OnMaterialize, arguments: Any, uses: list[Use]
+    fn: Callable[..., Any],
+    arguments: Any,
+    *,
+    uses: list[Use],
+    on_materialize: OnMaterialize = "ignore",
+    dropout: Dropout | None = None,
 ) -> Any:
-    """Returns the outputs of `fn`, and notes in `uses` what happened at each adapted weight."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(
-        arguments, is_leaf=lambda node: isinstance(node, LoRAWeight)
-    )
+    """Returns the outputs of `fn` on (args, kwargs) that hold `LoRAWeight` nodes.
+
+    Args:
+      fn: the function as its author wrote it.
+      arguments: (args, kwargs), with leaves that are no arrays made static.
+      uses: takes a note of what happened at each equation that an adapted weight reached.
+      on_materialize: what to do where no rule covers an op.
+      dropout: LoRA dropout, or None.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
     leaves = [leaf for _, leaf in flat]
     paths = [path_string(key_path[2:]) for key_path, _ in flat]
-    traced = traced_function(fn, structure, [_stand_in(leaf) for leaf in leaves])
-    interpreter = Interpreter(RULES, on_materialize, uses, {})
+    plain = [leaf.base if is_lora_weight(leaf) else leaf for leaf in leaves]
+    traced = traced_function(fn, structure, plain)
+    interpreter = Interpreter(RULES, on_materialize, uses, {}, dropout)
     values = [
-        factored_weight(leaf, path) if isinstance(leaf, LoRAWeight) else leaf
+        factored_weight(leaf, path) if is_lora_weight(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
     ]
     outputs = [
@@ -112,18 +133,11 @@ def traced_function(
     """Returns the jaxpr of `fn` for arguments (args, kwargs) of this structure and these leaves."""
 
     def flat(*leaves: Any) -> Any:
-        args, kwargs = _without_static(jax.tree.unflatten(structure, leaves))
-        return _with_static(fn(*args, **kwargs))
+        args, kwargs = without_static(jax.tree.unflatten(structure, leaves))
+        return with_static(fn(*args, **kwargs))
 
     closed_jaxpr, output = jax.make_jaxpr(flat, return_shape=True)(*leaves)
     return TracedFunction(closed_jaxpr, jax.tree.structure(output))
-
-
-def _stand_in(leaf: Any) -> Any:
-    """Returns what `fn` is traced with in place of a leaf: a plain weight of the base's shape."""
-    if not isinstance(leaf, LoRAWeight):
-        return leaf
-    return leaf.base
 
 
 @jax.tree_util.register_static
@@ -149,15 +163,18 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree, is_leaf=is_adapter_node)
+def with_trained_values(tree: Any) -> Any:
+    """Returns the tree with the trained copy in place of each weight that trains in full."""
+    return map_adapter_nodes(
+        lambda node: node.value if isinstance(node, FullWeight) else node, tree
+    )
 
 
-def _with_static(tree: Any) -> Any:
+def with_static(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else _Static(leaf), tree)
 
 
-def _without_static(tree: Any) -> Any:
+def without_static(tree: Any) -> Any:
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf,
         tree,

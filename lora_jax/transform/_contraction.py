@@ -46,7 +46,10 @@ def dot_general(
     with scope_of(equation), jax.named_scope("lora"):
         for terms in itertools.product(*([None, *_terms(choice)] for choice in choices)):
             if any(term is not None for term in terms):
-                result += _change(equation, choices, terms, labels, output, result)
+                operands = [
+                    x if isinstance(x, Factored) else interpreter.dropped_out(x) for x in choices
+                ]
+                result += _change(equation, operands, terms, labels, output, result)
     return [result]
 
 
@@ -137,9 +140,74 @@ def _change(
         output,
         scale=math.prod(scales[1:], start=scales[0]),
         precision=equation.params["precision"],
-        preferred_element_type=_product_dtype(equation, dtype),
+        preferred_element_type=product_dtype(equation, dtype),
     )
     return _placed(joined, output, ranges, result)
+
+
+def ragged_dot_general(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any] | None:
+    """Returns each group of rows times the weight of its expert, through that expert's factors."""
+    x, weight, group_sizes = inputs
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    is_plain = (
+        numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+    if not is_plain or isinstance(x, Factored) or equation.params["group_offset"] is not None:
+        return None
+    terms = [without_windows(term, weight.shape) for term in weight.terms]
+    if not all(_is_expert_term(term) for term in terms):
+        return None
+    result = evaluate_equation(equation, [x, weight.base, group_sizes])[0]
+    flops = sum(2 * x.shape[0] * term.rank * sum(weight.shape[1:]) for term in terms)
+    interpreter.record(
+        Use(
+            path=weight.path,
+            primitive=equation.primitive.name,
+            source=source_line(equation),
+            how="factored",
+            base_flops=2 * x.size * weight.shape[2],
+            added_flops=flops,
+            dense_flops=dense_flops(weight),
+        )
+    )
+    with scope_of(equation), jax.named_scope("lora"):
+        for term in terms:
+            adapter_input = interpreter.dropped_out(x)
+            result += _expert_change(equation, adapter_input, term, group_sizes, result.dtype)
+    return [result]
+
+
+def _is_expert_term(term: Term) -> bool:
+    """Says whether lora_A has the shape (experts, in, 1, r) and lora_B (experts, 1, out, r)."""
+    return term.lora_A.shape[2] == 1 and term.lora_B.shape[1] == 1
+
+
+def _expert_change(
+    equation: Equation, x: Array, term: Term, group_sizes: Array, result_dtype: Any
+) -> Array:
+    dtype = jnp.result_type(x.dtype, term.lora_A.dtype, term.lora_B.dtype)
+    experts = group_sizes.shape[0]
+
+    def of_each_expert(factor: Array) -> Array:
+        return jnp.broadcast_to(factor, (experts, *factor.shape[1:])).astype(dtype)
+
+    def ragged_dot(x: Array, weight: Array) -> Array:
+        return jax.lax.ragged_dot(
+            x,
+            weight,
+            group_sizes,
+            precision=equation.params["precision"],
+            preferred_element_type=product_dtype(equation, dtype),
+        )
+
+    hidden = ragged_dot(x.astype(dtype), of_each_expert(term.lora_A).squeeze(2))
+    mixer = of_each_expert(term.lora_B).squeeze(1).swapaxes(1, 2)
+    hidden = hidden * term.scale.astype(hidden.dtype)
+    return ragged_dot(hidden.astype(dtype), mixer).astype(result_dtype)
 
 
 def _placed(
@@ -148,7 +216,9 @@ def _placed(
     """Returns a product broadcast and padded to the shape of `result`, and cast to its dtype."""
     absent = [axis for axis, label in enumerate(output) if label not in joined.labels]
     array = jnp.expand_dims(joined.array, absent).astype(result.dtype)
-    windows = [ranges.get(label, (0, size)) for label, size in zip(output, result.shape, strict=True)]
+    windows = [
+        ranges.get(label, (0, size)) for label, size in zip(output, result.shape, strict=True)
+    ]
     array = jnp.broadcast_to(array, [stop - start for start, stop in windows])
     if array.shape == result.shape:
         return array
@@ -156,7 +226,7 @@ def _placed(
     return jnp.pad(array, padding)
 
 
-def _product_dtype(equation: Equation, dtype: Any) -> Any:
+def product_dtype(equation: Equation, dtype: Any) -> Any:
     """Returns the dtype in which products accumulate: the model's, or the factors' if wider."""
     wanted = equation.params["preferred_element_type"]
     return dtype if wanted is None else jnp.promote_types(dtype, wanted)
@@ -169,9 +239,7 @@ def _sliced(array: Array, labels: Labels, ranges: dict[int, tuple[int, int]]) ->
     return array
 
 
-def _ranges(
-    terms: Sequence[Term | None], labels: Sequence[Labels]
-) -> dict[int, tuple[int, int]]:
+def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, tuple[int, int]]:
     """Returns, for each label that a term's window restricts, the range that it allows."""
     return {
         label: window
@@ -214,4 +282,4 @@ def _terms(operand: Any) -> tuple[Term, ...]:
     return operand.terms if isinstance(operand, Factored) else ()
 
 
-RULES: dict[str, Rule] = {"dot_general": dot_general}
+RULES: dict[str, Rule] = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}

@@ -5,10 +5,12 @@ rules hold for the rewritten body too. Factored values enter bodies as they are:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
 from lora_jax.transform._factored import Factored, Term, without_windows
@@ -29,13 +31,15 @@ def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequ
 
 def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a rematerialised function under its own policy."""
+
+    def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
+        return interpreter.with_key(key).run_open(equation.params["jaxpr"], (), arguments)
+
     rewritten = jax.checkpoint(
-        lambda *arguments: interpreter.run_open(equation.params["jaxpr"], (), arguments),
-        prevent_cse=equation.params["prevent_cse"],
-        policy=equation.params["policy"],
+        body, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"]
     )
     with scope_of(equation):
-        return rewritten(*inputs)
+        return rewritten(interpreter.next_key(), *inputs)
 
 
 def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -48,11 +52,15 @@ def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     index, *operands = inputs
 
     def rewritten(branch: ClosedJaxpr) -> Callable[..., list[Any]]:
-        return lambda *arguments: _arrays(interpreter, equation, interpreter.run(branch, arguments))
+        def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
+            outputs = interpreter.with_key(key).run(branch, arguments)
+            return _arrays(interpreter, equation, outputs)
+
+        return body
 
     branches = [rewritten(branch) for branch in equation.params["branches"]]
     with scope_of(equation):
-        return jax.lax.switch(index, branches, *operands)
+        return jax.lax.switch(index, branches, interpreter.next_key(), *operands)
 
 
 def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -69,18 +77,22 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     stacks = [_Stack.of(value) for value in inputs[constant_count + carry_count :]]
     loop = interpreter.repeated(equation.params["length"])
 
-    def step(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+    def step(state: list[Any], cut: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
+        key, slices = cut
         layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
-        outputs = loop.run(body, [*constants, *carry.joined(state), *layers])
+        outputs = loop.with_key(key).run(body, [*constants, *carry.joined(state), *layers])
         state = carry.changing(outputs[:carry_count])
         return _arrays(loop, equation, state), _arrays(loop, equation, outputs[carry_count:])
 
+    length = equation.params["length"]
+    key = interpreter.next_key()
+    keys = None if key is None else jax.random.split(key, length)
     with scope_of(equation):
         state, stacked = jax.lax.scan(
             step,
             carry.changing(carry.initial),
-            [stack.leaves for stack in stacks],
-            length=equation.params["length"],
+            (keys, [stack.leaves for stack in stacks]),
+            length=length,
             reverse=equation.params["reverse"],
             unroll=equation.params["unroll"],
         )
@@ -96,16 +108,20 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
         interpreter, equation, body.jaxpr, inputs[test_count + body_count :], body_count
     )
 
-    def goes_on(state: list[Any]) -> Any:
-        (result,) = interpreter.run(test, [*test_constants, *carry.joined(state)])
+    def goes_on(keyed: tuple[Any, list[Any]]) -> Any:
+        key, state = keyed
+        (result,) = interpreter.with_key(key).run(test, [*test_constants, *carry.joined(state)])
         return result
 
-    def step(state: list[Any]) -> list[Any]:
-        outputs = interpreter.run(body, [*body_constants, *carry.joined(state)])
-        return _arrays(interpreter, equation, carry.changing(outputs))
+    def step(keyed: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        key, state = keyed
+        loop = interpreter.with_key(key)
+        outputs = loop.run(body, [*body_constants, *carry.joined(state)])
+        return loop.next_key(), _arrays(loop, equation, carry.changing(outputs))
 
+    initial = interpreter.next_key(), carry.changing(carry.initial)
     with scope_of(equation):
-        state = jax.lax.while_loop(goes_on, step, carry.changing(carry.initial))
+        _, state = jax.lax.while_loop(goes_on, step, initial)
     return carry.joined(state)
 
 
@@ -165,11 +181,7 @@ class _Stack:
     def of(cls, value: Any) -> "_Stack":
         if not isinstance(value, Factored):
             return cls(value)
-        terms = tuple(
-            term if term.window[0] is None else without_windows(term, value.shape)
-            for term in value.terms
-        )
-        return cls(dataclasses.replace(value, terms=terms))
+        return cls(_without_any_window(value))
 
     @property
     def leaves(self) -> Any:
@@ -201,6 +213,63 @@ class _Stack:
         return Factored(base, terms, self.value.path)
 
 
+def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a function that runs on each shard: factors are cut as W is."""
+    values = [_without_any_window(value) for value in inputs]
+    specs = [
+        _factored_specs(value, spec)
+        for value, spec in zip(values, equation.params["in_specs"], strict=True)
+    ]
+
+    def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
+        shard = interpreter.with_key(_key_of_shard(key, equation.params["newly_manual_axes"]))
+        return _arrays(shard, equation, shard.run_open(equation.params["jaxpr"], (), arguments))
+
+    rewritten = jax.shard_map(
+        body,
+        mesh=equation.params["mesh"],
+        in_specs=(PartitionSpec(), *specs),
+        out_specs=list(equation.params["out_specs"]),
+        axis_names=equation.params["newly_manual_axes"],
+        check_vma=equation.params["check_vma"],
+    )
+    with scope_of(equation):
+        return rewritten(interpreter.next_key(), *values)
+
+
+def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray | None:
+    """Returns a key of its own for each shard, so that no two drop the same places."""
+    if key is None:
+        return None
+    for axis in sorted(axes):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def _factored_specs(value: Any, spec: PartitionSpec) -> Any:
+    """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
+    if not isinstance(value, Factored):
+        return spec
+    axes = (*spec, *(None,) * (value.ndim - len(spec)))
+
+    def factor_spec(factor: Any) -> PartitionSpec:
+        held = [axis if size != 1 else None for axis, size in zip(axes, factor.shape, strict=False)]
+        return PartitionSpec(*held)
+
+    terms = tuple(
+        Term(factor_spec(term.lora_A), factor_spec(term.lora_B), PartitionSpec(), term.window)
+        for term in value.terms
+    )
+    return Factored(spec, terms, value.path)
+
+
+def _without_any_window(value: Any) -> Any:
+    if not isinstance(value, Factored):
+        return value
+    terms = tuple(without_windows(term, value.shape) for term in value.terms)
+    return dataclasses.replace(value, terms=terms)
+
+
 def _arrays(interpreter: Interpreter, equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Returns the values as arrays: what leaves a body as a changing value can't stay factored."""
     return interpreter.materialize(equation, values)
@@ -221,5 +290,6 @@ RULES: dict[str, Rule] = {
     "remat": remat,
     "remat2": remat,
     "scan": scan,
+    "shard_map": shard_map,
     "while": while_loop,
 }

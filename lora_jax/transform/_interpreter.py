@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import (
     ClosedJaxpr,
@@ -16,6 +17,7 @@ from lora_jax._compat import (
     name_scope,
     source_line,
 )
+from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import Factored, dense_flops, dense_value
 from lora_jax.transform._report import OnMaterialize, Use, materialized
 
@@ -33,6 +35,7 @@ class Interpreter:
       uses: what happened at each equation that a factored weight reached, in order.
       shared: inner functions that were rewritten already, so that what the model calls twice is
         traced once and is one function in the lowered program.
+      dropout: LoRA dropout with a key for the jaxpr being evaluated; None in evaluation.
       times: how often the jaxpr being evaluated runs in one call, as far as that is known.
     """
 
@@ -40,6 +43,7 @@ class Interpreter:
     on_materialize: OnMaterialize
     uses: list[Use]
     shared: "dict[int, _SharedFunction]"
+    dropout: Dropout | None = None
     times: int = 1
 
     def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
@@ -79,11 +83,13 @@ class Interpreter:
     ) -> Sequence[Any]:
         """Returns the outputs of an inner function that is rewritten and transformed only once."""
         if id(closed_jaxpr) not in self.shared:
-            rewritten = transformed(lambda *arguments: self.run(closed_jaxpr, arguments))
+            rewritten = transformed(
+                lambda key, *arguments: self.with_key(key).run(closed_jaxpr, arguments)
+            )
             self.shared[id(closed_jaxpr)] = _SharedFunction(closed_jaxpr, rewritten, {})
         function = self.shared[id(closed_jaxpr)]
         first_new = len(self.uses)
-        outputs = function.rewritten(*inputs)
+        outputs = function.rewritten(self.next_key(), *inputs)
         structure = jax.tree.structure(inputs)
         function.uses.setdefault(structure, self.uses[first_new:])
         self.uses[first_new:] = [
@@ -109,6 +115,20 @@ class Interpreter:
     def record(self, use: Use) -> None:
         """Notes what happened at an equation, for `explain`."""
         self.uses.append(dataclasses.replace(use, times=self.times))
+
+    def dropped_out(self, x: jax.Array) -> jax.Array:
+        """Returns an adapter's input under a mask of its own; in evaluation, as it is."""
+        return x if self.dropout is None else self.dropout(x)
+
+    def next_key(self) -> PRNGKeyArray | None:
+        """Returns a new key for a body's dropout; None in evaluation."""
+        return None if self.dropout is None else self.dropout.next_key()
+
+    def with_key(self, key: PRNGKeyArray | None) -> "Interpreter":
+        """Returns an interpreter for a body with a dropout key of its own."""
+        if self.dropout is None:
+            return self
+        return dataclasses.replace(self, dropout=self.dropout.with_key(key))
 
     def repeated(self, times: int) -> "Interpreter":
         """Returns an interpreter for a body that runs `times` times."""

@@ -80,7 +80,11 @@ def _plan_from(
     result = tuple(sorted(kept))
     flops = 2 * math.prod(size_of[label] for label in union)
     tail = cheapest_plan((*rest, result), output, sizes)
-    return Plan(((first, second), *tail.pairs), (*operands, result, *tail.labels[len(rest) + 1 :]), flops + tail.flops)
+    return Plan(
+        ((first, second), *tail.pairs),
+        (*operands, result, *tail.labels[len(rest) + 1 :]),
+        flops + tail.flops,
+    )
 
 
 def plan_product(

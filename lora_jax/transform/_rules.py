@@ -7,11 +7,21 @@ it doesn't cover the case at hand, and then W + AB is built. A new rule is one f
 
 from collections.abc import Mapping
 
-from lora_jax.transform import _contraction, _control, _structure
+from lora_jax.transform import (
+    _contraction,
+    _control,
+    _convolution,
+    _custom,
+    _indexing,
+    _structure,
+)
 from lora_jax.transform._interpreter import Rule
 
 RULES: Mapping[str, Rule] = {
     **_structure.RULES,
     **_contraction.RULES,
+    **_convolution.RULES,
+    **_indexing.RULES,
     **_control.RULES,
+    **_custom.RULES,
 }

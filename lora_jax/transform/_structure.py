@@ -84,9 +84,7 @@ def squeeze(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     ]
 
 
-def broadcast_in_dim(
-    interpreter: Interpreter, equation: Equation, inputs: list[Any]
-) -> list[Any]:
+def broadcast_in_dim(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the weight with new axes, on which neither factor depends."""
     value = inputs[0]
     ndim = len(equation.params["shape"])
@@ -219,9 +217,7 @@ def dynamic_slice(
     return [_with(value, base, cut)]
 
 
-def concatenate(
-    interpreter: Interpreter, equation: Equation, inputs: list[Any]
-) -> list[Any]:
+def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns weights joined along an axis: each one's terms fill a window of the whole."""
     axis = equation.params["dimension"]
     bases = [value.base if isinstance(value, Factored) else value for value in inputs]
@@ -237,6 +233,22 @@ def concatenate(
             terms.append(Term(term.lora_A, term.lora_B, term.scale, windows))
         start += size
     return [Factored(base, tuple(terms), joined_path(inputs))]
+
+
+def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns weights stacked along a new axis: each one's terms fill one place of it."""
+    axis = equation.params["axis"]
+    terms = tuple(
+        Term(
+            jnp.expand_dims(term.lora_A, axis),
+            jnp.expand_dims(term.lora_B, axis),
+            term.scale,
+            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
+        )
+        for place, value in enumerate(inputs)
+        for term in _terms(value)
+    )
+    return [Factored(_on_bases(equation, inputs), terms, joined_path(inputs))]
 
 
 def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -271,9 +283,7 @@ def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the difference of a weight and an array or another weight."""
     first, second = inputs
-    negated = tuple(
-        dataclasses.replace(term, scale=-term.scale) for term in _terms(second)
-    )
+    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in _terms(second))
     return [Factored(_on_bases(equation, inputs), _terms(first) + negated, joined_path(inputs))]
 
 
@@ -412,11 +422,13 @@ RULES: dict[str, Rule] = {
     "neg": neg,
     "optimization_barrier": optimization_barrier,
     "reshape": reshape,
+    "pvary": on_every_array,
     "rev": rev,
     "sharding_constraint": on_base_alone,
     "slice": slice_,
     "split": split,
     "squeeze": squeeze,
+    "stack": stack,
     "stop_gradient": on_every_array,
     "sub": sub,
     "transpose": transpose,

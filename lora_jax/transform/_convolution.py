@@ -1,0 +1,148 @@
+"""The rule for convolutions: a convolution with lora_A, then lora_B on the channels it gives."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax.transform._contraction import prefers_dense, product_dtype
+from lora_jax.transform._factored import (
+    Factored,
+    Term,
+    dense_flops,
+    dense_value,
+    without_windows,
+)
+from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax.transform._product import Labelled, product
+from lora_jax.transform._report import Use
+
+
+def conv_general_dilated(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any] | None:
+    r"""Returns the convolution with $W$ plus, for each term, one with lora_A mixed by lora_B.
+
+    With $\Delta W_{h w i o} = \sum_r A_{h w i r} B_{r o}$, convolving is convolving with the r
+    kernels of A and then mixing the r channels by B, at each place alone. With feature groups,
+    output channel o reads the inputs of its own group g(o) only; all groups share A, so the
+    convolution with A gives r channels for each group, and B mixes those of the group.
+    """
+    x, weight = inputs
+    if isinstance(x, Factored) or equation.params["batch_group_count"] != 1:
+        return None
+    terms = [without_windows(term, weight.shape) for term in weight.terms]
+    factors = [_kernel_and_mixer(term, _feature_axis(equation)) for term in terms]
+    if any(pair is None for pair in factors):
+        return None
+    base = evaluate_equation(equation, [x, weight.base])[0]
+    use = _use(equation, weight, base)
+    interpreter.record(use)
+    if use.how == "dense":
+        return evaluate_equation(equation, [x, dense_value(weight)])
+    result = base
+    with scope_of(equation), jax.named_scope("lora"):
+        for term, (kernel, mixer) in zip(terms, factors, strict=True):
+            adapter_input = interpreter.dropped_out(x)
+            result += _change(equation, adapter_input, kernel, mixer, term.scale, base)
+    return [result]
+
+
+def _kernel_and_mixer(term: Term, feature_axis: int) -> tuple[Array, Array] | None:
+    """Returns the factor that holds all but the output features, and the one that holds them."""
+    for kernel, mixer in ((term.lora_A, term.lora_B), (term.lora_B, term.lora_A)):
+        mixes_only_features = all(
+            size == 1 for axis, size in enumerate(mixer.shape[:-1]) if axis != feature_axis
+        )
+        if kernel.shape[feature_axis] == 1 and mixes_only_features:
+            return kernel, mixer
+    return None
+
+
+def _change(
+    equation: Equation, x: Array, kernel: Array, mixer: Array, scale: Array, base: Array
+) -> Array:
+    """Returns scale · mix(conv(x, kernel), mixer) in the shape and dtype of `base`."""
+    feature_axis = _feature_axis(equation)
+    groups = equation.params["feature_group_count"]
+    rank = kernel.shape[-1]
+    dtype = jnp.result_type(x.dtype, kernel.dtype, mixer.dtype)
+    # (.., 1 at the output features, .., r) -> (.., groups · r at the output features, ..)
+    kernel = jnp.moveaxis(kernel.squeeze(feature_axis), -1, feature_axis)
+    kernel = jnp.concatenate([kernel] * groups, axis=feature_axis)
+    convolved = jax.lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        **{
+            **{name: equation.params[name] for name in _SAME_PARAMETERS},
+            "preferred_element_type": product_dtype(equation, dtype),
+        },
+    )
+    out_axis = equation.params["dimension_numbers"].out_spec[1]
+    return _mixed(convolved, mixer.astype(dtype), scale, out_axis, groups, rank, base)
+
+
+def _mixed(
+    convolved: Array, mixer: Array, scale: Array, out_axis: int, groups: int, rank: int, base: Array
+) -> Array:
+    """Returns the channels of each group mixed, with the output features at `out_axis`."""
+    shape = base.shape
+    before, after = tuple(range(out_axis)), tuple(range(out_axis + 1, base.ndim))
+    group_label, rank_label, feature_label = base.ndim, base.ndim + 1, out_axis
+    split = convolved.reshape(*shape[:out_axis], groups, rank, *shape[out_axis + 1 :])
+    features = mixer.reshape(groups, shape[out_axis] // groups, rank)
+    joined = product(
+        [
+            Labelled(split, (*before, group_label, rank_label, *after)),
+            Labelled(features, (group_label, feature_label, rank_label)),
+        ],
+        (*before, group_label, feature_label, *after),
+        scale=scale,
+    )
+    return joined.array.reshape(shape).astype(base.dtype)
+
+
+def _use(equation: Equation, weight: Factored, base: Array) -> Use:
+    """Returns what computing with factors costs beside building W + AB, and which is chosen."""
+    feature_axis = _feature_axis(equation)
+    features = weight.shape[feature_axis]
+    places = base.size // features
+    window = math.prod(weight.shape) // features
+    groups = equation.params["feature_group_count"]
+    base_flops = 2 * base.size * window
+    factored_flops = sum(
+        2 * places * (groups * term.rank * window + features * term.rank) for term in weight.terms
+    )
+    building = dense_flops(weight)
+    is_dense = prefers_dense(base_flops, factored_flops, building)
+    return Use(
+        path=weight.path,
+        primitive=equation.primitive.name,
+        source=source_line(equation),
+        how="dense" if is_dense else "factored",
+        base_flops=base_flops,
+        added_flops=building if is_dense else factored_flops,
+        dense_flops=building,
+    )
+
+
+def _feature_axis(equation: Equation) -> int:
+    """Returns the weight's axis of output features."""
+    return equation.params["dimension_numbers"].rhs_spec[0]
+
+
+_SAME_PARAMETERS = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "precision",
+)
+
+RULES: dict[str, Rule] = {"conv_general_dilated": conv_general_dilated}

@@ -1,0 +1,157 @@
+"""`explain`: where each adapted weight is used, how that is computed, and at what cost."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._paths import leaves_with_paths
+from lora_jax._tables import table
+from lora_jax._weight import Axes, is_lora_weight
+from lora_jax.transform._adapt import rewrite, with_static, with_trained_values
+from lora_jax.transform._report import Use
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetReport:
+    """What becomes of one adapted weight.
+
+    Attributes:
+      path: its place in the arguments.
+      shape: the weight's shape.
+      axes: the role of each axis.
+      rank: r.
+      uses: where it is used; empty if the function does nothing with it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: Axes
+    rank: int
+    uses: tuple[Use, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What becomes of each adapted weight in one call; printed, a table.
+
+    Attributes:
+      targets: a report for each adapted weight, in the order of the arguments.
+    """
+
+    targets: tuple[TargetReport, ...]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The paths of adapters that the function never uses."""
+        return tuple(target.path for target in self.targets if not target.uses)
+
+    @property
+    def materialized(self) -> tuple[Use, ...]:
+        """The uses for which no rule exists, so that W + AB is built."""
+        return tuple(
+            use for target in self.targets for use in target.uses if use.how == "materialized"
+        )
+
+    @property
+    def added_flops(self) -> int:
+        """The operations that all adapters add to one forward pass."""
+        return sum(use.added_flops * use.times for target in self.targets for use in target.uses)
+
+    def __str__(self) -> str:
+        rows = [row for target in self.targets for row in _rows(target)]
+        warning = "".join(
+            f"\n'{path}' is never used: its adapter does nothing." for path in self.unused
+        )
+        return f"{table(_HEADER, rows, right=('times', 'base FLOPs', 'added FLOPs'))}{warning}"
+
+
+_HEADER = (
+    "path",
+    "shape",
+    "axes",
+    "rank",
+    "used in",
+    "how",
+    "times",
+    "base FLOPs",
+    "added FLOPs",
+    "source",
+)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Returns where each adapted weight is used, how that is computed, and at what cost.
+
+    The function is traced, not run.
+
+    Args:
+      fn: the function as its author wrote it, not adapted.
+      *args: its arguments, with wrapped parameters among them.
+      **kwargs: its keyword arguments.
+
+    Returns:
+      The report: data, and a table when printed. `how` is "factored" for x W + s (x A) B; "dense"
+      where building W + AB takes fewer operations in a training step; "materialized" where no rule
+      covers the op.
+
+    Example:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((40, 30)), "idle": jnp.ones((9, 9))}, ".*", rank=1)
+      >>> report = lora_jax.explain(lambda params, x: x @ params["kernel"], wrapped, jnp.ones((2, 40)))
+      >>> report.unused, report.added_flops
+      (('idle',), 280)
+    """
+    arguments = with_static(with_trained_values((args, kwargs)))
+    uses: list[Use] = []
+    jax.eval_shape(lambda arguments: rewrite(fn, arguments, uses=uses), arguments)
+    return Report(
+        tuple(
+            TargetReport(
+                path=path,
+                shape=node.shape,
+                axes=node.axes,
+                rank=node.rank,
+                uses=_gathered([use for use in uses if path in use.path.split(" + ")]),
+            )
+            for path, node in _adapted_weights(arguments)
+        )
+    )
+
+
+def _adapted_weights(arguments: Any) -> list[tuple[str, Any]]:
+    args, kwargs = arguments
+    return [
+        (path, node)
+        for argument in (*args, *kwargs.values())
+        for path, node in leaves_with_paths(argument, is_leaf=is_lora_weight)
+        if is_lora_weight(node)
+    ]
+
+
+def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:
+    """Returns the uses with equal ones as one that happens more often."""
+    times: dict[Use, int] = {}
+    for use in uses:
+        once = dataclasses.replace(use, times=1)
+        times[once] = times.get(once, 0) + use.times
+    return tuple(dataclasses.replace(use, times=count) for use, count in times.items())
+
+
+def _rows(target: TargetReport) -> list[tuple[str, ...]]:
+    described = (target.path, str(target.shape), ", ".join(target.axes), str(target.rank))
+    if not target.uses:
+        return [(*described, "nowhere", "", "0", "", "", "")]
+    return [
+        (
+            *described,
+            use.primitive,
+            use.how,
+            str(use.times),
+            f"{use.base_flops:,}",
+            f"{use.added_flops:,}",
+            use.source,
+        )
+        for use in target.uses
+    ]

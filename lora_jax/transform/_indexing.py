@@ -1,0 +1,112 @@
+"""The rule for `gather`: embedding lookup, and picking a layer or an expert out of a stack."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax.transform._factored import Factored, Term, dense_value, without_windows
+from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax.transform._report import Use
+
+
+def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
+    """Returns rows of the weight: rows of each factor that holds the looked-up axes.
+
+    An axis that both factors hold is a batch axis, and what is picked is a weight still. If one
+    factor holds it, as in an embedding, what is picked are activations: its rows times the other.
+    """
+    value, indices = inputs
+    if not isinstance(value, Factored) or isinstance(indices, Factored):
+        return None
+    if equation.params["dimension_numbers"].operand_batching_dims:
+        return None
+    terms = [without_windows(term, value.shape) for term in value.terms]
+    looked_up = [
+        axis
+        for axis in equation.params["dimension_numbers"].start_index_map
+        if value.shape[axis] != 1
+    ]
+    if any(_holding(term, looked_up) is None for term in terms):
+        return None
+    base = evaluate_equation(equation, [value.base, indices])[0]
+    picked = tuple(
+        Term(
+            *(
+                _picked(equation, factor, indices, looked_up, base)
+                for factor in (term.lora_A, term.lora_B)
+            ),
+            term.scale,
+            (None,) * base.ndim,
+        )
+        for term in terms
+    )
+    if all(_holding(term, looked_up) != "one" for term in terms):
+        return [Factored(base, picked, value.path)]
+    flops = sum(2 * term.rank * base.size for term in picked)
+    interpreter.record(
+        Use(value.path, "gather", source_line(equation), "factored", 0, flops, flops)
+    )
+    with scope_of(equation), jax.named_scope("lora"):
+        rows = Factored(base, tuple(_rows_dropped_out(interpreter, t) for t in picked), value.path)
+        return [dense_value(rows)]
+
+
+def _holding(term: Term, axes: Sequence[int]) -> str | None:
+    """Returns how many factors hold the axes: "one", "both" or "none"; None if it differs."""
+    holds = [[factor.shape[axis] != 1 for axis in axes] for factor in (term.lora_A, term.lora_B)]
+    if any(any(held) != all(held) for held in holds):
+        return None
+    return ("none", "one", "both")[sum(bool(held) and all(held) for held in holds)]
+
+
+def _picked(
+    equation: Equation, factor: Array, indices: Array, looked_up: Sequence[int], base: Array
+) -> Array:
+    """Returns what of a factor belongs to the picked part of the weight, aligned with its axes."""
+    numbers = equation.params["dimension_numbers"]
+    if not all(factor.shape[axis] != 1 for axis in looked_up):
+        return _aligned_with_offsets(factor, numbers, base.ndim)
+    sizes = [
+        min(size, whole)
+        for size, whole in zip(equation.params["slice_sizes"], factor.shape[:-1], strict=True)
+    ]
+    return jax.lax.gather(
+        factor,
+        indices,
+        numbers._replace(offset_dims=(*numbers.offset_dims, base.ndim)),
+        (*sizes, factor.shape[-1]),
+        unique_indices=equation.params["unique_indices"],
+        indices_are_sorted=equation.params["indices_are_sorted"],
+        mode=equation.params["mode"],
+        # Where an index is out of bounds, the base's own fill value stands alone.
+        fill_value=0,
+    )
+
+
+def _aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
+    """Returns a factor without looked-up axes, each other axis at its place in the result."""
+    kept = [axis for axis in range(factor.ndim - 1) if axis not in numbers.collapsed_slice_dims]
+    sizes = [1] * ndim
+    for place, axis in zip(numbers.offset_dims, kept, strict=True):
+        sizes[place] = factor.shape[axis]
+    return factor.reshape(*sizes, factor.shape[-1])
+
+
+def _rows_dropped_out(interpreter: Interpreter, term: Term) -> Term:
+    """Returns the term with some lookups dropped: a lookup is a product with a one-hot input."""
+    lookups = [1 if size_B != 1 else size_A for size_A, size_B in _sizes(term)]
+    ones = jnp.ones((*lookups, 1), term.lora_A.dtype)
+    mask = interpreter.dropped_out(ones)
+    return term if mask is ones else dataclasses.replace(term, lora_A=term.lora_A * mask)
+
+
+def _sizes(term: Term) -> list[tuple[int, int]]:
+    return list(zip(term.lora_A.shape[:-1], term.lora_B.shape[:-1], strict=True))
+
+
+RULES: dict[str, Rule] = {"gather": gather}

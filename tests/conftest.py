@@ -1,0 +1,18 @@
+"""What every test runs under: strict dtype promotion, and eight devices on a plain CPU."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is most of what the suite does. Tests that read the compiled program turn this off.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Lets a test compute its reference in float64, which JAX otherwise truncates to float32."""
+    with jax.enable_x64(True):
+        yield
