@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,8 +15,7 @@ Literal = core.Literal
 Var = core.Var
 
 _OWN_FOLDERS = tuple(
-    os.path.dirname(os.path.abspath(module_file)) + os.sep
-    for module_file in (jax.__file__, __file__)
+    str(Path(module_file).resolve().parent) + os.sep for module_file in (jax.__file__, __file__)
 )
 
 
@@ -57,13 +57,14 @@ def name_scope(equation: Equation) -> str:
     return str(equation.source_info.name_stack)
 
 
-def source_line(equation: Equation) -> str:
-    """Returns the line of the model's own source that `equation` comes from."""
-    traceback = equation.source_info.traceback
+def source_line(equation: Equation) -> str | None:
+    """Returns the line of the model's own source that `equation` comes from, if it is known."""
+    traceback: Any = equation.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(_OWN_FOLDERS) and not frame.file_name.startswith("<"):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return "an unknown line"
+        if not frame.file_name.startswith((*_OWN_FOLDERS, "<")):
+            file_name = frame.file_name.rpartition("site-packages" + os.sep)[2]
+            return f"{file_name}:{frame.line_num} ({frame.function_name})"
+    return None
 
 
 def scan_counts(equation: Equation) -> tuple[int, int]:
@@ -72,3 +73,14 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
         constants, carried, _ = equation.params["ft_in"].unpack()
         return len(constants), len(carried)
     return equation.params["num_consts"], equation.params["num_carry"]
+
+
+def called_jaxpr(equation: Equation) -> Jaxpr | None:
+    """Returns the body of an equation that calls one function once, or None."""
+    for name in ("jaxpr", "call_jaxpr"):
+        body = equation.params.get(name)
+        if isinstance(body, ClosedJaxpr):
+            return body.jaxpr
+        if isinstance(body, Jaxpr):
+            return body
+    return None

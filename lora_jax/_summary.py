@@ -11,7 +11,7 @@ from lora_jax._compat import is_tracer
 from lora_jax._paths import leaves_with_paths
 from lora_jax._tables import table
 from lora_jax._train import split
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, side_size
 from lora_jax._wrap import unwrap
 
 
@@ -126,11 +126,16 @@ def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
         path,
         str(node.shape),
         ", ".join(node.axes),
-        str(node.rank),
+        _rank_text(node),
         _scale_text(node.scale),
         str(node.lora_A.dtype),
         f"{_size((node.lora_A, node.lora_B)):,}",
     )
+
+
+def _rank_text(node: LoRAWeight) -> str:
+    sides = [side_size(node.shape, node.axes, role) for role in ("in", "out")]
+    return f"{node.rank} (whole side)" if node.rank == min(sides) else str(node.rank)
 
 
 def _scale_text(scale: Any) -> str:

@@ -6,10 +6,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax._axes import InferredAxes
 from lora_jax._paths import compile_expression, leaves_with_paths, listed, nearest_paths
 
 Overrides = Mapping[str, Any]
 Targets = str | Sequence[str] | Callable[[str, Any], bool] | Mapping[str, Overrides]
+
+ALL_LINEAR = "all-linear"
+
+# The override that lets a rank shrink to a weight's smaller side; only "all-linear" sets it.
+SHRINKS_TO_FIT = "shrinks_to_fit"
 
 # Leaves with these names shift a module's output. They may have two axes (the heads and the head
 # dimension of an attention bias), and still a matched module does not mean them.
@@ -34,6 +40,7 @@ def select(
     argument: str = "targets",
     expected: str = "a weight of two or more axes",
     biases: bool = False,
+    inferred: InferredAxes | None = None,
 ) -> dict[str, Overrides]:
     """Returns the paths that `targets` selects, each with its overrides; the first match counts.
 
@@ -45,6 +52,7 @@ def select(
       argument: the name of the argument, for errors.
       expected: what `adaptable` asks for, in words.
       biases: whether a matched module means its biases too.
+      inferred: what is known of how the weights are used; `"all-linear"` needs it.
 
     Raises:
       ValueError: an expression matches nothing, or nothing that is adaptable.
@@ -52,7 +60,7 @@ def select(
     """
     leaves = leaves_with_paths(params)
     selected: dict[str, Overrides] = {}
-    for selector in _selectors(targets, argument):
+    for selector in _selectors(targets, argument, inferred):
         matched = [(path, leaf) for path, leaf in leaves if selector.matches(path, leaf)]
         chosen = [
             path
@@ -62,9 +70,9 @@ def select(
         if not matched:
             raise ValueError(_no_match(selector, [path for path, _ in leaves], argument))
         if not chosen:
-            shapes = [f"{path} {tuple(jnp.shape(leaf))}" for path, leaf in matched]
             raise ValueError(
-                f"`{argument}`: {selector.description} matches {listed(shapes)}, "
+                f"`{argument}`: {selector.description} matches "
+                f"{listed([_described(path, leaf, inferred) for path, leaf in matched])}, "
                 f"of which none is {expected}."
             )
         for path in chosen:
@@ -72,25 +80,27 @@ def select(
     return selected
 
 
-def _selectors(targets: Targets, argument: str) -> list[_Selector]:
+def _selectors(targets: Targets, argument: str, inferred: InferredAxes | None) -> list[_Selector]:
     if isinstance(targets, str):
-        return [_expression_selector(targets, {}, argument)]
+        return [_expression_selector(targets, {}, argument, inferred)]
     if isinstance(targets, Mapping):
         return [
-            _expression_selector(expression, overrides, argument)
+            _expression_selector(expression, overrides, argument, inferred)
             for expression, overrides in targets.items()
         ]
     if callable(targets):
         return [_Selector("the predicate", targets, lambda path: True, {})]
     if isinstance(targets, Sequence) and targets:
-        return [_expression_selector(expression, {}, argument) for expression in targets]
+        return [_expression_selector(expression, {}, argument, inferred) for expression in targets]
     raise TypeError(
         f"`{argument}` is {targets!r}; expected a regular expression, a sequence of them, a "
         "function (path, leaf) -> bool, or a mapping from expression to overrides."
     )
 
 
-def _expression_selector(expression: Any, overrides: Any, argument: str) -> _Selector:
+def _expression_selector(
+    expression: Any, overrides: Any, argument: str, inferred: InferredAxes | None
+) -> _Selector:
     if not isinstance(expression, str):
         raise TypeError(f"`{argument}` holds {expression!r}; expected a regular expression.")
     if not isinstance(overrides, Mapping):
@@ -98,6 +108,8 @@ def _expression_selector(expression: Any, overrides: Any, argument: str) -> _Sel
             f"`{argument}` maps {expression!r} to {overrides!r}; expected overrides such as "
             "dict(rank=16)."
         )
+    if expression == ALL_LINEAR:
+        return _all_linear_selector(overrides, argument, inferred)
     pattern = compile_expression(expression, argument)
     return _Selector(
         description=f"the expression {expression!r}",
@@ -105,6 +117,29 @@ def _expression_selector(expression: Any, overrides: Any, argument: str) -> _Sel
         names_leaf=lambda path: any(match.end() == len(path) for match in pattern.finditer(path)),
         overrides=overrides,
     )
+
+
+def _all_linear_selector(
+    overrides: Overrides, argument: str, inferred: InferredAxes | None
+) -> _Selector:
+    if inferred is None:
+        raise ValueError(
+            f"`{argument}` is 'all-linear', which needs to know how the function uses its weights: "
+            "wrap(params, 'all-linear', axes=lora_jax.infer_axes(fn, params, *args))."
+        )
+    return _Selector(
+        description="'all-linear'",
+        matches=lambda path, leaf: path in inferred.linear,
+        names_leaf=lambda path: True,
+        overrides={SHRINKS_TO_FIT: True, **overrides},
+    )
+
+
+def _described(path: str, leaf: Any, inferred: InferredAxes | None) -> str:
+    described = f"{path} {tuple(jnp.shape(leaf))}"
+    if inferred is None or path in inferred or jnp.ndim(leaf) < 2:
+        return described
+    return f"{described}: {inferred.reason_against(path)}"
 
 
 def _no_match(selector: _Selector, paths: list[str], argument: str) -> str:

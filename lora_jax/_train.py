@@ -1,6 +1,6 @@
 """What trains and what stays frozen: labels, the two halves of a tree, and the optimiser."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ def labels(wrapped: Any) -> Any:
 
     Example:
       >>> import jax.numpy as jnp, lora_jax
-      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "kernel", rank=2)
+      >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
       >>> lora_jax.labels(wrapped)["kernel"].lora_A, lora_jax.labels(wrapped)["bias"]
       ('lora_A', 'frozen')
     """
@@ -114,7 +115,9 @@ def optimizer(
         unknown = sorted(set(by_label) - set(_TRAINABLE))
         raise ValueError(f"`tx` has the labels {listed(unknown)}; expected {listed(_TRAINABLE)}.")
     # One group for one transformation: a global norm or a count must see all that trains at once.
-    transforms = {"trainable": tx} if by_label is None else by_label
+    transforms: dict[Hashable, optax.GradientTransformation] = (
+        {**tx} if isinstance(tx, Mapping) else {"trainable": tx}
+    )
     grouped = optax.multi_transform(
         {**transforms, _FROZEN: optax.set_to_zero()},
         lambda tree: jax.tree.map(lambda label: _group(label, by_label), labels(tree)),

@@ -5,14 +5,15 @@ import math
 import operator
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from lora_jax._axes import InferredAxes
 from lora_jax._paths import compile_expression, leaves_with_paths, listed, map_with_paths
-from lora_jax._targets import Overrides, Targets, select
+from lora_jax._targets import SHRINKS_TO_FIT, Overrides, Targets, select
 from lora_jax._weight import (
     Axes,
     FullWeight,
@@ -55,13 +56,16 @@ def wrap(
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
         `(path, leaf) -> bool`, or a mapping from expression to overrides of `rank`, `alpha`, `init`
         and `dtype` (`{"query": dict(rank=16)}`). A matched module means its weights of two or more
-        axes, not its biases.
+        axes, not its biases. `"all-linear"`, with `axes=infer_axes(...)`, means every weight of a
+        product or convolution but the output head's; where a weight's smaller side is below
+        `rank`, its rank is that side.
       rank: r, at least 1 and at most the weight's smaller side.
       alpha: $\alpha$, with scale = $\alpha / r$; r unless given.
       key: a random key; each weight draws from its own, derived from `key` and its path, so that
         another target does not change the others. `jax.random.key(0)` unless given.
       axes: for weights of more than two axes, and where two axes are not (in, out): a mapping from
-        path or expression to each axis's role, `"in"`, `"out"` or `"batch"`.
+        path or expression to each axis's role, `"in"`, `"out"` or `"batch"`; or what `infer_axes`
+        returned, with which a matched module means the weights that the function uses as such.
       init: a name or a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`.
       dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
       train: what to train in full beside the adapters, in the forms of `targets`.
@@ -88,7 +92,15 @@ def wrap(
     for name, value in defaults.items():
         _CHECKS[name](f"`{name}`", value)
     key = jax.random.key(0) if key is None else key
-    selected = select(params, targets, adaptable=_is_adaptable)
+    inferred = axes if isinstance(axes, InferredAxes) else None
+    selected = select(
+        params,
+        targets,
+        adaptable=lambda path, leaf: _is_adaptable(path, leaf, inferred),
+        inferred=inferred,
+        expected="a weight of two or more axes"
+        + ("" if inferred is None else " that the function uses as one"),
+    )
     trained = _trained_paths(params, train, selected)
 
     def node(path: str, leaf: Any) -> Any:
@@ -149,6 +161,8 @@ def _lora_weight(
     path: str, leaf: Array, axes: Axes, settings: Overrides, key: PRNGKeyArray
 ) -> LoRAWeight:
     rank = operator.index(settings["rank"])
+    if settings.get(SHRINKS_TO_FIT):
+        rank = min(rank, _smaller_side(leaf, axes))
     _check_rank_fits(path, leaf, axes, rank)
     scale = (rank if settings["alpha"] is None else settings["alpha"]) / rank
     dtype = settings["dtype"] or jnp.promote_types(leaf.dtype, jnp.float32)
@@ -206,6 +220,11 @@ def _trained_paths(params: Any, train: Targets | None, selected: Mapping[str, An
 
 
 def _axes_of(path: str, leaf: Array, axes: Mapping[str, Sequence[str]] | None) -> Axes:
+    if isinstance(axes, InferredAxes) and path not in axes:
+        raise ValueError(
+            f"`axes` has none for '{path}' of shape {leaf.shape}: {axes.reason_against(path)}. "
+            "Leave it out of `targets`, or give its axes by hand."
+        )
     roles = _given_roles(path, axes or {})
     if roles is None:
         if leaf.ndim == 2:
@@ -224,7 +243,7 @@ def _axes_of(path: str, leaf: Array, axes: Mapping[str, Sequence[str]] | None) -
         raise ValueError(
             f"`axes` gives {tuple(roles)} for '{path}'; expected at least one 'in' and one 'out'."
         )
-    return tuple(roles)  # type: ignore[return-value]
+    return cast(Axes, tuple(roles))
 
 
 def _given_roles(path: str, axes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
@@ -240,8 +259,11 @@ def _is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_adaptable(path: str, leaf: Any) -> bool:
-    return _is_floating(leaf) and leaf.ndim >= 2
+def _is_adaptable(path: str, leaf: Any, inferred: InferredAxes | None) -> bool:
+    if not _is_floating(leaf) or leaf.ndim < 2:
+        return False
+    # A weight whose uses disagree is no bystander: passing it over would hide the disagreement.
+    return inferred is None or path in inferred or path in inferred.disagreements
 
 
 def _check_not_wrapped(params: Any) -> None:
@@ -259,6 +281,8 @@ def _check_not_wrapped(params: Any) -> None:
 
 def _checked_overrides(path: str, overrides: Overrides) -> Overrides:
     for name, value in overrides.items():
+        if name == SHRINKS_TO_FIT:
+            continue
         if name not in _CHECKS:
             raise ValueError(
                 f"`targets` overrides {name!r} for '{path}'; expected one of {listed(_SETTINGS)}."
@@ -275,13 +299,17 @@ def _check_rank(subject: str, rank: Any) -> None:
 
 
 def _check_rank_fits(path: str, leaf: Array, axes: Axes, rank: int) -> None:
-    sides = [side_size(leaf.shape, axes, role) for role in ("in", "out")]
-    if rank > min(sides):
+    largest = _smaller_side(leaf, axes)
+    if rank > largest:
         raise ValueError(
-            f"`rank` is {rank} for '{path}', whose sides are in={sides[0]} and out={sides[1]}; "
-            f"expected at most {min(sides)}. A mapping gives this target a rank of its own: "
-            f"wrap(..., {{'{path}': dict(rank={min(sides)})}})."
+            f"`rank` is {rank} for '{path}' of shape {leaf.shape} with the axes {axes}; expected "
+            f"at most {largest}, its smaller side. A mapping gives this target a rank of its own: "
+            f"wrap(..., {{'{path}': dict(rank={largest})}})."
         )
+
+
+def _smaller_side(leaf: Array, axes: Axes) -> int:
+    return min(side_size(leaf.shape, axes, role) for role in ("in", "out"))
 
 
 def _check_alpha(subject: str, alpha: Any) -> None:

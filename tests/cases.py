@@ -20,7 +20,7 @@ class Case:
 
     `x` is one example: the battery vmaps and scans over several. `how` says how each adapted use
     must be computed. `reverse` says whether JAX can differentiate the function in reverse mode,
-    `batchable` whether it can vmap it, and `exact_when_compiled` whether XLA fuses the arithmetic on
+    `batchable` whether it can vmap it, and `exact_when_compiled` whether XLA fuses arithmetic on
     the weight itself in the same way in both programs.
     """
 
@@ -361,7 +361,9 @@ def transposed_inside_a_jitted_function(params, x):
 @case({"W": (24, 24)}, (4, 24))
 def scan_with_a_constant(params, x):
     final, steps = jax.lax.scan(
-        lambda h, x_t: ((new := jnp.tanh((h + x_t) @ params["W"])), new[:3]), jnp.zeros_like(x[0]), x
+        lambda h, x_t: ((new := jnp.tanh((h + x_t) @ params["W"])), new[:3]),
+        jnp.zeros_like(x[0]),
+        x,
     )
     return final + steps.sum()
 

@@ -52,10 +52,10 @@ def make_problem(case: Case) -> Problem:
         if case.integer_x
         else jax.random.normal(key, xs_shape)
     )
-    return Problem(case, params, wrapped, with_random_B(wrapped), xs)
+    return Problem(case, params, wrapped, with_random_lora_b(wrapped), xs)
 
 
-def with_random_B(wrapped: Any) -> Any:
+def with_random_lora_b(wrapped: Any) -> Any:
     key = jax.random.key(11)
     return jax.tree.map(
         lambda label, x: jax.random.normal(key, x.shape) / 4 if label == "lora_B" else x,
@@ -122,9 +122,7 @@ TRANSFORMS = {
     "jit": Transform(lambda fn: jax.jit(lambda wrapped, xs: fn(wrapped, xs[0])), the_first),
     "vmap": Transform(lambda fn: jax.jit(jax.vmap(fn, (None, 0))), all_of_them),
     "scan": Transform(lambda fn: jax.jit(scanned(fn)), all_of_them),
-    "grad": Transform(
-        lambda fn: lambda wrapped, xs: gradient(fn)(wrapped, xs[0]), the_first, True
-    ),
+    "grad": Transform(lambda fn: lambda wrapped, xs: gradient(fn)(wrapped, xs[0]), the_first, True),
     "vmap of grad": Transform(
         lambda fn: jax.jit(jax.vmap(gradient(fn), (None, 0))), all_of_them, True
     ),
@@ -176,7 +174,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_adapted_is_dense(problem: Problem, name: str) -> None:
-    """Law 2: adapt(f)(wrapped, x) = f(merge(wrapped), x), and its gradients are the chain rule's."""
+    """Law 2: adapt(f)(wrapped, x) = f(merge(wrapped), x), and so are its gradients."""
     transform = TRANSFORMS[name]
     if transform.differentiates and not problem.case.reverse:
         pytest.skip("JAX has no reverse-mode derivative of this function")

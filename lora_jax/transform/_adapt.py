@@ -39,7 +39,8 @@ def adapt(
         off in all others, so that evaluation needs no second function.
 
     Returns:
-      A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and `lora_key`.
+      A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and of
+      `lora_key`.
 
     Raises:
       ValueError: `on_materialize` or `dropout` is out of range; or, when called, `lora_key` is

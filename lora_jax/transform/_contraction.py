@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax._compat import Equation, evaluate_equation
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -75,7 +75,7 @@ def _computed(
         Use(
             path=value.path,
             primitive=equation.primitive.name,
-            source=source_line(equation),
+            source=interpreter.source_of(equation),
             how="dense" if is_dense else "factored",
             base_flops=base_flops,
             added_flops=dense_flops(value) if is_dense else factored_flops,
@@ -167,7 +167,7 @@ def ragged_dot_general(
         Use(
             path=weight.path,
             primitive=equation.primitive.name,
-            source=source_line(equation),
+            source=interpreter.source_of(equation),
             how="factored",
             base_flops=2 * x.size * weight.shape[2],
             added_flops=flops,

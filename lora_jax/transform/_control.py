@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
-from lora_jax.transform._factored import Factored, Term, without_windows
+from lora_jax.transform._factored import Factored, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
 
@@ -21,7 +21,7 @@ def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequ
     """Returns the outputs of a jitted function, rewritten and jitted under its own name."""
     with scope_of(equation):
         return interpreter.call_shared(
-            equation.params["jaxpr"],
+            equation,
             lambda body: jax.jit(
                 _named(body, equation.params["name"]), inline=equation.params["inline"]
             ),
@@ -31,9 +31,10 @@ def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequ
 
 def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a rematerialised function under its own policy."""
+    inner = interpreter.within(equation)
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        return interpreter.with_key(key).run_open(equation.params["jaxpr"], (), arguments)
+        return inner.with_key(key).run_open(equation.params["jaxpr"], (), arguments)
 
     rewritten = jax.checkpoint(
         body, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"]
@@ -44,7 +45,7 @@ def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Se
 
 def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a plain call."""
-    return interpreter.run(equation.params["call_jaxpr"], inputs)
+    return interpreter.within(equation).run(equation.params["call_jaxpr"], inputs)
 
 
 def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -53,7 +54,7 @@ def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
 
     def rewritten(branch: ClosedJaxpr) -> Callable[..., list[Any]]:
         def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-            outputs = interpreter.with_key(key).run(branch, arguments)
+            outputs = interpreter.within(equation).with_key(key).run(branch, arguments)
             return _arrays(interpreter, equation, outputs)
 
         return body
@@ -75,7 +76,7 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
         interpreter, equation, body.jaxpr, inputs[constant_count:][:carry_count], constant_count
     )
     stacks = [_Stack.of(value) for value in inputs[constant_count + carry_count :]]
-    loop = interpreter.repeated(equation.params["length"])
+    loop = interpreter.within(equation, times=equation.params["length"])
 
     def step(state: list[Any], cut: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         key, slices = cut
@@ -108,14 +109,16 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
         interpreter, equation, body.jaxpr, inputs[test_count + body_count :], body_count
     )
 
+    inside = interpreter.within(equation)
+
     def goes_on(keyed: tuple[Any, list[Any]]) -> Any:
         key, state = keyed
-        (result,) = interpreter.with_key(key).run(test, [*test_constants, *carry.joined(state)])
+        (result,) = inside.with_key(key).run(test, [*test_constants, *carry.joined(state)])
         return result
 
     def step(keyed: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         key, state = keyed
-        loop = interpreter.with_key(key)
+        loop = inside.with_key(key)
         outputs = loop.run(body, [*body_constants, *carry.joined(state)])
         return loop.next_key(), _arrays(loop, equation, carry.changing(outputs))
 
@@ -205,12 +208,12 @@ class _Stack:
             factor[0] if cut is None else cut for factor, cut in zip(factors, cuts, strict=True)
         ]
         terms = tuple(
-            Term(lora_A, lora_B, term.scale, term.window[1:])
+            dataclasses.replace(term, lora_A=lora_A, lora_B=lora_B, window=term.window[1:])
             for term, lora_A, lora_B in zip(
                 self.value.terms, layers[::2], layers[1::2], strict=True
             )
         )
-        return Factored(base, terms, self.value.path)
+        return Factored(base, terms)
 
 
 def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -222,7 +225,9 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
     ]
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        shard = interpreter.with_key(_key_of_shard(key, equation.params["newly_manual_axes"]))
+        shard = interpreter.within(equation).with_key(
+            _key_of_shard(key, equation.params["newly_manual_axes"])
+        )
         return _arrays(shard, equation, shard.run_open(equation.params["jaxpr"], (), arguments))
 
     rewritten = jax.shard_map(
@@ -246,21 +251,27 @@ def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray
     return key
 
 
-def _factored_specs(value: Any, spec: PartitionSpec) -> Any:
+def _factored_specs(value: Any, spec: Any) -> Any:
     """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
     if not isinstance(value, Factored):
         return spec
     axes = (*spec, *(None,) * (value.ndim - len(spec)))
+    replicated: Any = PartitionSpec()
 
-    def factor_spec(factor: Any) -> PartitionSpec:
+    def factor_spec(factor: Any) -> Any:
         held = [axis if size != 1 else None for axis, size in zip(axes, factor.shape, strict=False)]
         return PartitionSpec(*held)
 
     terms = tuple(
-        Term(factor_spec(term.lora_A), factor_spec(term.lora_B), PartitionSpec(), term.window)
+        dataclasses.replace(
+            term,
+            lora_A=factor_spec(term.lora_A),
+            lora_B=factor_spec(term.lora_B),
+            scale=replicated,
+        )
         for term in value.terms
     )
-    return Factored(spec, terms, value.path)
+    return Factored(spec, terms)
 
 
 def _without_any_window(value: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax._compat import Equation, evaluate_equation
 from lora_jax.transform._contraction import prefers_dense, product_dtype
 from lora_jax.transform._factored import (
     Factored,
@@ -36,11 +36,12 @@ def conv_general_dilated(
     if isinstance(x, Factored) or equation.params["batch_group_count"] != 1:
         return None
     terms = [without_windows(term, weight.shape) for term in weight.terms]
-    factors = [_kernel_and_mixer(term, _feature_axis(equation)) for term in terms]
-    if any(pair is None for pair in factors):
+    found = [_kernel_and_mixer(term, _feature_axis(equation)) for term in terms]
+    factors = [pair for pair in found if pair is not None]
+    if len(factors) < len(terms):
         return None
     base = evaluate_equation(equation, [x, weight.base])[0]
-    use = _use(equation, weight, base)
+    use = _use(interpreter, equation, weight, base)
     interpreter.record(use)
     if use.how == "dense":
         return evaluate_equation(equation, [x, dense_value(weight)])
@@ -106,7 +107,7 @@ def _mixed(
     return joined.array.reshape(shape).astype(base.dtype)
 
 
-def _use(equation: Equation, weight: Factored, base: Array) -> Use:
+def _use(interpreter: Interpreter, equation: Equation, weight: Factored, base: Array) -> Use:
     """Returns what computing with factors costs beside building W + AB, and which is chosen."""
     feature_axis = _feature_axis(equation)
     features = weight.shape[feature_axis]
@@ -122,7 +123,7 @@ def _use(equation: Equation, weight: Factored, base: Array) -> Use:
     return Use(
         path=weight.path,
         primitive=equation.primitive.name,
-        source=source_line(equation),
+        source=interpreter.source_of(equation),
         how="dense" if is_dense else "factored",
         base_flops=base_flops,
         added_flops=building if is_dense else factored_flops,

@@ -22,6 +22,7 @@ def custom_jvp_call(
 ) -> Sequence[Any]:
     """Returns the outputs of a `jax.custom_jvp` function, whose rule holds for the result."""
     body = equation.params["call_jaxpr"]
+    interpreter = interpreter.within(equation)
 
     @jax.custom_jvp
     def rewritten(*values: Any) -> list[Array]:
@@ -58,6 +59,7 @@ def custom_vjp_call(
 ) -> Sequence[Any]:
     """Returns the outputs of a `jax.custom_vjp` function, whose rule holds for the result."""
     body = equation.params["call_jaxpr"]
+    interpreter = interpreter.within(equation)
     varying = _varying(inputs)
     structures: list[Any] = []
 

@@ -98,8 +98,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Example:
       >>> import jax.numpy as jnp, lora_jax
-      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((40, 30)), "idle": jnp.ones((9, 9))}, ".*", rank=1)
-      >>> report = lora_jax.explain(lambda params, x: x @ params["kernel"], wrapped, jnp.ones((2, 40)))
+      >>> params = {"kernel": jnp.ones((40, 30)), "idle": jnp.ones((9, 9))}
+      >>> wrapped = lora_jax.wrap(params, ".*", rank=1)
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> report = lora_jax.explain(fn, wrapped, jnp.ones((2, 40)))
       >>> report.unused, report.added_flops
       (('idle',), 280)
     """

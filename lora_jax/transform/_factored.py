@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -29,12 +30,14 @@ class Term:
       scale: a scalar.
       window: for each axis of the weight, the range (start, stop) outside of which the term is
         zero, or None for the whole axis. Concatenation makes windows.
+      origin: what the term comes from; as text, the path of its weight in the arguments.
     """
 
     lora_A: Array
     lora_B: Array
     scale: Array
     window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
+    origin: Hashable = dataclasses.field(metadata={"static": True})
 
     @property
     def rank(self) -> int:
@@ -55,12 +58,15 @@ class Factored:
     Attributes:
       base: the frozen weight, with whatever ops have moved its axes so far.
       terms: the low-rank summands.
-      path: where in the arguments the weight came from.
     """
 
     base: Array
     terms: tuple[Term, ...]
-    path: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def path(self) -> str:
+        """The paths of the weights that make up this value, for messages and reports."""
+        return " + ".join(dict.fromkeys(str(term.origin) for term in self.terms))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,8 +92,9 @@ def factored_weight(weight: LoRAWeight, path: str) -> Factored:
         lora_B=lora_B,
         scale=jax.lax.stop_gradient(weight.scale),
         window=(None,) * (lora_A.ndim - 1),
+        origin=path,
     )
-    return Factored(base=jax.lax.stop_gradient(weight.base), terms=(term,), path=path)
+    return Factored(base=jax.lax.stop_gradient(weight.base), terms=(term,))
 
 
 def dense_value(value: Factored) -> Array:
@@ -111,7 +118,7 @@ def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
             lora_A = _padded(lora_A, axis, window, shape[axis])
         if lora_B.shape[axis] != 1 or not A_depends:
             lora_B = _padded(lora_B, axis, window, shape[axis])
-    return Term(lora_A, lora_B, term.scale, (None,) * len(shape))
+    return dataclasses.replace(term, lora_A=lora_A, lora_B=lora_B, window=(None,) * len(shape))
 
 
 def block_shape(term: Term, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation, source_line
+from lora_jax._compat import Equation, evaluate_equation
 from lora_jax.transform._factored import Factored, Term, dense_value, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 from lora_jax.transform._report import Use
@@ -35,24 +35,22 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         return None
     base = evaluate_equation(equation, [value.base, indices])[0]
     picked = tuple(
-        Term(
-            *(
-                _picked(equation, factor, indices, looked_up, base)
-                for factor in (term.lora_A, term.lora_B)
-            ),
-            term.scale,
-            (None,) * base.ndim,
+        dataclasses.replace(
+            term,
+            lora_A=_picked(equation, term.lora_A, indices, looked_up, base),
+            lora_B=_picked(equation, term.lora_B, indices, looked_up, base),
+            window=(None,) * base.ndim,
         )
         for term in terms
     )
     if all(_holding(term, looked_up) != "one" for term in terms):
-        return [Factored(base, picked, value.path)]
+        return [Factored(base, picked)]
     flops = sum(2 * term.rank * base.size for term in picked)
     interpreter.record(
-        Use(value.path, "gather", source_line(equation), "factored", 0, flops, flops)
+        Use(value.path, "gather", interpreter.source_of(equation), "factored", 0, flops, flops)
     )
     with scope_of(equation), jax.named_scope("lora"):
-        rows = Factored(base, tuple(_rows_dropped_out(interpreter, t) for t in picked), value.path)
+        rows = Factored(base, tuple(_rows_dropped_out(interpreter, term) for term in picked))
         return [dense_value(rows)]
 
 
@@ -70,7 +68,7 @@ def _picked(
     """Returns what of a factor belongs to the picked part of the weight, aligned with its axes."""
     numbers = equation.params["dimension_numbers"]
     if not all(factor.shape[axis] != 1 for axis in looked_up):
-        return _aligned_with_offsets(factor, numbers, base.ndim)
+        return aligned_with_offsets(factor, numbers, base.ndim)
     sizes = [
         min(size, whole)
         for size, whole in zip(equation.params["slice_sizes"], factor.shape[:-1], strict=True)
@@ -88,7 +86,7 @@ def _picked(
     )
 
 
-def _aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
+def aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
     """Returns a factor without looked-up axes, each other axis at its place in the result."""
     kept = [axis for axis in range(factor.ndim - 1) if axis not in numbers.collapsed_slice_dims]
     sizes = [1] * ndim

@@ -36,6 +36,7 @@ class Interpreter:
       shared: inner functions that were rewritten already, so that what the model calls twice is
         traced once and is one function in the lowered program.
       dropout: LoRA dropout with a key for the jaxpr being evaluated; None in evaluation.
+      source: the source line of the equation whose body is being evaluated.
       times: how often the jaxpr being evaluated runs in one call, as far as that is known.
     """
 
@@ -44,6 +45,7 @@ class Interpreter:
     uses: list[Use]
     shared: "dict[int, _SharedFunction]"
     dropout: Dropout | None = None
+    source: str = "an unknown line"
     times: int = 1
 
     def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
@@ -77,14 +79,16 @@ class Interpreter:
 
     def call_shared(
         self,
-        closed_jaxpr: ClosedJaxpr,
+        equation: Equation,
         transformed: Callable[[Callable[..., Any]], Callable[..., Any]],
         inputs: Sequence[Any],
     ) -> Sequence[Any]:
         """Returns the outputs of an inner function that is rewritten and transformed only once."""
+        closed_jaxpr = equation.params["jaxpr"]
+        once = dataclasses.replace(self.within(equation), times=1)
         if id(closed_jaxpr) not in self.shared:
             rewritten = transformed(
-                lambda key, *arguments: self.with_key(key).run(closed_jaxpr, arguments)
+                lambda key, *arguments: once.with_key(key).run(closed_jaxpr, arguments)
             )
             self.shared[id(closed_jaxpr)] = _SharedFunction(closed_jaxpr, rewritten, {})
         function = self.shared[id(closed_jaxpr)]
@@ -93,13 +97,14 @@ class Interpreter:
         structure = jax.tree.structure(inputs)
         function.uses.setdefault(structure, self.uses[first_new:])
         self.uses[first_new:] = [
-            dataclasses.replace(use, times=self.times) for use in function.uses[structure]
+            dataclasses.replace(use, times=self.times * use.times)
+            for use in function.uses[structure]
         ]
         return outputs
 
     def materialize(self, equation: Equation, inputs: Sequence[Any]) -> list[Any]:
         """Returns `inputs` with base + Σ terms built where no rule can do without it."""
-        where = equation.primitive.name, source_line(equation)
+        where = equation.primitive.name, self.source_of(equation)
         return [
             self.materialized_value(value, *where) if isinstance(value, Factored) else value
             for value in inputs
@@ -111,6 +116,10 @@ class Interpreter:
         flops = dense_flops(value)
         self.record(Use(value.path, primitive, source, "materialized", 0, flops, flops))
         return dense_value(value)
+
+    def source_of(self, equation: Equation) -> str:
+        """Returns the model's own line for an equation, or that of the call around it."""
+        return source_line(equation) or self.source
 
     def record(self, use: Use) -> None:
         """Notes what happened at an equation, for `explain`."""
@@ -126,13 +135,13 @@ class Interpreter:
 
     def with_key(self, key: PRNGKeyArray | None) -> "Interpreter":
         """Returns an interpreter for a body with a dropout key of its own."""
-        if self.dropout is None:
+        if self.dropout is None or key is None:
             return self
         return dataclasses.replace(self, dropout=self.dropout.with_key(key))
 
-    def repeated(self, times: int) -> "Interpreter":
-        """Returns an interpreter for a body that runs `times` times."""
-        return dataclasses.replace(self, times=self.times * times)
+    def within(self, equation: Equation, times: int = 1) -> "Interpreter":
+        """Returns an interpreter for the body of an equation, which runs `times` times."""
+        return dataclasses.replace(self, source=self.source_of(equation), times=self.times * times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     if equation.params["dimensions"] is not None or len(inputs) > 1:
         return None
     new_shape = equation.params["new_sizes"]
-    groups = _reshape_groups(value.shape, new_shape)
+    groups = reshape_groups(value.shape, new_shape)
     regrouped = {axis for old, new in groups if (len(old), len(new)) != (1, 1) for axis in old}
     value = _without_windows_on(value, [axis in regrouped for axis in range(value.ndim)])
     shapes = [
@@ -230,32 +230,32 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
             inner = term.window[axis] or (0, size)
             window = (start + inner[0], start + inner[1])
             windows = (*term.window[:axis], window, *term.window[axis + 1 :])
-            terms.append(Term(term.lora_A, term.lora_B, term.scale, windows))
+            terms.append(dataclasses.replace(term, window=windows))
         start += size
-    return [Factored(base, tuple(terms), joined_path(inputs))]
+    return [Factored(base, tuple(terms))]
 
 
 def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns weights stacked along a new axis: each one's terms fill one place of it."""
     axis = equation.params["axis"]
     terms = tuple(
-        Term(
-            jnp.expand_dims(term.lora_A, axis),
-            jnp.expand_dims(term.lora_B, axis),
-            term.scale,
-            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
+        dataclasses.replace(
+            term,
+            lora_A=jnp.expand_dims(term.lora_A, axis),
+            lora_B=jnp.expand_dims(term.lora_B, axis),
+            window=(*term.window[:axis], (place, place + 1), *term.window[axis:]),
         )
         for place, value in enumerate(inputs)
         for term in _terms(value)
     )
-    return [Factored(_on_bases(equation, inputs), terms, joined_path(inputs))]
+    return [Factored(_on_bases(equation, inputs), terms)]
 
 
 def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the negated weight: base and scale change sign."""
     (value,) = inputs
     terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
-    return [Factored(_on_bases(equation, inputs), terms, value.path)]
+    return [Factored(_on_bases(equation, inputs), terms)]
 
 
 def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -277,20 +277,14 @@ def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
     terms = tuple(term for value in inputs for term in _terms(value))
-    return [Factored(_on_bases(equation, inputs), terms, joined_path(inputs))]
+    return [Factored(_on_bases(equation, inputs), terms)]
 
 
 def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the difference of a weight and an array or another weight."""
     first, second = inputs
     negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in _terms(second))
-    return [Factored(_on_bases(equation, inputs), _terms(first) + negated, joined_path(inputs))]
-
-
-def joined_path(inputs: Sequence[Any]) -> str:
-    """Returns the paths of all factored inputs, as one that names them in messages."""
-    paths = [value.path for value in inputs if isinstance(value, Factored)]
-    return " + ".join(dict.fromkeys(paths))
+    return [Factored(_on_bases(equation, inputs), _terms(first) + negated)]
 
 
 def _moved(
@@ -310,15 +304,15 @@ def _with(
     windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
 ) -> Factored:
     terms = tuple(
-        Term(
-            factor_moved(term.lora_A),
-            factor_moved(term.lora_B),
-            term.scale,
-            windows_moved(term.window),
+        dataclasses.replace(
+            term,
+            lora_A=factor_moved(term.lora_A),
+            lora_B=factor_moved(term.lora_B),
+            window=windows_moved(term.window),
         )
         for term in value.terms
     )
-    return Factored(base, terms, value.path)
+    return Factored(base, terms)
 
 
 def _without_windows_on(value: Factored, axes: Sequence[bool]) -> Factored:
@@ -337,9 +331,10 @@ def _multiplied(
 ) -> list[Any] | None:
     """Returns the value times an array that each term absorbs into its scale or one factor."""
     terms = [_multiplied_term(term, value.shape, multiplier) for term in value.terms]
-    if any(term is None for term in terms):
+    absorbed = tuple(term for term in terms if term is not None)
+    if len(absorbed) < len(terms):
         return None
-    return [Factored(_on_bases(equation, inputs), tuple(terms), value.path)]
+    return [Factored(_on_bases(equation, inputs), absorbed)]
 
 
 def _multiplied_term(term: Term, shape: tuple[int, ...], multiplier: Array) -> Term | None:
@@ -365,7 +360,7 @@ def _terms(value: Any) -> tuple[Term, ...]:
     return value.terms if isinstance(value, Factored) else ()
 
 
-def _reshape_groups(
+def reshape_groups(
     old_shape: Sequence[int], new_shape: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
     """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none."""

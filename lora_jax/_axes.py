@@ -1,0 +1,129 @@
+"""What is known of how a function uses each weight: the result of `infer_axes`."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from lora_jax._paths import listed
+from lora_jax._tables import table
+from lora_jax._weight import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightUse:
+    """One op that a weight reaches.
+
+    Attributes:
+      primitive: the name of the JAX primitive.
+      source: the line of the model's own source.
+      axes: the role of each of the weight's axes in a contraction, convolution or lookup; None
+        where the op is none of these, so that the use says nothing of the axes.
+      is_output: whether the function's output depends on the weights through this op alone, as it
+        does through a classifier's or a language model's head.
+    """
+
+    primitive: str
+    source: str
+    axes: Axes | None
+    is_output: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the weight is multiplied with an activation, rather than looked up."""
+        return self.axes is not None and self.primitive != "gather"
+
+
+class InferredAxes(Mapping[str, Axes]):
+    """The axes of each weight whose uses agree, by path; made by `infer_axes`.
+
+    Printed, it is a table. Two uses agree if they part the axes into the same two sides: a tied
+    embedding is looked up by row and multiplied transposed, and the same factors serve both.
+
+    Attributes:
+      uses: for each floating-point leaf of two or more axes, every op that it reaches.
+    """
+
+    def __init__(self, uses: Mapping[str, tuple[WeightUse, ...]]) -> None:
+        self.uses = dict(uses)
+        self._axes = {
+            path: agreed for path, found in self.uses.items() if (agreed := _agreed_axes(found))
+        }
+
+    def __getitem__(self, path: str) -> Axes:
+        return self._axes[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._axes)
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    @property
+    def disagreements(self) -> Mapping[str, tuple[WeightUse, ...]]:
+        """The weights that are used in two ways whose sides differ, each with these uses."""
+        contractions = {
+            path: tuple(use for use in found if use.axes is not None)
+            for path, found in self.uses.items()
+        }
+        return {path: found for path, found in contractions.items() if len(_sides(found)) > 1}
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The weights that the function never uses."""
+        return tuple(path for path, found in self.uses.items() if not found)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """What `"all-linear"` means: each weight of a product or convolution, but the head."""
+        return tuple(
+            path
+            for path in self
+            if any(use.is_product for use in self.uses[path])
+            and not any(use.is_output for use in self.uses[path])
+        )
+
+    def reason_against(self, path: str) -> str:
+        """Returns why a weight has no axes here, in words."""
+        if path in self.disagreements:
+            ways = [f"{use.axes} in {use.primitive} at {use.source}" for use in self.uses[path]]
+            return f"its uses disagree: {listed(ways)}"
+        if path in self.unused:
+            return "the function never uses it"
+        if path in self.uses:
+            ways = [f"{use.primitive} at {use.source}" for use in self.uses[path]]
+            return f"no product, convolution or lookup uses it, only {listed(ways)}"
+        return "`infer_axes` did not see it"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                path,
+                ", ".join(use.axes) if use.axes is not None else "",
+                use.primitive,
+                "output" if use.is_output else "",
+                use.source,
+            )
+            for path, found in self.uses.items()
+            for use in found or (WeightUse("never used", "", None),)
+        ]
+        return table(("path", "axes", "used in", "", "source"), rows)
+
+    __repr__ = __str__
+
+
+def _agreed_axes(uses: tuple[WeightUse, ...]) -> Axes | None:
+    known = tuple(use for use in uses if use.axes is not None)
+    if len(_sides(known)) != 1:
+        return None
+    return known[0].axes
+
+
+def _sides(uses: tuple[WeightUse, ...]) -> set[frozenset[frozenset[int]]]:
+    """Returns how these uses part the axes, regardless of which side is which."""
+    return {
+        frozenset(
+            frozenset(axis for axis, held in enumerate(use.axes) if held == role)
+            for role in ("in", "out")
+        )
+        for use in uses
+        if use.axes is not None
+    }

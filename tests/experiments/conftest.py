@@ -1,0 +1,35 @@
+"""Small networks and data, and a console that keeps quiet."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.console import Console
+from experiments.data import Split
+from experiments.models import MLP
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion_for_adam() -> Iterator[None]:
+    """Optax's Adam takes a Python float to an integer power, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(to_stderr=True)
+
+
+@pytest.fixture
+def small_network() -> MLP:
+    return MLP(hidden=(16, 12), classes=3)
+
+
+@pytest.fixture
+def small_split() -> Split:
+    """Sixty rows whose largest of the first three numbers is their class."""
+    inputs = np.random.default_rng(0).standard_normal((60, 5), np.float32)
+    return Split(inputs, inputs[:, :3].argmax(axis=1).astype(np.int32))

@@ -1,0 +1,36 @@
+"""The checks of LoRA's claims notice when a claim is broken."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+from experiments.claims import frozen_unchanged, max_weight_error
+
+
+@pytest.fixture
+def wrapped(small_network, small_split):
+    params = small_network.init(jax.random.key(0), small_split.inputs[:1])["params"]
+    return lora_jax.wrap(params, "hidden_1", rank=2, alpha=4)
+
+
+def with_kernel(wrapped, **changes):
+    kernel = dataclasses.replace(wrapped["hidden_1"]["kernel"], **changes)
+    return {**wrapped, "hidden_1": {**wrapped["hidden_1"], "kernel": kernel}}
+
+
+def test_frozen_weights_are_compared_bit_for_bit(wrapped):
+    clone = jax.tree.map(np.array, lora_jax.unwrap(wrapped))
+    base = np.array(wrapped["hidden_1"]["kernel"].base)
+    assert frozen_unchanged(clone, wrapped)
+    base[0, 0] = np.nextafter(base[0, 0], np.float32(1))
+    assert not frozen_unchanged(clone, with_kernel(wrapped, base=base))
+
+
+def test_the_weight_error_is_what_merging_leaves_out(wrapped):
+    trained = with_kernel(wrapped, lora_B=np.ones((2, 16), np.float32))
+    assert max_weight_error(trained, lora_jax.merge(trained)) < 1e-6
+    product = 2 * np.abs(np.asarray(trained["hidden_1"]["kernel"].lora_A).sum(axis=1)).max()
+    assert max_weight_error(trained, lora_jax.unwrap(trained)) == pytest.approx(product)
