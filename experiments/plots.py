@@ -1,0 +1,62 @@
+"""The pictures of a study, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from experiments.output import atomic_path
+
+# Told apart by colour-blind readers too (Okabe and Ito).
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+_DOTS_PER_INCH = 150
+_BAR_GROUP_WIDTH = 0.8
+_LEAST_WINDOW = 10
+
+
+def save_wrong_counts(
+    path: Path, counts: Mapping[str, Sequence[int]], tuned_digit: int, title: str
+) -> None:
+    """Draws, for each digit, a bar for each classifier: how many images it got wrong."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = _BAR_GROUP_WIDTH / len(counts)
+    for index, (name, values) in enumerate(counts.items()):
+        offset = (index - (len(counts) - 1) / 2) * width
+        bars = axes.bar(
+            np.arange(len(values)) + offset, values, width, label=name, color=_COLOURS[index]
+        )
+        axes.bar_label(bars, fontsize=8, padding=1)
+    axes.set_xticks(range(10))
+    axes.axvspan(tuned_digit - 0.5, tuned_digit + 0.5, color="0.92", zorder=0)
+    axes.set(xlabel="digit (shaded: the one fine-tuned on)", ylabel="wrong answers", title=title)
+    axes.margins(y=0.1)
+    axes.legend(frameon=False)
+    _save(figure, axes, path=path)
+
+
+def save_losses(path: Path, losses: Mapping[str, NDArray[np.float32]], title: str) -> None:
+    """Draws each step's loss as a point, the moving average as a line; a panel for each phase."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, len(losses), squeeze=False)[0]
+    for index, (axes, (name, values)) in enumerate(zip(panels, losses.items(), strict=True)):
+        window = min(len(values), max(_LEAST_WINDOW, len(values) // 50))
+        average = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(values, ".", color=_COLOURS[index], alpha=0.3, markersize=2)
+        axes.plot(np.arange(len(average)) + window - 1, average, color=_COLOURS[index])
+        axes.set(xlabel="step", title=f"{name} (line: mean of {window} steps)")
+        # Single steps far above would flatten the average, which is what there is to see.
+        axes.set_ylim(0, 1.5 * float(average.max()))
+    panels[0].set_ylabel("cross-entropy")
+    figure.suptitle(title)
+    _save(figure, *panels, path=path)
+
+
+def _save(figure: Figure, *panels: Axes, path: Path) -> None:
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=_DOTS_PER_INCH, format="png")

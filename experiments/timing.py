@@ -1,0 +1,50 @@
+"""Comparing how long computations take, fairly: in turns, in one process."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.console import Console
+
+_WARM_UP_ROUNDS = 5
+
+
+def milliseconds(
+    computations: Mapping[str, Callable[[], Any]], rounds: int, *, console: Console
+) -> dict[str, float]:
+    """Returns each computation's median time.
+
+    They take turns, and each round starts with another one, so that a machine that slows down or
+    a cache that one leaves behind for the next favours none of them.
+    """
+    names = list(computations)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with console.progress("Timing inference", rounds + _WARM_UP_ROUNDS) as progress:
+        for round_number in range(rounds + _WARM_UP_ROUNDS):
+            first = round_number % len(names)
+            for name in names[first:] + names[:first]:
+                start = time.perf_counter()
+                jax.block_until_ready(computations[name]())
+                times[name].append(1000 * (time.perf_counter() - start))
+            progress.advance()
+    return {name: float(np.median(times[name][_WARM_UP_ROUNDS:])) for name in names}
+
+
+class Stopwatch:
+    """Collects the seconds of each phase of a study."""
+
+    def __init__(self) -> None:
+        self._start = self._phase_start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    def phase_ended(self, name: str) -> None:
+        """Books the time since the phase before under `name`."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._phase_start
+        self._phase_start = now
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._seconds, "total": time.perf_counter() - self._start}
