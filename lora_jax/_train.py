@@ -114,12 +114,8 @@ def optimizer(
     if by_label is not None and not set(by_label) <= set(_TRAINABLE):
         unknown = sorted(set(by_label) - set(_TRAINABLE))
         raise ValueError(f"`tx` has the labels {listed(unknown)}; expected {listed(_TRAINABLE)}.")
-    # One group for one transformation: a global norm or a count must see all that trains at once.
-    transforms: dict[Hashable, optax.GradientTransformation] = (
-        {**tx} if isinstance(tx, Mapping) else {"trainable": tx}
-    )
     grouped = optax.multi_transform(
-        {**transforms, _FROZEN: optax.set_to_zero()},
+        {**_by_group(tx), _FROZEN: optax.set_to_zero()},
         lambda tree: jax.tree.map(lambda label: _group(label, by_label), labels(tree)),
     )
 
@@ -133,6 +129,15 @@ def optimizer(
         return grouped.init(params)
 
     return optax.GradientTransformationExtraArgs(init, grouped.update)
+
+
+def _by_group(
+    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+) -> dict[Hashable, optax.GradientTransformation]:
+    """Returns a group for each label; for one transformation one, so that it sees all at once."""
+    if isinstance(tx, Mapping):
+        return dict(tx.items())
+    return {"trainable": tx}
 
 
 def _group(label: str, by_label: Mapping[str, Any] | None) -> str:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
+from lora_jax._dtypes import common_dtype
+
 AxisRole = Literal["in", "out", "batch"]
 Axes = tuple[AxisRole, ...]
 
@@ -163,7 +165,7 @@ def delta(weight: LoRAWeight) -> Array:
 def dense(weight: LoRAWeight) -> Array:
     """Returns W + scale · lora_A · lora_B in the weight's dtype, summed in the wider one."""
     change = delta(weight)
-    wide = jnp.promote_types(weight.dtype, change.dtype)
+    wide = common_dtype(weight.dtype, change.dtype)
     return (weight.base.astype(wide) + change.astype(wide)).astype(weight.dtype)
 
 

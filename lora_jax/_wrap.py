@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._axes import InferredAxes
+from lora_jax._dtypes import common_dtype
 from lora_jax._paths import compile_expression, leaves_with_paths, listed, map_with_paths
 from lora_jax._targets import SHRINKS_TO_FIT, Overrides, Targets, select
 from lora_jax._weight import (
@@ -165,7 +166,7 @@ def _lora_weight(
         rank = min(rank, _smaller_side(leaf, axes))
     _check_rank_fits(path, leaf, axes, rank)
     scale = (rank if settings["alpha"] is None else settings["alpha"]) / rank
-    dtype = settings["dtype"] or jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = settings["dtype"] or common_dtype(leaf.dtype, jnp.float32)
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     base, lora_A, lora_B = _initial_factors(
         initializer(settings["init"]), axes, rank, scale, jnp.dtype(dtype), path_key, leaf
@@ -174,7 +175,7 @@ def _lora_weight(
         base=leaf if base is None else base,
         lora_A=lora_A,
         lora_B=lora_B,
-        scale=jnp.asarray(scale, jnp.promote_types(dtype, jnp.float32)),
+        scale=jnp.asarray(scale, common_dtype(dtype, jnp.float32)),
         axes=axes,
     )
 

@@ -11,6 +11,23 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_of_other_modules() -> Iterator[None]:
+    """Frees the compiled programs of each test module, which would add up to gigabytes."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Lets a test read costs off the program that a user would run."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Lets a test compute its reference in float64, which JAX otherwise truncates to float32."""

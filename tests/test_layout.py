@@ -13,7 +13,7 @@ LIBRARY = ROOT / "lora_jax"
 
 # A module imports from its own layer and from those before it. A new module needs a place here.
 LAYERS = (
-    {"_compat", "_paths", "_tables"},
+    {"_compat", "_dtypes", "_paths", "_tables"},
     {"_weight"},
     {"_axes", "_summary", "_targets", "_train", "_wrap", "init"},
     {"transform"},

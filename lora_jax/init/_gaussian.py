@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lora_jax._dtypes import common_dtype
+
 
 def gaussian(
     key: PRNGKeyArray,
@@ -35,6 +37,6 @@ def gaussian(
     del scale
     inputs, outputs = weight2d.shape
     sigma = 1 / rank if standard_deviation is None else standard_deviation
-    dtype = jnp.promote_types(weight2d.dtype, jnp.float32)
+    dtype = common_dtype(weight2d.dtype, jnp.float32)
     lora_A = sigma * jax.random.normal(key, (inputs, rank), dtype)
     return weight2d, lora_A, jnp.zeros((rank, outputs), dtype)

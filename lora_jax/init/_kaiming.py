@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lora_jax._dtypes import common_dtype
+
 
 def kaiming(
     key: PRNGKeyArray, weight2d: Float[Array, "in out"], rank: int, scale: float
@@ -33,6 +35,6 @@ def kaiming(
     del scale
     inputs, outputs = weight2d.shape
     bound = inputs**-0.5
-    dtype = jnp.promote_types(weight2d.dtype, jnp.float32)
+    dtype = common_dtype(weight2d.dtype, jnp.float32)
     lora_A = jax.random.uniform(key, (inputs, rank), dtype, minval=-bound, maxval=bound)
     return weight2d, lora_A, jnp.zeros((rank, outputs), dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._dtypes import common_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -133,7 +134,7 @@ def _change(
         else:
             named = (*labels[position], _rank_label(position, labels))
             arrays += [(term.lora_A, named), (term.lora_B, named)]
-    dtype = jnp.result_type(*(array.dtype for array, _ in arrays))
+    dtype = common_dtype(*(array.dtype for array, _ in arrays))
     scales = [term.scale for term in terms if term is not None]
     joined = product(
         [without_unit_axes(array.astype(dtype), named) for array, named in arrays],
@@ -189,7 +190,7 @@ def _is_expert_term(term: Term) -> bool:
 def _expert_change(
     equation: Equation, x: Array, term: Term, group_sizes: Array, result_dtype: Any
 ) -> Array:
-    dtype = jnp.result_type(x.dtype, term.lora_A.dtype, term.lora_B.dtype)
+    dtype = common_dtype(x.dtype, term.lora_A.dtype, term.lora_B.dtype)
     experts = group_sizes.shape[0]
 
     def of_each_expert(factor: Array) -> Array:
@@ -229,7 +230,7 @@ def _placed(
 def product_dtype(equation: Equation, dtype: Any) -> Any:
     """Returns the dtype in which products accumulate: the model's, or the factors' if wider."""
     wanted = equation.params["preferred_element_type"]
-    return dtype if wanted is None else jnp.promote_types(dtype, wanted)
+    return dtype if wanted is None else common_dtype(dtype, wanted)
 
 
 def _sliced(array: Array, labels: Labels, ranges: dict[int, tuple[int, int]]) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._dtypes import common_dtype
 from lora_jax.transform._contraction import prefers_dense, product_dtype
 from lora_jax.transform._factored import (
     Factored,
@@ -71,7 +72,7 @@ def _change(
     feature_axis = _feature_axis(equation)
     groups = equation.params["feature_group_count"]
     rank = kernel.shape[-1]
-    dtype = jnp.result_type(x.dtype, kernel.dtype, mixer.dtype)
+    dtype = common_dtype(x.dtype, kernel.dtype, mixer.dtype)
     # (.., 1 at the output features, .., r) -> (.., groups · r at the output features, ..)
     kernel = jnp.moveaxis(kernel.squeeze(feature_axis), -1, feature_axis)
     kernel = jnp.concatenate([kernel] * groups, axis=feature_axis)

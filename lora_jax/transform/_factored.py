@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lora_jax._dtypes import common_dtype
 from lora_jax._weight import LoRAWeight, aligned_factors
 from lora_jax.transform._product import product, without_unit_axes
 
@@ -47,7 +48,7 @@ class Term:
     @property
     def dtype(self) -> Any:
         """The dtype in which the product is taken."""
-        return jnp.promote_types(self.lora_A.dtype, self.lora_B.dtype)
+        return common_dtype(self.lora_A.dtype, self.lora_B.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -102,7 +103,7 @@ def dense_value(value: Factored) -> Array:
     total = value.base
     for term in value.terms:
         change = _dense_term(term, value.shape)
-        wide = jnp.promote_types(total.dtype, change.dtype)
+        wide = common_dtype(total.dtype, change.dtype)
         total = total.astype(wide) + change.astype(wide)
     return total.astype(value.dtype)
 

@@ -1,0 +1,60 @@
+# Everything runs in .venv, which is made on first use and updated when pyproject.toml or
+# constraints.txt change. Another interpreter: make test PYTHON=python3.12 VENV=.venv312
+PYTHON ?= python3
+VENV ?= .venv
+RANK ?= 1
+ARGS ?=
+
+bin := $(VENV)/bin
+install := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# A folder with the four IDX files of MNIST spares the download.
+ifneq ($(wildcard ../shared/mnist),)
+export MNIST_DIR ?= $(abspath ../shared/mnist)
+endif
+
+.PHONY: help mnist test check format lowest clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network on MNIST (RANK=1, ARGS=...)
+	$(bin)/python -m experiments.mnist_lora --rank $(RANK) $(ARGS)
+
+test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
+	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/test.stamp ## Formatting, lint and types
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/mypy
+
+format: $(VENV)/test.stamp ## Format, and mend what the linter can
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+lowest: ## Run the test suite with the lowest versions that pyproject.toml allows
+	mkdir -p $(VENV)-lowest
+	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-lowest/lowest.txt --editable '.[experiments,test,peft]'
+	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+clean: ## Remove the environment and the caches
+	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/experiments.stamp: pyproject.toml constraints.txt | $(bin)/python
+	$(install) --editable '.[experiments]'
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
+	$(install) --editable '.[experiments,test,peft]'
+	@touch $@ $(VENV)/experiments.stamp
+
+# Some distributions ship Python without ensurepip; their pip can fill the environment instead.
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lora_jax needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make ... PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV) || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
