@@ -13,7 +13,7 @@ ifneq ($(wildcard ../shared/mnist),)
 export MNIST_DIR ?= $(abspath ../shared/mnist)
 endif
 
-.PHONY: help mnist test check format lowest clean
+.PHONY: help mnist test check format docs lowest clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,6 +33,9 @@ format: $(VENV)/test.stamp ## Format, and mend what the linter can
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
+docs: $(VENV)/docs.stamp ## Build the documentation into site/
+	$(bin)/mkdocs build
+
 lowest: ## Run the test suite with the lowest versions that pyproject.toml allows
 	mkdir -p $(VENV)-lowest
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
@@ -51,6 +54,10 @@ $(VENV)/experiments.stamp: pyproject.toml constraints.txt | $(bin)/python
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
 	$(install) --editable '.[experiments,test,peft]'
 	@touch $@ $(VENV)/experiments.stamp
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(bin)/python
+	$(install) --editable '.[docs]'
+	@touch $@
 
 # Some distributions ship Python without ensurepip; their pip can fill the environment instead.
 $(bin)/python:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
@@ -18,15 +18,20 @@ from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
 
 def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a jitted function, rewritten and jitted under its own name."""
+    """Returns the outputs of a jitted function, rewritten and jitted under its own name.
+
+    Shardings that the model asked for hold for what goes in and comes out.
+    """
+    inputs = _sharded(inputs, equation.params["in_shardings"])
     with scope_of(equation):
-        return interpreter.call_shared(
+        outputs = interpreter.call_shared(
             equation,
             lambda body: jax.jit(
                 _named(body, equation.params["name"]), inline=equation.params["inline"]
             ),
             inputs,
         )
+    return _sharded(outputs, equation.params["out_shardings"])
 
 
 def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -279,6 +284,21 @@ def _without_any_window(value: Any) -> Any:
         return value
     terms = tuple(without_windows(term, value.shape) for term in value.terms)
     return dataclasses.replace(value, terms=terms)
+
+
+def _sharded(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
+    """Returns the values under the shardings that are given; of a factored one, its base."""
+    return [
+        _with_base_sharded(value, sharding) if isinstance(sharding, Sharding) else value
+        for value, sharding in zip(values, shardings, strict=True)
+    ]
+
+
+def _with_base_sharded(value: Any, sharding: Sharding) -> Any:
+    if isinstance(value, Factored):
+        base = jax.lax.with_sharding_constraint(value.base, sharding)
+        return dataclasses.replace(value, base=base)
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def _arrays(interpreter: Interpreter, equation: Equation, values: Sequence[Any]) -> list[Any]:

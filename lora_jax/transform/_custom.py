@@ -5,6 +5,7 @@ of it trace the user's rule to a jaxpr in plain weights, which is then interpret
 ones. The rule is opaque, so what it takes or gives for a weight's tangent is a whole matrix.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,6 @@ def custom_vjp_call(
     body = equation.params["call_jaxpr"]
     interpreter = interpreter.within(equation)
     varying = _varying(inputs)
-    structures: list[Any] = []
 
     @jax.custom_vjp
     def rewritten(*values: Any) -> list[Array]:
@@ -74,27 +74,41 @@ def custom_vjp_call(
         closed_jaxpr, shapes = jax.make_jaxpr(rule, return_shape=True)(_stand_ins(values))
         results = interpreter.run(closed_jaxpr, values)
         _, pullback = shapes
-        structures.append(jax.tree.structure(pullback))
         count = len(results) - len(jax.tree.leaves(pullback))
         outputs = interpreter.materialize(equation, results[:count])
-        return outputs, (results[count:], values)
+        return outputs, _Saved(results[count:], values, jax.tree.structure(pullback))
 
-    def backward(saved: Any, cotangents: Any) -> tuple[Any, ...]:
-        residuals, values = saved
-
+    def backward(saved: _Saved, cotangents: Any) -> tuple[Any, ...]:
         def rule(residuals: list[Array], cotangents: list[Array]) -> Any:
-            return jax.tree.unflatten(structures[-1], residuals)(cotangents)
+            return jax.tree.unflatten(saved.pullback, residuals)(cotangents)
 
-        closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(residuals), cotangents)
-        outputs = interpreter.run(closed_jaxpr, [*residuals, *cotangents])
+        closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(saved.residuals), cotangents)
+        outputs = interpreter.run(closed_jaxpr, [*saved.residuals, *cotangents])
         dense = dict(zip(varying, interpreter.materialize(equation, outputs), strict=True))
         return tuple(
-            _pulled_back(value, dense[i]) if i in dense else None for i, value in enumerate(values)
+            _pulled_back(value, dense[i]) if i in dense else None
+            for i, value in enumerate(saved.values)
         )
 
     rewritten.defvjp(forward, backward)
     with scope_of(equation):
         return rewritten(*inputs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What the backward pass of a `jax.custom_vjp` function needs.
+
+    Attributes:
+      residuals: what the user's forward rule saved, of which some may be factored.
+      values: the function's inputs.
+      pullback: the structure that makes the residuals the user's backward rule again.
+    """
+
+    residuals: list[Any]
+    values: Any
+    pullback: Any = dataclasses.field(metadata={"static": True})
 
 
 def _pulled_back(value: Any, cotangent: Array) -> Any:

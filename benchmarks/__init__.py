@@ -1,0 +1,1 @@
+"""What adapters cost, measured on the compiled programs."""
