@@ -50,7 +50,7 @@ def count_parameters(wrapped: Any) -> ParameterCounts:
     Returns:
       The counts.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((40, 30))}, "kernel", rank=1)
       >>> counts = lora_jax.count_parameters(wrapped)
@@ -84,7 +84,7 @@ def summary(wrapped: Any) -> str:
     Returns:
       The table as text, a row for each node that `wrap` made and the totals beneath.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((40, 30))}, "kernel", rank=1, alpha=2)
       >>> print(lora_jax.summary(wrapped))

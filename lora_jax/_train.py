@@ -23,7 +23,7 @@ def labels(wrapped: Any) -> Any:
       The same structure with `"lora_A"` and `"lora_B"` at the factors, `"full"` at weights that
       are trained in full, and `"frozen"` everywhere else.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
       >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
@@ -46,7 +46,7 @@ def split(wrapped: Any) -> tuple[Any, Any]:
       adapters: factors and weights trained in full.
       frozen: all else, `base` and `scale` included.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> adapters, frozen = lora_jax.split(wrapped)
@@ -72,7 +72,7 @@ def combine(adapters: Any, frozen: Any) -> Any:
     Raises:
       ValueError: the two are not halves of one tree.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> lora_jax.combine(*lora_jax.split(wrapped))["kernel"].rank
@@ -105,7 +105,7 @@ def optimizer(
 
     Source: optax's `multi_transform` and `set_to_zero`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax, optax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> state = lora_jax.optimizer(optax.adam(1e-3)).init(wrapped)

@@ -34,7 +34,7 @@ class LoRAWeight:
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> weight = wrapped["kernel"]

@@ -81,7 +81,7 @@ def wrap(
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
       >>> wrapped = lora_jax.wrap(params, "dense", rank=2)
@@ -129,7 +129,7 @@ def merge(wrapped: Any) -> Any:
 
     Source: Hu et al. 2021, section 4.1, "No additional inference latency".
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> lora_jax.merge(wrapped)["kernel"].shape
@@ -149,7 +149,7 @@ def unwrap(wrapped: Any) -> Any:
     Returns:
       The params that `wrap` was given.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> lora_jax.unwrap(lora_jax.wrap(params, "kernel", rank=2))["kernel"] is params["kernel"]

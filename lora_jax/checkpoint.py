@@ -55,7 +55,7 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
       CheckpointError: `wrapped` has no adapters or is half a tree; `path` is taken or can't be
         written.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax, tempfile
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
@@ -98,7 +98,7 @@ def restore(path: str | os.PathLike[str], params: PyTree) -> PyTree:
       CheckpointError: there is no adapter checkpoint, it is damaged or of a newer format, or a
         path, a shape or a rank does not fit `params`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax, tempfile
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ def gaussian(
 
     Source: Hu et al. 2021, section 4.1, which leaves the deviation open.
 
-    Example:
+    Examples:
       >>> import functools, jax.numpy as jnp, lora_jax
       >>> init = functools.partial(lora_jax.init.gaussian, standard_deviation=1.0)
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2, init=init)

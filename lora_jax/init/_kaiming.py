@@ -26,7 +26,7 @@ def kaiming(
 
     Source: Hu et al. 2021, and the code published with it.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> base, lora_A, lora_B = kaiming(jax.random.key(0), jnp.ones((4, 3)), 2, 1.0)
       >>> bool((abs(lora_A) <= 0.5).all()), bool((lora_B == 0).all())

@@ -20,7 +20,7 @@ def initializer(init: str | Initializer) -> Initializer:
     Raises:
       ValueError: no initialiser has that name.
 
-    Example:
+    Examples:
       >>> initializer("kaiming").__name__
       'kaiming'
     """

@@ -47,7 +47,7 @@ def adapt(
         given without `dropout`.
       MaterializationError: when called, under `on_materialize="error"`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> apply = lambda params, x: x @ params["kernel"]

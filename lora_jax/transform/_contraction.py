@@ -79,7 +79,7 @@ def _computed(
             source=interpreter.source_of(equation),
             how="dense" if is_dense else "factored",
             base_flops=base_flops,
-            added_flops=dense_flops(value) if is_dense else factored_flops,
+            factored_flops=factored_flops,
             dense_flops=dense_flops(value),
         )
     )
@@ -171,7 +171,7 @@ def ragged_dot_general(
             source=interpreter.source_of(equation),
             how="factored",
             base_flops=2 * x.size * weight.shape[2],
-            added_flops=flops,
+            factored_flops=flops,
             dense_flops=dense_flops(weight),
         )
     )

@@ -127,7 +127,7 @@ def _use(interpreter: Interpreter, equation: Equation, weight: Factored, base: A
         source=interpreter.source_of(equation),
         how="dense" if is_dense else "factored",
         base_flops=base_flops,
-        added_flops=building if is_dense else factored_flops,
+        factored_flops=factored_flops,
         dense_flops=building,
     )
 

@@ -64,7 +64,9 @@ class Report:
         warning = "".join(
             f"\n'{path}' is never used: its adapter does nothing." for path in self.unused
         )
-        return f"{table(_HEADER, rows, right=('times', 'base FLOPs', 'added FLOPs'))}{warning}"
+        return (
+            f"{table(_HEADER, rows, right=('times', 'base FLOPs', 'factored', 'dense'))}{warning}"
+        )
 
 
 _HEADER = (
@@ -76,7 +78,8 @@ _HEADER = (
     "how",
     "times",
     "base FLOPs",
-    "added FLOPs",
+    "factored",
+    "dense",
     "source",
 )
 
@@ -84,7 +87,8 @@ _HEADER = (
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Returns where each adapted weight is used, how that is computed, and at what cost.
 
-    The function is traced, not run.
+    The function is traced, not run. Costs are operations of one forward pass: those of the base op,
+    and what the adapter adds to them with factored products or with W + AB built.
 
     Args:
       fn: the function as its author wrote it, not adapted.
@@ -96,7 +100,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       where building W + AB takes fewer operations in a training step; "materialized" where no rule
       covers the op.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((40, 30)), "idle": jnp.ones((9, 9))}
       >>> wrapped = lora_jax.wrap(params, ".*", rank=1)
@@ -144,7 +148,7 @@ def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:
 def _rows(target: TargetReport) -> list[tuple[str, ...]]:
     described = (target.path, str(target.shape), ", ".join(target.axes), str(target.rank))
     if not target.uses:
-        return [(*described, "nowhere", "", "0", "", "", "")]
+        return [(*described, "nowhere", "", "0", "", "", "", "")]
     return [
         (
             *described,
@@ -152,7 +156,8 @@ def _rows(target: TargetReport) -> list[tuple[str, ...]]:
             use.how,
             str(use.times),
             f"{use.base_flops:,}",
-            f"{use.added_flops:,}",
+            "" if use.factored_flops is None else f"+{use.factored_flops:,}",
+            f"+{use.dense_flops:,}",
             use.source,
         )
         for use in target.uses

@@ -43,7 +43,7 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       Weights whose uses disagree, and weights that no product, convolution or lookup uses, are not
       in it; its attributes `uses`, `disagreements` and `unused` tell of them; `print` shows all.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, lora_jax
       >>> params = {"query": jnp.ones((8, 2, 4)), "out": jnp.ones((2, 4, 8))}
       >>> def attend(params, x):

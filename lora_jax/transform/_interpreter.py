@@ -114,7 +114,7 @@ class Interpreter:
         """Returns base + Σ terms, which `primitive` at `source` needs; warns or raises."""
         materialized(value.path, primitive, source, self.on_materialize)
         flops = dense_flops(value)
-        self.record(Use(value.path, primitive, source, "materialized", 0, flops, flops))
+        self.record(Use(value.path, primitive, source, "materialized", 0, None, flops))
         return dense_value(value)
 
     def source_of(self, equation: Equation) -> str:

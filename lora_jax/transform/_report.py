@@ -27,8 +27,9 @@ class Use:
       how: `"factored"`; `"dense"` where building W + AB is cheaper by count of operations;
         `"materialized"` where no rule covers the primitive.
       base_flops: operations of the base op alone.
-      added_flops: operations that the adapter adds in one forward pass, as it is computed.
-      dense_flops: operations that building W + AB takes.
+      factored_flops: operations that products with the factors add in one forward pass; None where
+        no rule says how to take them.
+      dense_flops: operations that building W + AB adds.
       times: how often this happens in one call.
     """
 
@@ -37,9 +38,25 @@ class Use:
     source: str
     how: How
     base_flops: int
-    added_flops: int
+    factored_flops: int | None
     dense_flops: int
     times: int = 1
+
+    @property
+    def added_flops(self) -> int:
+        """Operations that the adapter adds in one forward pass, as it is computed."""
+        if self.how == "factored" and self.factored_flops is not None:
+            return self.factored_flops
+        return self.dense_flops
+
+    @property
+    def reason(self) -> str:
+        """Why it is computed in this way."""
+        return {
+            "factored": "a rule covers it",
+            "dense": "building W + AB makes a training step cheaper",
+            "materialized": "no rule covers it",
+        }[self.how]
 
 
 def materialized(path: str, primitive: str, source: str, on_materialize: OnMaterialize) -> None:
