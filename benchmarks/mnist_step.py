@@ -1,0 +1,153 @@
+"""The training step of the MNIST study, in turns: all weights, LoRA by hand, and `lora_jax`.
+
+Each round runs a block of steps of each kind, and starts with another kind than the round before.
+Beside the time of a step stand what the host spends on it: gathering the batch and dispatching.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lora_jax
+from experiments.data import Split, epoch_batches
+from experiments.mnist_lora import NETWORK, initial_params
+from experiments.models import normalised
+from experiments.training import training_step
+
+_BATCH_SIZE = 10
+_LAYERS = ("hidden_1", "hidden_2", "output")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, and returns the exit code."""
+    options = _parser().parse_args(argv)
+    kinds = {name: Kind(*made) for name, made in _steps().items()}
+    batches = list(epoch_batches(_random_images(), batch_size=_BATCH_SIZE, **_one_epoch()))
+    for kind in kinds.values():
+        kind.run(batches[: options.steps])
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    names = list(kinds)
+    for round_number in range(options.rounds):
+        first = round_number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(kinds[name].run(batches[: options.steps]))
+    results = {
+        "device": str(jax.devices()[0]),
+        "jax": jax.__version__,
+        "milliseconds": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
+        "lora_over_hand_written": float(np.median(np.divide(times["lora"], times["hand-written"]))),
+        "host_microseconds": {
+            "gather a batch": 1e6 * _seconds_to_gather(),
+            "dispatch a step": 1e6 * kinds["lora"].seconds_to_dispatch(batches[0]),
+        },
+    }
+    print(json.dumps(results, indent=2) if options.json else _text(results))
+    return 0
+
+
+class Kind:
+    """A training step with the parameters and the optimiser state that it has reached."""
+
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, tx: Any) -> None:
+        self._step = training_step(apply_fn, tx)
+        self._params = jax.tree.map(jnp.copy, params)
+        self._state = tx.init(self._params)
+
+    def run(self, batches: Sequence[Any]) -> float:
+        """Takes a step on each batch and returns the seconds that one took."""
+        start = time.perf_counter()
+        for inputs, labels in batches:
+            self._take(inputs, labels)
+        jax.block_until_ready(self._params)
+        return (time.perf_counter() - start) / len(batches)
+
+    def seconds_to_dispatch(self, batch: Any) -> float:
+        """Returns the time until a call returns, the device being idle before."""
+        times = []
+        for _ in range(200):
+            jax.block_until_ready(self._params)
+            start = time.perf_counter()
+            self._take(*batch)
+            times.append(time.perf_counter() - start)
+        return float(np.median(times))
+
+    def _take(self, inputs: Any, labels: Any) -> None:
+        self._params, self._state, _ = self._step(self._params, self._state, inputs, labels)
+
+
+def _steps() -> dict[str, tuple[Callable[..., Any], Any, Any]]:
+    params = initial_params(0)
+    init = functools.partial(lora_jax.init.gaussian, standard_deviation=1.0)
+    wrapped = lora_jax.wrap(params, _LAYERS, rank=1, init=init)
+    adam = optax.adam(1e-3)
+    return {
+        "all weights": (NETWORK.apply, params, adam),
+        "hand-written": (_by_hand, wrapped, lora_jax.optimizer(adam)),
+        "lora": (lora_jax.adapt(NETWORK.apply), wrapped, lora_jax.optimizer(adam)),
+    }
+
+
+def _by_hand(variables: Any, images: jax.Array) -> jax.Array:
+    """Returns what the study's network gives, with LoRA written into it."""
+    x = normalised(images)
+    for name in _LAYERS:
+        layer = variables["params"][name]
+        weight = layer["kernel"]
+        base, scale = jax.lax.stop_gradient((weight.base, weight.scale))
+        x = x @ base + scale * (x @ weight.lora_A) @ weight.lora_B + layer["bias"]
+        x = x if name == _LAYERS[-1] else jax.nn.relu(x)
+    return x
+
+
+def _random_images() -> Split:
+    random = np.random.default_rng(0)
+    return Split(
+        random.integers(0, 256, (5_000, 784), np.uint8),
+        random.integers(0, 10, 5_000).astype(np.int32),
+    )
+
+
+def _one_epoch() -> dict[str, Any]:
+    return {"epochs": 1, "random": np.random.default_rng(0)}
+
+
+def _seconds_to_gather() -> float:
+    batches: Iterator[Any] = iter(
+        epoch_batches(_random_images(), batch_size=_BATCH_SIZE, **_one_epoch())
+    )
+    start = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return (time.perf_counter() - start) / count
+
+
+def _text(results: dict[str, Any]) -> str:
+    lines = [f"{results['device']}, JAX {results['jax']}, batch {_BATCH_SIZE}, rank 1"]
+    lines += [f"{name:<14} {value:8.3f} ms" for name, value in results["milliseconds"].items()]
+    lines.append(f"lora / hand-written, median of rounds: {results['lora_over_hand_written']:.3f}")
+    lines += [f"{name:<16} {value:6.0f} µs" for name, value in results["host_microseconds"].items()]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mnist_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=50, help="steps in a block (default 50)")
+    parser.add_argument("--rounds", type=int, default=20, help="blocks of each kind (default 20)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
