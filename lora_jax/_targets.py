@@ -1,6 +1,7 @@
 """Which leaves of a parameter tree `wrap` adapts, and with what settings of their own."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,22 +15,36 @@ Targets = str | Sequence[str] | Callable[[str, Any], bool] | Mapping[str, Overri
 
 ALL_LINEAR = "all-linear"
 
-# The override that lets a rank shrink to a weight's smaller side; only "all-linear" sets it.
-SHRINKS_TO_FIT = "shrinks_to_fit"
-
 # Leaves with these names shift a module's output. They may have two axes (the heads and the head
 # dimension of an attention bias), and still a matched module does not mean them.
 _BIAS_NAMES = frozenset({"bias", "b"})
 
+# A name that no leaf has; an expression that matches it too means a module.
+_NO_LEAF = "\0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How a leaf was selected.
+
+    Attributes:
+      overrides: the settings that its expression overrides.
+      rank_may_shrink: whether a rank above the weight's smaller side becomes that side, because
+        nobody has named this weight.
+    """
+
+    overrides: Overrides
+    rank_may_shrink: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
 class _Selector:
-    """One expression or predicate of `targets`, with the settings that it overrides."""
+    """One expression or predicate of `targets`, and what it makes of the leaves that it matches."""
 
     description: str
     matches: Callable[[str, Any], bool]
     names_leaf: Callable[[str], bool]
-    overrides: Overrides
+    selection: Selection
 
 
 def select(
@@ -41,8 +56,8 @@ def select(
     expected: str = "a weight of two or more axes",
     biases: bool = False,
     inferred: InferredAxes | None = None,
-) -> dict[str, Overrides]:
-    """Returns the paths that `targets` selects, each with its overrides; the first match counts.
+) -> dict[str, Selection]:
+    """Returns the paths that `targets` selects, and how; the first match counts.
 
     Args:
       params: the parameter tree.
@@ -59,7 +74,7 @@ def select(
       TypeError: `targets` has none of these forms.
     """
     leaves = leaves_with_paths(params)
-    selected: dict[str, Overrides] = {}
+    selected: dict[str, Selection] = {}
     for selector in _selectors(targets, argument, inferred):
         matched = [(path, leaf) for path, leaf in leaves if selector.matches(path, leaf)]
         chosen = [
@@ -76,7 +91,7 @@ def select(
                 f"of which none is {expected}."
             )
         for path in chosen:
-            selected.setdefault(path, selector.overrides)
+            selected.setdefault(path, selector.selection)
     return selected
 
 
@@ -89,7 +104,7 @@ def _selectors(targets: Targets, argument: str, inferred: InferredAxes | None) -
             for expression, overrides in targets.items()
         ]
     if callable(targets):
-        return [_Selector("the predicate", targets, lambda path: True, {})]
+        return [_Selector("the predicate", targets, lambda path: True, Selection({}))]
     if isinstance(targets, Sequence) and targets:
         return [_expression_selector(expression, {}, argument, inferred) for expression in targets]
     raise TypeError(
@@ -114,8 +129,8 @@ def _expression_selector(
     return _Selector(
         description=f"the expression {expression!r}",
         matches=lambda path, leaf: pattern.search(path) is not None,
-        names_leaf=lambda path: any(match.end() == len(path) for match in pattern.finditer(path)),
-        overrides=overrides,
+        names_leaf=lambda path: _names_leaf(pattern, path),
+        selection=Selection(overrides),
     )
 
 
@@ -131,7 +146,7 @@ def _all_linear_selector(
         description="'all-linear'",
         matches=lambda path, leaf: path in inferred.linear,
         names_leaf=lambda path: True,
-        overrides={SHRINKS_TO_FIT: True, **overrides},
+        selection=Selection(overrides, rank_may_shrink=True),
     )
 
 
@@ -148,6 +163,17 @@ def _no_match(selector: _Selector, paths: list[str], argument: str) -> str:
         f"`{argument}`: {selector.description} matches no leaf. It must match whole segments of a "
         f"path; the nearest paths are {listed(nearest_paths(wanted, paths))}."
     )
+
+
+def _names_leaf(pattern: re.Pattern[str], path: str) -> bool:
+    """Says whether an expression means this leaf, and not just any leaf of its module."""
+    module = path.rpartition("/")[0]
+    any_leaf = f"{module}/{_NO_LEAF}" if module else _NO_LEAF
+    return _matches_to_the_end(pattern, path) and not _matches_to_the_end(pattern, any_leaf)
+
+
+def _matches_to_the_end(pattern: re.Pattern[str], path: str) -> bool:
+    return any(match.end() == len(path) for match in pattern.finditer(path))
 
 
 def _is_bias(path: str) -> bool:

@@ -14,7 +14,7 @@ from jaxtyping import Array, PRNGKeyArray
 from lora_jax._axes import InferredAxes
 from lora_jax._dtypes import common_dtype
 from lora_jax._paths import compile_expression, leaves_with_paths, listed, map_with_paths
-from lora_jax._targets import SHRINKS_TO_FIT, Overrides, Targets, select
+from lora_jax._targets import Overrides, Selection, Targets, select
 from lora_jax._weight import (
     Axes,
     FullWeight,
@@ -92,7 +92,8 @@ def wrap(
     defaults: Overrides = {"rank": rank, "alpha": alpha, "init": init, "dtype": dtype}
     for name, value in defaults.items():
         _CHECKS[name](f"`{name}`", value)
-    key = jax.random.key(0) if key is None else key
+    _check_axes(axes)
+    key = jax.random.key(0) if key is None else _checked_key(key)
     inferred = axes if isinstance(axes, InferredAxes) else None
     selected = select(
         params,
@@ -106,10 +107,13 @@ def wrap(
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
-            return FullWeight(base=leaf, value=leaf)
+            # A copy: one buffer can't be donated as two arguments of a training step.
+            return FullWeight(base=leaf, value=jnp.copy(leaf))
         if path in selected:
-            settings = {**defaults, **_checked_overrides(path, selected[path])}
-            return _lora_weight(path, leaf, _axes_of(path, leaf, axes), settings, key)
+            settings = {**defaults, **_checked_overrides(path, selected[path].overrides)}
+            leaf_axes = _axes_of(path, leaf, axes)
+            rank = _fitting_rank(path, leaf, leaf_axes, settings["rank"], selected[path])
+            return _lora_weight(path, leaf, leaf_axes, {**settings, "rank": rank}, key)
         return leaf
 
     return map_with_paths(node, params)
@@ -161,10 +165,7 @@ def unwrap(wrapped: Any) -> Any:
 def _lora_weight(
     path: str, leaf: Array, axes: Axes, settings: Overrides, key: PRNGKeyArray
 ) -> LoRAWeight:
-    rank = operator.index(settings["rank"])
-    if settings.get(SHRINKS_TO_FIT):
-        rank = min(rank, _smaller_side(leaf, axes))
-    _check_rank_fits(path, leaf, axes, rank)
+    rank = settings["rank"]
     scale = (rank if settings["alpha"] is None else settings["alpha"]) / rank
     dtype = settings["dtype"] or common_dtype(leaf.dtype, jnp.float32)
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -282,8 +283,6 @@ def _check_not_wrapped(params: Any) -> None:
 
 def _checked_overrides(path: str, overrides: Overrides) -> Overrides:
     for name, value in overrides.items():
-        if name == SHRINKS_TO_FIT:
-            continue
         if name not in _CHECKS:
             raise ValueError(
                 f"`targets` overrides {name!r} for '{path}'; expected one of {listed(_SETTINGS)}."
@@ -299,18 +298,17 @@ def _check_rank(subject: str, rank: Any) -> None:
         raise ValueError(f"{subject} is {rank}; expected a whole number of at least 1.")
 
 
-def _check_rank_fits(path: str, leaf: Array, axes: Axes, rank: int) -> None:
-    largest = _smaller_side(leaf, axes)
-    if rank > largest:
+def _fitting_rank(path: str, leaf: Array, axes: Axes, rank: Any, selection: Selection) -> int:
+    """Returns the rank as an int that is at most the weight's smaller side."""
+    rank = operator.index(rank)
+    largest = min(side_size(leaf.shape, axes, role) for role in ("in", "out"))
+    if rank > largest and not selection.rank_may_shrink:
         raise ValueError(
             f"`rank` is {rank} for '{path}' of shape {leaf.shape} with the axes {axes}; expected "
             f"at most {largest}, its smaller side. A mapping gives this target a rank of its own: "
             f"wrap(..., {{'{path}': dict(rank={largest})}})."
         )
-
-
-def _smaller_side(leaf: Array, axes: Axes) -> int:
-    return min(side_size(leaf.shape, axes, role) for role in ("in", "out"))
+    return min(rank, largest)
 
 
 def _check_alpha(subject: str, alpha: Any) -> None:
@@ -328,8 +326,29 @@ def _check_init(subject: str, init: Any) -> None:
 
 
 def _check_dtype(subject: str, dtype: Any) -> None:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
         raise TypeError(f"{subject} is {dtype!r}; expected a floating-point dtype or None.")
+
+
+def _checked_key(key: Any) -> PRNGKeyArray:
+    is_key = hasattr(key, "dtype") and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise TypeError(f"`key` is {key!r}; expected a random key, such as jax.random.key(0).")
+    return key
+
+
+def _check_axes(axes: Any) -> None:
+    if axes is not None and not isinstance(axes, Mapping):
+        raise TypeError(
+            f"`axes` is {axes!r}; expected a mapping from path or expression to the role of each "
+            "axis, such as {'query/kernel': ('in', 'out', 'out')}, or what infer_axes returned."
+        )
 
 
 _CHECKS = {

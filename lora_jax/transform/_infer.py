@@ -20,7 +20,7 @@ from lora_jax.transform._adapt import traced_function, with_static
 from lora_jax.transform._factored import Factored, Term, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets
 from lora_jax.transform._interpreter import Interpreter, Rule
-from lora_jax.transform._output import output_equations
+from lora_jax.transform._output import Place, head_products, place_of
 from lora_jax.transform._rules import RULES
 from lora_jax.transform._structure import reshape_groups
 
@@ -77,12 +77,16 @@ def _run_with_probes(
     traced = traced_function(fn, structure, [leaf for _, leaf in flat])
     values = [_probed(key_path, leaf) for key_path, leaf in flat]
     found.update({value.path: [] for value in values if isinstance(value, Factored)})
-    recorder = _Recorder(found, output_equations(traced.closed_jaxpr))
+    recorder = _Recorder([])
     interpreter = Interpreter({**RULES, **recorder.rules()}, "ignore", [], {})
     interpreter.run(traced.closed_jaxpr, values)
-    for use in interpreter.uses:
-        for path in use.path.split(" + "):
-            found[path].append(WeightUse(use.primitive, use.source, None))
+    products = frozenset(place for _, _, place in recorder.notes)
+    heads = head_products(traced.closed_jaxpr, products)
+    for path, use, place in recorder.notes:
+        found[path].append(dataclasses.replace(use, is_output=place in heads))
+    for other in interpreter.uses:
+        for path in other.path.split(" + "):
+            found[path].append(WeightUse(other.primitive, other.source, None))
 
 
 def _probed(key_path: Sequence[Any], leaf: Any) -> Any:
@@ -107,23 +111,29 @@ def _probed(key_path: Sequence[Any], leaf: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Recorder:
-    """Rules that note how each weight is used, in place of those that compute with factors."""
+    """Rules that note how each weight is used, in place of those that compute with factors.
 
-    found: dict[str, list[WeightUse]]
-    output_equations: frozenset[int]
+    Attributes:
+      notes: the path of a weight, how it is used, and at which equation.
+    """
+
+    notes: list[tuple[str, WeightUse, Place]]
 
     def rules(self) -> Mapping[str, Rule]:
         """The rules that differ from the transform's own."""
         return {
             "add": self.arithmetic,
             "add_any": self.arithmetic,
+            "concatenate": self.arithmetic,
             "conv_general_dilated": self.convolution,
             "div": self.arithmetic,
             "dot_general": self.dot_general,
             "gather": self.gather,
+            "jit": self.jit,
             "mul": self.arithmetic,
             "ragged_dot_general": self.ragged_dot_general,
             "reshape": self.reshape,
+            "stack": self.arithmetic,
             "sub": self.arithmetic,
         }
 
@@ -230,13 +240,17 @@ class _Recorder:
     ) -> Sequence[Any] | None:
         """Goes on with weights among themselves and with scalars; an activation ends the weight.
 
-        A bias, a norm's scale and a position table meet activations here, and what comes out is
-        an activation, whatever product it goes into next.
+        A bias, a norm's scale, a position table and a class token meet activations here, and what
+        comes out is an activation, whatever product it goes into next.
         """
         others = [value for value in inputs if not isinstance(value, Factored)]
         if any(jnp.ndim(value) > 0 for value in others):
             return None
         return RULES[equation.primitive.name](interpreter, equation, inputs)
+
+    def jit(self, interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        """Goes through a jitted function each time that it is called, for each layer it is in."""
+        return interpreter.within(equation).run(equation.params["jaxpr"], inputs)
 
     def _note(
         self,
@@ -249,14 +263,12 @@ class _Recorder:
         """Notes, for each weight in `value`, which role each of its own axes plays."""
         for path in value.path.split(" + "):
             probes = [term for term in value.terms if str(term.origin) == path]
-            self.found[path].append(
-                WeightUse(
-                    equation.primitive.name,
-                    interpreter.source_of(equation),
-                    _original_axes(probes, roles, untracked),
-                    is_output=id(equation) in self.output_equations,
-                )
+            use = WeightUse(
+                equation.primitive.name,
+                interpreter.source_of(equation),
+                _original_axes(probes, roles, untracked),
             )
+            self.notes.append((path, use, place_of(interpreter.callers, equation)))
 
 
 def _original_axes(

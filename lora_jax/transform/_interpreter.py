@@ -36,7 +36,7 @@ class Interpreter:
       shared: inner functions that were rewritten already, so that what the model calls twice is
         traced once and is one function in the lowered program.
       dropout: LoRA dropout with a key for the jaxpr being evaluated; None in evaluation.
-      source: the source line of the equation whose body is being evaluated.
+      callers: the equations whose bodies are being evaluated, the innermost last.
       times: how often the jaxpr being evaluated runs in one call, as far as that is known.
     """
 
@@ -45,7 +45,7 @@ class Interpreter:
     uses: list[Use]
     shared: "dict[int, _SharedFunction]"
     dropout: Dropout | None = None
-    source: str = "an unknown line"
+    callers: tuple[Equation, ...] = ()
     times: int = 1
 
     def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
@@ -119,7 +119,8 @@ class Interpreter:
 
     def source_of(self, equation: Equation) -> str:
         """Returns the model's own line for an equation, or that of the call around it."""
-        return source_line(equation) or self.source
+        lines = (source_line(each) for each in (equation, *reversed(self.callers)))
+        return next((line for line in lines if line is not None), "an unknown line")
 
     def record(self, use: Use) -> None:
         """Notes what happened at an equation, for `explain`."""
@@ -141,7 +142,9 @@ class Interpreter:
 
     def within(self, equation: Equation, times: int = 1) -> "Interpreter":
         """Returns an interpreter for the body of an equation, which runs `times` times."""
-        return dataclasses.replace(self, source=self.source_of(equation), times=self.times * times)
+        return dataclasses.replace(
+            self, callers=(*self.callers, equation), times=self.times * times
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,57 +1,73 @@
 """Which product gives a function's output: the head of a classifier or a language model."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Var, called_jaxpr
+from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Literal, called_jaxpr
 
-_PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot_general"})
+# An equation in a jaxpr, with the equations of the calls that lead to it: one jitted function may
+# be a part of several layers.
+Place = tuple[int, ...]
+
 _LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
 
 
-def output_equations(closed_jaxpr: ClosedJaxpr) -> frozenset[int]:
-    """Returns the ids of the products through which alone an output depends on all before them.
+def place_of(callers: Sequence[Equation], equation: Equation) -> Place:
+    """Returns what tells this equation, reached by these calls, from all others."""
+    return tuple(id(each) for each in (*callers, equation))
 
-    Going back from an output, every path that meets a product ends there. If all end at one
-    product, it is the output's head; a residual stream ends at many, and has none.
+
+def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> frozenset[Place]:
+    """Returns those of the products with weights that give an output, and nothing but outputs.
+
+    A head is a product through which alone an output depends on all products before it, and which
+    no other product uses. A residual stream ends at many products and so has no head; statistics
+    or a cache that are returned beside the logits come from layers that others build on.
     """
-    ends = [
-        _last_products(closed_jaxpr.jaxpr, [output])[0] for output in closed_jaxpr.jaxpr.outvars
-    ]
-    return frozenset(end for found in ends if len(found) == 1 for end in found)
+    flow = _Flow(products, set())
+    inputs: list[frozenset[Place]] = [frozenset()] * len(closed_jaxpr.jaxpr.invars)
+    outputs = flow.through(closed_jaxpr.jaxpr, (), inputs)
+    heads = {next(iter(last)) for last in outputs if len(last) == 1}
+    return frozenset((heads & products) - flow.used_again)
 
 
-def _last_products(jaxpr: Jaxpr, atoms: Sequence[Any]) -> tuple[set[int], set[Any]]:
-    """Returns the ids of the products that `atoms` end at, and the inputs that they reach."""
-    definitions = {output: equation for equation in jaxpr.eqns for output in equation.outvars}
-    waiting = [atom for atom in atoms if isinstance(atom, Var)]
-    seen: set[Any] = set()
-    products: set[int] = set()
-    while waiting:
-        variable = waiting.pop()
-        if variable in seen:
-            continue
-        seen.add(variable)
-        if variable in definitions:
-            ends, inputs = _before(definitions[variable], variable)
-            products |= ends
-            waiting += [atom for atom in inputs if isinstance(atom, Var)]
-    return products, seen & set(jaxpr.invars)
+@dataclasses.dataclass(frozen=True)
+class _Flow:
+    """Follows, for each value, the products with weights that it last came through.
 
+    Attributes:
+      products: the products with weights.
+      used_again: collects the products that feed into another one.
+    """
 
-def _before(equation: Equation, output: Any) -> tuple[set[int], Sequence[Any]]:
-    """Returns the products that an equation's output ends at, and the inputs to go on from."""
-    name = equation.primitive.name
-    if name in _PRODUCTS or name in _LOOPS:
-        return {id(equation)}, ()
-    inner = called_jaxpr(equation)
-    if inner is None:
-        return set(), equation.invars
-    position = equation.outvars.index(output)
-    products, reached = _last_products(inner, [inner.outvars[position]])
-    inputs = [
-        outer
-        for outer, variable in zip(equation.invars, inner.invars, strict=True)
-        if variable in reached
-    ]
-    return products, inputs
+    products: frozenset[Place]
+    used_again: set[Place]
+
+    def through(
+        self, jaxpr: Jaxpr, callers: Place, inputs: Sequence[frozenset[Place]]
+    ) -> list[frozenset[Place]]:
+        """Returns the last products of each output, from those of each input."""
+        last: dict[Any, frozenset[Place]] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def last_of(atom: Any) -> frozenset[Place]:
+            return frozenset() if isinstance(atom, Literal) else last.get(atom, frozenset())
+
+        for equation in jaxpr.eqns:
+            found = [last_of(atom) for atom in equation.invars]
+            outputs = self._after(equation, (*callers, id(equation)), found)
+            last.update(zip(equation.outvars, outputs, strict=True))
+        return [last_of(atom) for atom in jaxpr.outvars]
+
+    def _after(
+        self, equation: Equation, place: Place, inputs: Sequence[frozenset[Place]]
+    ) -> Sequence[frozenset[Place]]:
+        body = None if equation.primitive.name in _LOOPS else called_jaxpr(equation)
+        if body is not None and len(body.invars) == len(inputs):
+            return self.through(body, place, inputs)
+        joined = frozenset().union(*inputs)
+        # What a loop does with weights is one product here, whose inside is not looked into.
+        if any(product[: len(place)] == place for product in self.products):
+            self.used_again.update(joined)
+            joined = frozenset({place})
+        return [joined] * len(equation.outvars)

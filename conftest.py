@@ -1,0 +1,16 @@
+"""What examples in documents run under."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def users_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs documents as a user would: optax's Adam fails under the tests' strict promotion."""
+    if request.path.suffix != ".md":
+        yield
+        return
+    with jax.numpy_dtype_promotion("standard"):
+        yield
