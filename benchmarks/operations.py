@@ -34,18 +34,25 @@ class Plain:
     """The model as its author wrote it, without LoRA."""
 
     def project(self, x: Array, weight: Array, axes: int = 1) -> Array:
+        """Returns a product; see `Operations`."""
         return jnp.tensordot(x, weight, axes)
 
     def project_back(self, x: Array, weight: Array) -> Array:
+        """Returns a product with the transposed weight; see `Operations`."""
         return x @ weight.T
 
     def look_up(self, weight: Array, indices: Array) -> Array:
+        """Returns rows; see `Operations`."""
         return weight[indices]
 
     def convolve(self, x: Array, weight: Array) -> Array:
+        """Returns a convolution; see `Operations`."""
         return jax.lax.conv_general_dilated(
             x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
+
+
+PLAIN = Plain()
 
 
 class Factors(NamedTuple):
@@ -61,32 +68,35 @@ class WrittenByHand:
     """The same uses with LoRA written in: `x @ W + scale * (x @ A) @ B`."""
 
     scale: float
-    plain: Plain = Plain()
 
     def project(self, x: Array, weight: Array | Factors, axes: int = 1) -> Array:
+        """Returns a product; see `Operations`."""
         if not isinstance(weight, Factors):
-            return self.plain.project(x, weight, axes)
+            return PLAIN.project(x, weight, axes)
         W, A, B = weight
         change = jnp.tensordot(self.scale * jnp.tensordot(x, A, axes), B, 1)
-        return self.plain.project(x, W, axes) + change
+        return PLAIN.project(x, W, axes) + change
 
     def project_back(self, x: Array, weight: Array | Factors) -> Array:
+        """Returns a product with the transposed weight; see `Operations`."""
         if not isinstance(weight, Factors):
-            return self.plain.project_back(x, weight)
+            return PLAIN.project_back(x, weight)
         W, A, B = weight
         return x @ W.T + self.scale * (x @ B.T) @ A.T
 
     def look_up(self, weight: Array | Factors, indices: Array) -> Array:
+        """Returns rows; see `Operations`."""
         if not isinstance(weight, Factors):
-            return self.plain.look_up(weight, indices)
+            return PLAIN.look_up(weight, indices)
         W, A, B = weight
         return W[indices] + self.scale * A[indices] @ B
 
     def convolve(self, x: Array, weight: Array | Factors) -> Array:
+        """Returns a convolution; see `Operations`."""
         if not isinstance(weight, Factors):
-            return self.plain.convolve(x, weight)
+            return PLAIN.convolve(x, weight)
         W, A, B = weight
-        return self.plain.convolve(x, W) + self.scale * self.plain.convolve(x, A) @ B
+        return PLAIN.convolve(x, W) + self.scale * PLAIN.convolve(x, A) @ B
 
 
 def with_factors(wrapped: Any) -> Any:

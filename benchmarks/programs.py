@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 
 import lora_jax
 from benchmarks.models import Model
-from benchmarks.operations import Plain, WrittenByHand, with_factors
+from benchmarks.operations import PLAIN, WrittenByHand, with_factors
 
 SCALE = 2.0
 OPTIMIZER = optax.adam(1e-3)
@@ -27,9 +28,37 @@ class Program:
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
 
-    def lowered(self) -> Any:
+    def lowered(self) -> jax.stages.Lowered:
         """Returns the function, traced and lowered."""
         return jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a compiled program costs; the same at each compilation.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes: bytes that its operations read and write.
+      temporary_bytes: the memory that it needs beside its arguments and results.
+    """
+
+    flops: float
+    bytes: float
+    temporary_bytes: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Cost":
+        """Returns the cost of a compiled program, as XLA gives it."""
+        analysis: Any = compiled.cost_analysis()
+        memory: Any = compiled.memory_analysis()
+        return cls(analysis["flops"], analysis["bytes accessed"], memory.temp_size_in_bytes)
+
+
+def program_text(compiled: jax.stages.Compiled) -> str:
+    """Returns the compiled program without the source lines that it came from."""
+    text = re.sub(r", metadata=\{[^}]*\}", "", compiled.as_text() or "")
+    return re.sub(r"\n(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*", "", text)
 
 
 def programs(model: Model) -> Mapping[str, Callable[[], Program]]:
@@ -47,7 +76,7 @@ def base_function(model: Model) -> Forward:
     """Returns the model as a function of its parameters and a batch."""
 
     def forward(params: Any, inputs: Any) -> Any:
-        return model.apply(Plain(), params, inputs)
+        return model.apply(PLAIN, params, inputs)
 
     return forward
 
@@ -131,9 +160,7 @@ def label_shapes(model: Model) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(logits.shape[:-1], jnp.int32)
 
 
-def _step_program(
-    model: Model, step: Callable[..., Any], trained: Any, frozen: Any
-) -> Program:
+def _step_program(model: Model, step: Callable[..., Any], trained: Any, frozen: Any) -> Program:
     state = jax.eval_shape(OPTIMIZER.init, trained)
     arguments = (trained, state, frozen, model.inputs, label_shapes(model))
     return Program(step, arguments, donated=(0, 1))

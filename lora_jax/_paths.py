@@ -1,8 +1,9 @@
 """Paths of leaves: how a place in a pytree is written, matched and suggested."""
 
+import collections
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +15,18 @@ KeyPath = tuple[Any, ...]
 _WRAPPER_KEYS = frozenset({"value", "raw_value", "get_value"})
 
 
-def path_string(key_path: KeyPath) -> str:
-    """Returns a leaf's place as `/`-joined simple keys, e.g. `encoder/layer_0/kernel`."""
-    segments = [jax.tree_util.keystr((key,), simple=True) for key in key_path]
-    if len(segments) > 1 and _is_wrapper_key(key_path[-1]):
-        segments = segments[:-1]
-    return "/".join(segments)
+def path_strings(key_paths: Sequence[KeyPath], *, skip: int = 0) -> list[str]:
+    """Returns the places of all leaves of a tree as `/`-joined simple keys.
+
+    Args:
+      key_paths: the key path of every leaf.
+      skip: how many keys to leave out at the start of each.
+    """
+    siblings = collections.Counter(key_path[:-1] for key_path in key_paths)
+    return [
+        _joined(key_path[:-1] if _is_wrapped(key_path, siblings) else key_path, skip)
+        for key_path in key_paths
+    ]
 
 
 def leaves_with_paths(
@@ -27,16 +34,17 @@ def leaves_with_paths(
 ) -> list[tuple[str, Any]]:
     """Returns every leaf of `tree` beside its path, in the order of `jax.tree.leaves`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return [(path_string(key_path), leaf) for key_path, leaf in flat]
+    paths = path_strings([key_path for key_path, _ in flat])
+    return [(path, leaf) for path, (_, leaf) in zip(paths, flat, strict=True)]
 
 
 def map_with_paths(
     function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> Any:
     """Returns `tree` with every leaf replaced by `function(path, leaf)`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda key_path, leaf: function(path_string(key_path), leaf), tree, is_leaf=is_leaf
-    )
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    leaves = [function(path, leaf) for path, leaf in leaves_with_paths(tree, is_leaf)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def compile_expression(expression: str, argument: str = "targets") -> re.Pattern[str]:
@@ -69,5 +77,13 @@ def _similarity(wanted: str, path: str) -> float:
     )
 
 
-def _is_wrapper_key(key: Any) -> bool:
+def _is_wrapped(key_path: KeyPath, siblings: Mapping[KeyPath, int]) -> bool:
+    """Says whether the last key is that of a wrapper, which holds one array and nothing else."""
+    if len(key_path) < 2 or siblings[key_path[:-1]] > 1:
+        return False
+    key = key_path[-1]
     return isinstance(key, jax.tree_util.GetAttrKey) and key.name in _WRAPPER_KEYS
+
+
+def _joined(key_path: KeyPath, skip: int) -> str:
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in key_path[skip:])

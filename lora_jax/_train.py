@@ -78,11 +78,23 @@ def combine(adapters: Any, frozen: Any) -> Any:
       >>> lora_jax.combine(*lora_jax.split(wrapped))["kernel"].rank
       2
     """
-    return jax.tree.map(
-        lambda adapter, leaf: leaf if adapter is None else adapter,
-        adapters,
-        frozen,
-        is_leaf=lambda leaf: leaf is None,
+    structure: Any = jax.tree.structure(adapters, is_leaf=_is_none)
+    frozen_structure: Any = jax.tree.structure(frozen, is_leaf=_is_none)
+    if structure != frozen_structure:
+        raise ValueError(
+            "`adapters` and `frozen` are not halves of one tree, having different structures; "
+            f"expected both from split(wrapped).\n`adapters`: {structure}\n"
+            f"`frozen`: {frozen_structure}"
+        )
+    leaves = [jax.tree.leaves(half, is_leaf=_is_none) for half in (adapters, frozen)]
+    pairs = list(zip(*leaves, strict=True))
+    if any(adapter is not None and leaf is not None for adapter, leaf in pairs):
+        raise ValueError(
+            "`adapters` and `frozen` both hold some of the leaves; expected the two halves that "
+            "split(wrapped) gives."
+        )
+    return jax.tree.unflatten(
+        structure, [leaf if adapter is None else adapter for adapter, leaf in pairs]
     )
 
 
@@ -101,6 +113,7 @@ def optimizer(
       A transformation whose `init` and `update` take the wrapped tree and its gradient.
 
     Raises:
+      TypeError: `tx` is no transformation.
       ValueError: a label is unknown; or, from `init`, the tree has nothing that trains.
 
     Source: optax's `multi_transform` and `set_to_zero`.
@@ -110,6 +123,7 @@ def optimizer(
       >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
       >>> state = lora_jax.optimizer(optax.adam(1e-3)).init(wrapped)
     """
+    _check_transformations(tx)
     by_label = dict(tx) if isinstance(tx, Mapping) else None
     if by_label is not None and not set(by_label) <= set(_TRAINABLE):
         unknown = sorted(set(by_label) - set(_TRAINABLE))
@@ -129,6 +143,19 @@ def optimizer(
         return grouped.init(params)
 
     return optax.GradientTransformationExtraArgs(init, grouped.update)
+
+
+def _check_transformations(tx: Any) -> None:
+    for each in tx.values() if isinstance(tx, Mapping) else [tx]:
+        if not (hasattr(each, "init") and hasattr(each, "update")):
+            raise TypeError(
+                f"`tx` is {tx!r}; expected an optax transformation, such as optax.adam(1e-3), or a "
+                "mapping from label to transformation."
+            )
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
 
 
 def _by_group(

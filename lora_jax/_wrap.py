@@ -88,7 +88,7 @@ def wrap(
       >>> wrapped["dense"]["kernel"].lora_A.shape
       (4, 2)
     """
-    _check_not_wrapped(params)
+    check_not_wrapped(params)
     defaults: Overrides = {"rank": rank, "alpha": alpha, "init": init, "dtype": dtype}
     for name, value in defaults.items():
         _CHECKS[name](f"`{name}`", value)
@@ -169,20 +169,22 @@ def _lora_weight(
     scale = (rank if settings["alpha"] is None else settings["alpha"]) / rank
     dtype = settings["dtype"] or common_dtype(leaf.dtype, jnp.float32)
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    base, lora_A, lora_B = _initial_factors(
+    base, lora_A, lora_B = _initial_matrices(
         initializer(settings["init"]), axes, rank, scale, jnp.dtype(dtype), path_key, leaf
     )
+    _check_factors(path, leaf, axes, rank, lora_A, lora_B)
+    A_shape, B_shape = factor_shapes(leaf.shape, axes, rank)
     return LoRAWeight(
         base=leaf if base is None else base,
-        lora_A=lora_A,
-        lora_B=lora_B,
+        lora_A=lora_A.reshape(A_shape),
+        lora_B=lora_B.reshape(B_shape),
         scale=jnp.asarray(scale, common_dtype(dtype, jnp.float32)),
         axes=axes,
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _initial_factors(
+def _initial_matrices(
     init: Initializer,
     axes: Axes,
     rank: int,
@@ -191,7 +193,7 @@ def _initial_factors(
     key: PRNGKeyArray,
     weight: Array,
 ) -> tuple[Array | None, Array, Array]:
-    """Returns the base, or None where the initialiser leaves it as it is, and the two factors."""
+    """Returns the base, or None where the initialiser leaves it, and the factors as matrices."""
 
     def of_matrix(key: PRNGKeyArray, weight2d: Array) -> tuple[Array | None, Array, Array]:
         base, lora_A, lora_B = init(key, weight2d, rank, scale)
@@ -200,10 +202,20 @@ def _initial_factors(
     matrices = to_matrices(weight, axes)
     keys = jax.random.split(key, matrices.shape[0])
     base, lora_A, lora_B = jax.vmap(of_matrix)(keys, matrices)
-    A_shape, B_shape = factor_shapes(weight.shape, axes, rank)
     if base is not None:
         base = from_matrices(base, weight.shape, axes).astype(weight.dtype)
-    return base, lora_A.reshape(A_shape), lora_B.reshape(B_shape)
+    return base, lora_A, lora_B
+
+
+def _check_factors(
+    path: str, leaf: Array, axes: Axes, rank: int, lora_A: Array, lora_B: Array
+) -> None:
+    inputs, outputs = (side_size(leaf.shape, axes, role) for role in ("in", "out"))
+    if (lora_A.shape[1:], lora_B.shape[1:]) != ((inputs, rank), (rank, outputs)):
+        raise ValueError(
+            f"`init` returned lora_A of shape {lora_A.shape[1:]} and lora_B of shape "
+            f"{lora_B.shape[1:]} for '{path}'; expected {(inputs, rank)} and {(rank, outputs)}."
+        )
 
 
 def _trained_paths(params: Any, train: Targets | None, selected: Mapping[str, Any]) -> set[str]:
@@ -268,7 +280,8 @@ def _is_adaptable(path: str, leaf: Any, inferred: InferredAxes | None) -> bool:
     return inferred is None or path in inferred or path in inferred.disagreements
 
 
-def _check_not_wrapped(params: Any) -> None:
+def check_not_wrapped(params: Any) -> None:
+    """Raises if `params` holds a node that `wrap` made."""
     wrapped = [
         path
         for path, node in leaves_with_paths(params, is_leaf=is_adapter_node)

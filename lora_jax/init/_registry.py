@@ -18,7 +18,7 @@ def initializer(init: str | Initializer) -> Initializer:
       The initialiser.
 
     Raises:
-      ValueError: no initialiser has that name.
+      ValueError: it is neither a function nor the name of an initialiser.
 
     Examples:
       >>> initializer("kaiming").__name__
@@ -26,7 +26,7 @@ def initializer(init: str | Initializer) -> Initializer:
     """
     if callable(init):
         return init
-    if init not in _BY_NAME:
+    if not isinstance(init, str) or init not in _BY_NAME:
         raise ValueError(
             f"`init` is {init!r}; expected one of {listed(sorted(_BY_NAME), 20)}, or a function "
             "(key, weight2d, rank, scale) -> (base, lora_A, lora_B)."

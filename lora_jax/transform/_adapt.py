@@ -1,15 +1,17 @@
 """`adapt`: from a function of parameters to one that takes the wrapped tree."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, evaluate
-from lora_jax._paths import path_string
+from lora_jax._paths import path_strings
 from lora_jax._weight import FullWeight, is_lora_weight, map_adapter_nodes
 from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import Factored, factored_weight
@@ -36,7 +38,8 @@ def adapt(
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability with which an element of an adapter's input is dropped, with an
         independent mask for each use. It is on in calls that bring `lora_key=`, a random key, and
-        off in all others, so that evaluation needs no second function.
+        off in all others, so that evaluation needs no second function. Functions with a derivative
+        rule of their own are left out of it.
 
     Returns:
       A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and of
@@ -103,7 +106,7 @@ def rewrite(
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
     leaves = [leaf for _, leaf in flat]
-    paths = [path_string(key_path[2:]) for key_path, _ in flat]
+    paths = weight_paths(flat)
     plain = [leaf.base if is_lora_weight(leaf) else leaf for leaf in leaves]
     traced = traced_function(fn, structure, plain)
     interpreter = Interpreter(RULES, on_materialize, uses, {}, dropout)
@@ -141,6 +144,18 @@ def traced_function(
     return TracedFunction(closed_jaxpr, jax.tree.structure(output))
 
 
+def weight_paths(flat: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Returns the path of each leaf within its argument, or with it where another has the same."""
+    key_paths = [key_path for key_path, _ in flat]
+    within, whole = path_strings(key_paths, skip=2), path_strings(key_paths, skip=1)
+    adapted = collections.Counter(
+        path for path, (_, leaf) in zip(within, flat, strict=True) if is_lora_weight(leaf)
+    )
+    return [
+        longer if adapted[path] > 1 else path for path, longer in zip(within, whole, strict=True)
+    ]
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Static:
@@ -149,15 +164,21 @@ class _Static:
     value: Any
 
     def __hash__(self) -> int:
-        try:
-            return hash(self.value)
-        except TypeError:
-            return id(self.value)
+        return hash(self.value) if _is_hashable(self.value) else id(self.value)
 
     def __eq__(self, other: Any) -> bool:
         if not isinstance(other, _Static) or type(self.value) is not type(other.value):
             return False
-        return self.value is other.value or bool(self.value == other.value)
+        # What can't be hashed may have changed since: it equals nothing, and is traced anew.
+        return _is_hashable(self.value) and bool(self.value == other.value)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_array(leaf: Any) -> bool:
@@ -172,7 +193,13 @@ def with_trained_values(tree: Any) -> Any:
 
 
 def with_static(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf if _is_array(leaf) else _Static(leaf), tree)
+    return jax.tree.map(_array_or_static, tree, is_leaf=is_lora_weight)
+
+
+def _array_or_static(leaf: Any) -> Any:
+    if is_lora_weight(leaf):
+        return jax.tree.map(lambda each: each if _is_array(each) else jnp.asarray(each), leaf)
+    return leaf if _is_array(leaf) else _Static(leaf)
 
 
 def without_static(tree: Any) -> Any:

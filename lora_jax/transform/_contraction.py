@@ -15,7 +15,6 @@ from lora_jax.transform._factored import (
     Factored,
     Term,
     dense_flops,
-    dense_value,
     without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
@@ -47,10 +46,7 @@ def dot_general(
     with scope_of(equation), jax.named_scope("lora"):
         for terms in itertools.product(*([None, *_terms(choice)] for choice in choices)):
             if any(term is not None for term in terms):
-                operands = [
-                    x if isinstance(x, Factored) else interpreter.dropped_out(x) for x in choices
-                ]
-                result += _change(equation, operands, terms, labels, output, result)
+                result += _change(interpreter, equation, choices, terms, labels, output, result)
     return [result]
 
 
@@ -68,32 +64,11 @@ def _computed(
         return value
     size_of = _sizes(inputs, labels)
     base_flops = 2 * math.prod(size_of.values())
-    factored_flops = sum(
-        _factored_flops(term, labels, position, output, size_of) for term in value.terms
-    )
-    is_dense = prefers_dense(base_flops, factored_flops, dense_flops(value))
-    interpreter.record(
-        Use(
-            path=value.path,
-            primitive=equation.primitive.name,
-            source=interpreter.source_of(equation),
-            how="dense" if is_dense else "factored",
-            base_flops=base_flops,
-            factored_flops=factored_flops,
-            dense_flops=dense_flops(value),
-        )
-    )
-    return dense_value(value) if is_dense else value
 
+    def factored_flops(part: Factored) -> int:
+        return sum(_factored_flops(term, labels, position, output, size_of) for term in part.terms)
 
-def prefers_dense(base_flops: int, factored_flops: int, building_flops: int) -> bool:
-    """Says whether a training step is cheaper with W + AB built than with factors.
-
-    The backward pass of each factored product is two products of the same size. That of a built
-    weight is the gradient of W, as large as the base op, and two products to split it in A's and
-    B's. Counting the forward pass alone would build W in every large batch and then pay for dW.
-    """
-    return building_flops + base_flops + 2 * building_flops < 3 * factored_flops
+    return interpreter.chosen(equation, value, base_flops, factored_flops)
 
 
 def _factored_flops(
@@ -113,6 +88,7 @@ def _factored_flops(
 
 
 def _change(
+    interpreter: Interpreter,
     equation: Equation,
     operands: Sequence[Any],
     terms: Sequence[Term | None],
@@ -130,12 +106,18 @@ def _change(
     arrays: list[tuple[Array, Labels]] = []
     for position, (operand, term) in enumerate(zip(operands, terms, strict=True)):
         if term is None:
-            arrays.append((_sliced(_base(operand), labels[position], ranges), labels[position]))
+            array = _sliced(_base(operand), labels[position], ranges)
+            if not isinstance(operand, Factored):
+                array = interpreter.dropped_out(array)
+            arrays.append((array, labels[position]))
         else:
             named = (*labels[position], _rank_label(position, labels))
             arrays += [(term.lora_A, named), (term.lora_B, named)]
     dtype = common_dtype(*(array.dtype for array, _ in arrays))
+    dropped = any(not isinstance(operand, Factored) for operand in operands)
     scales = [term.scale for term in terms if term is not None]
+    if dropped:
+        scales[0] = interpreter.scale_of(next(term for term in terms if term is not None))
     joined = product(
         [without_unit_axes(array.astype(dtype), named) for array, named in arrays],
         output,
@@ -163,22 +145,26 @@ def ragged_dot_general(
     if not all(_is_expert_term(term) for term in terms):
         return None
     result = evaluate_equation(equation, [x, weight.base, group_sizes])[0]
-    flops = sum(2 * x.shape[0] * term.rank * sum(weight.shape[1:]) for term in terms)
-    interpreter.record(
-        Use(
-            path=weight.path,
-            primitive=equation.primitive.name,
-            source=interpreter.source_of(equation),
-            how="factored",
-            base_flops=2 * x.size * weight.shape[2],
-            factored_flops=flops,
-            dense_flops=dense_flops(weight),
+    for path, part in weight.parts().items():
+        flops = sum(2 * x.shape[0] * term.rank * sum(weight.shape[1:]) for term in part.terms)
+        interpreter.record(
+            Use(
+                path=path,
+                primitive=equation.primitive.name,
+                source=interpreter.source_of(equation),
+                how="factored",
+                base_flops=2 * x.size * weight.shape[2],
+                factored_flops=flops,
+                dense_flops=dense_flops(part),
+            )
         )
-    )
     with scope_of(equation), jax.named_scope("lora"):
         for term in terms:
             adapter_input = interpreter.dropped_out(x)
-            result += _expert_change(equation, adapter_input, term, group_sizes, result.dtype)
+            scale = interpreter.scale_of(term)
+            result += _expert_change(
+                equation, adapter_input, term, scale, group_sizes, result.dtype
+            )
     return [result]
 
 
@@ -188,7 +174,7 @@ def _is_expert_term(term: Term) -> bool:
 
 
 def _expert_change(
-    equation: Equation, x: Array, term: Term, group_sizes: Array, result_dtype: Any
+    equation: Equation, x: Array, term: Term, scale: Array, group_sizes: Array, result_dtype: Any
 ) -> Array:
     dtype = common_dtype(x.dtype, term.lora_A.dtype, term.lora_B.dtype)
     experts = group_sizes.shape[0]
@@ -207,7 +193,7 @@ def _expert_change(
 
     hidden = ragged_dot(x.astype(dtype), of_each_expert(term.lora_A).squeeze(2))
     mixer = of_each_expert(term.lora_B).squeeze(1).swapaxes(1, 2)
-    hidden = hidden * term.scale.astype(hidden.dtype)
+    hidden = hidden * scale.astype(hidden.dtype)
     return ragged_dot(hidden.astype(dtype), mixer).astype(result_dtype)
 
 

@@ -1,7 +1,7 @@
 """The rule for convolutions: a convolution with lora_A, then lora_B on the channels it gives."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +10,14 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax._dtypes import common_dtype
-from lora_jax.transform._contraction import prefers_dense, product_dtype
+from lora_jax.transform._contraction import product_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
-    dense_flops,
-    dense_value,
     without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 from lora_jax.transform._product import Labelled, product
-from lora_jax.transform._report import Use
 
 
 def conv_general_dilated(
@@ -41,16 +38,15 @@ def conv_general_dilated(
     factors = [pair for pair in found if pair is not None]
     if len(factors) < len(terms):
         return None
-    base = evaluate_equation(equation, [x, weight.base])[0]
-    use = _use(interpreter, equation, weight, base)
-    interpreter.record(use)
-    if use.how == "dense":
-        return evaluate_equation(equation, [x, dense_value(weight)])
-    result = base
+    base_flops, factored_flops = _costs(equation, weight.shape)
+    choice = interpreter.chosen(equation, weight, base_flops, factored_flops)
+    if not isinstance(choice, Factored):
+        return evaluate_equation(equation, [x, choice])
+    base = result = evaluate_equation(equation, [x, weight.base])[0]
     with scope_of(equation), jax.named_scope("lora"):
         for term, (kernel, mixer) in zip(terms, factors, strict=True):
-            adapter_input = interpreter.dropped_out(x)
-            result += _change(equation, adapter_input, kernel, mixer, term.scale, base)
+            adapter_input, scale = interpreter.dropped_out(x), interpreter.scale_of(term)
+            result += _change(equation, adapter_input, kernel, mixer, scale, base)
     return [result]
 
 
@@ -85,11 +81,19 @@ def _change(
         },
     )
     out_axis = equation.params["dimension_numbers"].out_spec[1]
-    return _mixed(convolved, mixer.astype(dtype), scale, out_axis, groups, rank, base)
+    precision = equation.params["precision"]
+    return _mixed(convolved, mixer.astype(dtype), scale, out_axis, groups, rank, precision, base)
 
 
 def _mixed(
-    convolved: Array, mixer: Array, scale: Array, out_axis: int, groups: int, rank: int, base: Array
+    convolved: Array,
+    mixer: Array,
+    scale: Array,
+    out_axis: int,
+    groups: int,
+    rank: int,
+    precision: Any,
+    base: Array,
 ) -> Array:
     """Returns the channels of each group mixed, with the output features at `out_axis`."""
     shape = base.shape
@@ -104,32 +108,26 @@ def _mixed(
         ],
         (*before, group_label, feature_label, *after),
         scale=scale,
+        precision=precision,
     )
     return joined.array.reshape(shape).astype(base.dtype)
 
 
-def _use(interpreter: Interpreter, equation: Equation, weight: Factored, base: Array) -> Use:
-    """Returns what computing with factors costs beside building W + AB, and which is chosen."""
-    feature_axis = _feature_axis(equation)
-    features = weight.shape[feature_axis]
-    places = base.size // features
-    window = math.prod(weight.shape) // features
+def _costs(
+    equation: Equation, kernel_shape: tuple[int, ...]
+) -> tuple[int, Callable[[Factored], int]]:
+    """Returns the operations of the base op, and those of the products for a part of the kernel."""
+    features = kernel_shape[_feature_axis(equation)]
+    output: Any = equation.outvars[0].aval
+    size = math.prod(output.shape)
+    places = size // features
+    window = math.prod(kernel_shape) // features
     groups = equation.params["feature_group_count"]
-    base_flops = 2 * base.size * window
-    factored_flops = sum(
-        2 * places * (groups * term.rank * window + features * term.rank) for term in weight.terms
-    )
-    building = dense_flops(weight)
-    is_dense = prefers_dense(base_flops, factored_flops, building)
-    return Use(
-        path=weight.path,
-        primitive=equation.primitive.name,
-        source=interpreter.source_of(equation),
-        how="dense" if is_dense else "factored",
-        base_flops=base_flops,
-        factored_flops=factored_flops,
-        dense_flops=building,
-    )
+
+    def factored_flops(part: Factored) -> int:
+        return sum(2 * places * term.rank * (groups * window + features) for term in part.terms)
+
+    return 2 * size * window, factored_flops
 
 
 def _feature_axis(equation: Equation) -> int:

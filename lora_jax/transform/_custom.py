@@ -2,7 +2,8 @@
 
 The public way to a function's own rule is to differentiate the equation: `jax.jvp` and `jax.vjp`
 of it trace the user's rule to a jaxpr in plain weights, which is then interpreted with factored
-ones. The rule is opaque, so what it takes or gives for a weight's tangent is a whole matrix.
+ones. The rule is opaque, so what it takes or gives for a weight's tangent is a whole matrix; and
+there is no LoRA dropout inside, since the rule could not know of the masks.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ def custom_jvp_call(
 ) -> Sequence[Any]:
     """Returns the outputs of a `jax.custom_jvp` function, whose rule holds for the result."""
     body = equation.params["call_jaxpr"]
-    interpreter = interpreter.within(equation)
+    interpreter = interpreter.within(equation).without_dropout()
 
     @jax.custom_jvp
     def rewritten(*values: Any) -> list[Array]:
@@ -60,7 +61,7 @@ def custom_vjp_call(
 ) -> Sequence[Any]:
     """Returns the outputs of a `jax.custom_vjp` function, whose rule holds for the result."""
     body = equation.params["call_jaxpr"]
-    interpreter = interpreter.within(equation)
+    interpreter = interpreter.within(equation).without_dropout()
     varying = _varying(inputs)
 
     @jax.custom_vjp

@@ -28,9 +28,13 @@ class Dropout:
         return jax.random.fold_in(self.key, next(self.uses))
 
     def __call__(self, x: Array) -> Array:
-        """Returns x with elements dropped, and the kept ones scaled by 1 / (1 - rate)."""
+        """Returns x with elements dropped; the kept ones count 1 / (1 - rate) through the scale."""
         kept = jax.random.bernoulli(self.next_key(), 1 - self.rate, x.shape)
-        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros_like(x))
+        return jnp.where(kept, x, jnp.zeros_like(x))
+
+    def scaled(self, scale: Array) -> Array:
+        """Returns an adapter's scale over 1 - rate: there it keeps the factors' precision."""
+        return scale / jnp.asarray(1 - self.rate, scale.dtype)
 
     def with_key(self, key: PRNGKeyArray) -> "Dropout":
         """Returns the dropout of a body that has a key of its own."""

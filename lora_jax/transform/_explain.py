@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 
-from lora_jax._paths import leaves_with_paths
 from lora_jax._tables import table
-from lora_jax._weight import Axes, is_lora_weight
-from lora_jax.transform._adapt import rewrite, with_static, with_trained_values
+from lora_jax._weight import Axes, LoRAWeight, is_lora_weight
+from lora_jax.transform._adapt import rewrite, weight_paths, with_static, with_trained_values
 from lora_jax.transform._report import Use
 
 
@@ -119,20 +118,19 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 shape=node.shape,
                 axes=node.axes,
                 rank=node.rank,
-                uses=_gathered([use for use in uses if path in use.path.split(" + ")]),
+                uses=_gathered([use for use in uses if use.path == path]),
             )
             for path, node in _adapted_weights(arguments)
         )
     )
 
 
-def _adapted_weights(arguments: Any) -> list[tuple[str, Any]]:
-    args, kwargs = arguments
+def _adapted_weights(arguments: Any) -> list[tuple[str, LoRAWeight]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
     return [
-        (path, node)
-        for argument in (*args, *kwargs.values())
-        for path, node in leaves_with_paths(argument, is_leaf=is_lora_weight)
-        if is_lora_weight(node)
+        (path, leaf)
+        for path, (_, leaf) in zip(weight_paths(flat), flat, strict=True)
+        if is_lora_weight(leaf)
     ]
 
 

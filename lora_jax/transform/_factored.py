@@ -66,8 +66,15 @@ class Factored:
 
     @property
     def path(self) -> str:
-        """The paths of the weights that make up this value, for messages and reports."""
-        return " + ".join(dict.fromkeys(str(term.origin) for term in self.terms))
+        """The paths of the weights that make up this value, for messages."""
+        return " + ".join(self.parts())
+
+    def parts(self) -> dict[str, "Factored"]:
+        """Returns, for the path of each weight that makes up this value, the terms it adds."""
+        by_path: dict[str, list[Term]] = {}
+        for term in self.terms:
+            by_path.setdefault(str(term.origin), []).append(term)
+        return {path: Factored(self.base, tuple(terms)) for path, terms in by_path.items()}
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factored, Term, dense_value, without_windows
+from lora_jax.transform._factored import Factored, Term, dense_flops, dense_value, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 from lora_jax.transform._report import Use
 
@@ -45,10 +45,10 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     )
     if all(_holding(term, looked_up) != "one" for term in terms):
         return [Factored(base, picked)]
-    flops = sum(2 * term.rank * base.size for term in picked)
-    interpreter.record(
-        Use(value.path, "gather", interpreter.source_of(equation), "factored", 0, flops, flops)
-    )
+    source = interpreter.source_of(equation)
+    for path, part in Factored(base, picked).parts().items():
+        flops = sum(2 * term.rank * base.size for term in part.terms)
+        interpreter.record(Use(path, "gather", source, "factored", 0, flops, dense_flops(part)))
     with scope_of(equation), jax.named_scope("lora"):
         rows = Factored(base, tuple(_rows_dropped_out(interpreter, term) for term in picked))
         return [dense_value(rows)]
@@ -100,7 +100,10 @@ def _rows_dropped_out(interpreter: Interpreter, term: Term) -> Term:
     lookups = [1 if size_B != 1 else size_A for size_A, size_B in _sizes(term)]
     ones = jnp.ones((*lookups, 1), term.lora_A.dtype)
     mask = interpreter.dropped_out(ones)
-    return term if mask is ones else dataclasses.replace(term, lora_A=term.lora_A * mask)
+    if mask is ones:
+        return term
+    scale = interpreter.scale_of(term)
+    return dataclasses.replace(term, lora_A=term.lora_A * mask, scale=scale)
 
 
 def _sizes(term: Term) -> list[tuple[int, int]]:

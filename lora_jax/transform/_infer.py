@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from lora_jax._axes import InferredAxes, WeightUse
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax._paths import path_string
+from lora_jax._paths import path_strings
 from lora_jax._weight import Axes, AxisRole
+from lora_jax._wrap import check_not_wrapped
 from lora_jax.transform._adapt import traced_function, with_static
 from lora_jax.transform._factored import Factored, Term, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets
@@ -52,6 +53,7 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       >>> dict(lora_jax.infer_axes(attend, params, jnp.ones((5, 8))))
       {'out': ('in', 'in', 'out'), 'query': ('in', 'out', 'out')}
     """
+    check_not_wrapped(params)
     arguments = with_static(((params, *args), kwargs))
     found: dict[str, list[WeightUse]] = {}
     jax.eval_shape(lambda arguments: _run_with_probes(fn, arguments, found), arguments)
@@ -75,7 +77,11 @@ def _run_with_probes(
 ) -> None:
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments)
     traced = traced_function(fn, structure, [leaf for _, leaf in flat])
-    values = [_probed(key_path, leaf) for key_path, leaf in flat]
+    paths = path_strings([key_path for key_path, _ in flat], skip=2)
+    values = [
+        _probed(path, leaf) if _is_candidate(key_path, leaf) else leaf
+        for path, (key_path, leaf) in zip(paths, flat, strict=True)
+    ]
     found.update({value.path: [] for value in values if isinstance(value, Factored)})
     recorder = _Recorder([])
     interpreter = Interpreter({**RULES, **recorder.rules()}, "ignore", [], {})
@@ -85,16 +91,17 @@ def _run_with_probes(
     for path, use, place in recorder.notes:
         found[path].append(dataclasses.replace(use, is_output=place in heads))
     for other in interpreter.uses:
-        for path in other.path.split(" + "):
-            found[path].append(WeightUse(other.primitive, other.source, None))
+        found[other.path].append(WeightUse(other.primitive, other.source, None))
 
 
-def _probed(key_path: Sequence[Any], leaf: Any) -> Any:
-    """Returns a weight of the first argument as a value with a probe for each axis."""
+def _is_candidate(key_path: Sequence[Any], leaf: Any) -> bool:
+    """Says whether a leaf of (args, kwargs) is a weight of the first argument."""
     is_of_params = key_path[0].idx == 0 and key_path[1] == jax.tree_util.SequenceKey(0)
-    if not (is_of_params and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2):
-        return leaf
-    path = path_string(tuple(key_path[2:]))
+    return is_of_params and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
+
+
+def _probed(path: str, leaf: Any) -> Factored:
+    """Returns a weight as a value with a probe for each axis."""
     held = [[1] * axis + [size] + [1] * (leaf.ndim - axis) for axis, size in enumerate(leaf.shape)]
     terms = tuple(
         Term(
@@ -261,12 +268,11 @@ class _Recorder:
         untracked: AxisRole = "batch",
     ) -> None:
         """Notes, for each weight in `value`, which role each of its own axes plays."""
-        for path in value.path.split(" + "):
-            probes = [term for term in value.terms if str(term.origin) == path]
+        for path, part in value.parts().items():
             use = WeightUse(
                 equation.primitive.name,
                 interpreter.source_of(equation),
-                _original_axes(probes, roles, untracked),
+                _original_axes(part.terms, roles, untracked),
             )
             self.notes.append((path, use, place_of(interpreter.callers, equation)))
 

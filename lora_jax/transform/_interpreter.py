@@ -17,8 +17,9 @@ from lora_jax._compat import (
     name_scope,
     source_line,
 )
+from lora_jax.transform._cost import prefers_dense
 from lora_jax.transform._dropout import Dropout
-from lora_jax.transform._factored import Factored, dense_flops, dense_value
+from lora_jax.transform._factored import Factored, Term, dense_flops, dense_value
 from lora_jax.transform._report import OnMaterialize, Use, materialized
 
 Rule = Callable[["Interpreter", Equation, list[Any]], Sequence[Any] | None]
@@ -113,14 +114,49 @@ class Interpreter:
     def materialized_value(self, value: Factored, primitive: str, source: str) -> jax.Array:
         """Returns base + Σ terms, which `primitive` at `source` needs; warns or raises."""
         materialized(value.path, primitive, source, self.on_materialize)
-        flops = dense_flops(value)
-        self.record(Use(value.path, primitive, source, "materialized", 0, None, flops))
+        for path, part in value.parts().items():
+            self.record(Use(path, primitive, source, "materialized", 0, None, dense_flops(part)))
         return dense_value(value)
 
     def source_of(self, equation: Equation) -> str:
         """Returns the model's own line for an equation, or that of the call around it."""
         lines = (source_line(each) for each in (equation, *reversed(self.callers)))
         return next((line for line in lines if line is not None), "an unknown line")
+
+    def chosen(
+        self,
+        equation: Equation,
+        value: Factored,
+        base_flops: int,
+        factored_flops: Callable[[Factored], int],
+    ) -> Factored | jax.Array:
+        """Returns a weight as an op is to use it: built where that is cheaper, or as it is.
+
+        Dropout is on the adapter's input, so a weight that is built could have none.
+
+        Args:
+          equation: the op.
+          value: the weight.
+          base_flops: operations of the op alone.
+          factored_flops: from the weight, or a part of it, to the operations of its products.
+        """
+        building = dense_flops(value)
+        is_dense = self.dropout is None and prefers_dense(
+            base_flops, factored_flops(value), building
+        )
+        for path, part in value.parts().items():
+            self.record(
+                Use(
+                    path=path,
+                    primitive=equation.primitive.name,
+                    source=self.source_of(equation),
+                    how="dense" if is_dense else "factored",
+                    base_flops=base_flops,
+                    factored_flops=factored_flops(part),
+                    dense_flops=dense_flops(part),
+                )
+            )
+        return dense_value(value) if is_dense else value
 
     def record(self, use: Use) -> None:
         """Notes what happened at an equation, for `explain`."""
@@ -129,6 +165,14 @@ class Interpreter:
     def dropped_out(self, x: jax.Array) -> jax.Array:
         """Returns an adapter's input under a mask of its own; in evaluation, as it is."""
         return x if self.dropout is None else self.dropout(x)
+
+    def scale_of(self, term: Term) -> jax.Array:
+        """Returns a term's scale, with what its dropped-out inputs are to be multiplied by."""
+        return term.scale if self.dropout is None else self.dropout.scaled(term.scale)
+
+    def without_dropout(self) -> "Interpreter":
+        """Returns an interpreter for a body that computes the same each time."""
+        return dataclasses.replace(self, dropout=None)
 
     def next_key(self) -> PRNGKeyArray | None:
         """Returns a new key for a body's dropout; None in evaluation."""

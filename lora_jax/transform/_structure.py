@@ -6,7 +6,7 @@ does to the base on the other axes, and leaves the axes of size 1 and the rank a
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -263,7 +263,7 @@ def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     if all(isinstance(value, Factored) for value in inputs):
         return None
     value, other = inputs if isinstance(inputs[0], Factored) else reversed(inputs)
-    return _multiplied(equation, inputs, value, jnp.asarray(other))
+    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.multiply)
 
 
 def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -271,7 +271,7 @@ def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     value, other = inputs
     if not isinstance(value, Factored) or isinstance(other, Factored):
         return None
-    return _multiplied(equation, inputs, value, 1 / jnp.asarray(other))
+    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.divide)
 
 
 def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -326,29 +326,45 @@ def _without_windows_on(value: Factored, axes: Sequence[bool]) -> Factored:
     return dataclasses.replace(value, terms=terms)
 
 
-def _multiplied(
-    equation: Equation, inputs: Sequence[Any], value: Factored, multiplier: Array
+def _rescaled(
+    equation: Equation,
+    inputs: Sequence[Any],
+    value: Factored,
+    other: Array,
+    operation: Callable[[Array, Array], Array],
 ) -> list[Any] | None:
-    """Returns the value times an array that each term absorbs into its scale or one factor."""
-    terms = [_multiplied_term(term, value.shape, multiplier) for term in value.terms]
+    """Returns the value times or over an array that each term absorbs, into scale or one factor."""
+    terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
     return [Factored(_on_bases(equation, inputs), absorbed)]
 
 
-def _multiplied_term(term: Term, shape: tuple[int, ...], multiplier: Array) -> Term | None:
-    if multiplier.ndim == 0:
-        scale = term.scale * multiplier.astype(term.scale.dtype)
+def _rescaled_term(
+    term: Term,
+    shape: tuple[int, ...],
+    other: Array,
+    operation: Callable[[Array, Array], Array],
+) -> Term | None:
+    if other.ndim == 0:
+        scale = operation(term.scale, other.astype(term.scale.dtype))
         return dataclasses.replace(term, scale=scale)
     term = without_windows(term, shape)
-    held = {axis for axis, size in enumerate(multiplier.shape) if size != 1}
-    for name in ("lora_A", "lora_B"):
-        factor = getattr(term, name)
-        if all(factor.shape[axis] != 1 for axis in held):
-            product = factor * multiplier[..., None].astype(factor.dtype)
-            return dataclasses.replace(term, **{name: product})
+    held = {axis for axis, size in enumerate(other.shape) if size != 1}
+
+    def absorbed(factor: Array) -> Array:
+        return operation(factor, other[..., None].astype(factor.dtype))
+
+    if _holds(term.lora_A, held):
+        return dataclasses.replace(term, lora_A=absorbed(term.lora_A))
+    if _holds(term.lora_B, held):
+        return dataclasses.replace(term, lora_B=absorbed(term.lora_B))
     return None
+
+
+def _holds(factor: Array, axes: Collection[int]) -> bool:
+    return all(factor.shape[axis] != 1 for axis in axes)
 
 
 def _on_bases(equation: Equation, inputs: Sequence[Any]) -> Array:

@@ -1,0 +1,105 @@
+"""Every public name is documented, with an example where it is a function."""
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import lora_jax
+import lora_jax.transform
+from lora_jax import checkpoint
+
+
+def public_names(module: types.ModuleType) -> dict[str, Any]:
+    return {
+        f"{module.__name__}.{name}": value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+PUBLIC = {
+    **public_names(lora_jax),
+    **public_names(lora_jax.init),
+    **public_names(lora_jax.transform),
+}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+
+CONTRACT = [
+    "LoRAWeight",
+    "adapt",
+    "combine",
+    "explain",
+    "infer_axes",
+    "init",
+    "labels",
+    "merge",
+    "optimizer",
+    "restore",
+    "save",
+    "split",
+    "summary",
+    "unwrap",
+    "wrap",
+]
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_the_names_of_the_contract_are_there(name: str) -> None:
+    assert hasattr(lora_jax, name)
+
+
+def test_everything_public_is_a_function_or_a_class() -> None:
+    assert set(PUBLIC) == set(FUNCTIONS) | set(CLASSES)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_are_documented(function: Callable[..., Any]) -> None:
+    doc = inspect.getdoc(function) or ""
+    signature = inspect.signature(function)
+    for section in ("Args:", "Returns:", "Example", ">>> "):
+        if not (section == "Returns:" and signature.return_annotation is None):
+            assert section in doc
+    arguments = doc.partition("Args:")[2].partition("Returns:")[0]
+    for name in signature.parameters:
+        assert f"{name}:" in arguments
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_are_annotated(function: Callable[..., Any]) -> None:
+    signature = inspect.signature(function)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
+def test_classes_are_documented(cls: type) -> None:
+    assert "__doc__" in vars(cls)
+    # A dataclass without a docstring gets its signature for one.
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}(")
+    for name, member in vars(cls).items():
+        if isinstance(member, property) and not name.startswith("_"):
+            assert member.__doc__
+
+
+def test_options_are_keyword_only() -> None:
+    """A position says little of a rank or a path; two positions are what a reader can hold."""
+    for name, function in FUNCTIONS.items():
+        positional = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        # An initialiser is called by position, with all that it needs.
+        limit = 4 if name.startswith("lora_jax.init.") else 2
+        assert len(positional) <= limit, name
+
+
+def test_what_the_package_offers_is_what_its_modules_define() -> None:
+    assert lora_jax.save is checkpoint.save
+    assert lora_jax.adapt is lora_jax.transform.adapt
