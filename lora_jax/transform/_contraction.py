@@ -14,6 +14,7 @@ from lora_jax._dtypes import common_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
+    block_shape,
     dense_flops,
     without_windows,
 )
@@ -66,14 +67,24 @@ def _computed(
     base_flops = 2 * math.prod(size_of.values())
 
     def factored_flops(part: Factored) -> int:
-        return sum(_factored_flops(term, labels, position, output, size_of) for term in part.terms)
+        return sum(
+            _factored_flops(term, part.shape, labels, position, output, size_of)
+            for term in part.terms
+        )
 
     return interpreter.chosen(equation, value, base_flops, factored_flops)
 
 
 def _factored_flops(
-    term: Term, labels: Sequence[Labels], position: int, output: Labels, size_of: dict[int, int]
+    term: Term,
+    shape: tuple[int, ...],
+    labels: Sequence[Labels],
+    position: int,
+    output: Labels,
+    size_of: dict[int, int],
 ) -> int:
+    block = dict(zip(labels[position], block_shape(term, shape), strict=True))
+    size_of = {**size_of, **block}
     rank_label = _rank_label(position, labels)
     operands = [
         tuple(label for label in labels[other] if size_of[label] != 1)
