@@ -73,7 +73,11 @@ class InferredAxes(Mapping[str, Axes]):
 
     @property
     def linear(self) -> tuple[str, ...]:
-        """What `"all-linear"` means: each weight of a product or convolution, but the head."""
+        """What `"all-linear"` means: each weight of a product or convolution, but the head.
+
+        A weight that meets an array on its way, as in `x @ (W * mask)`, is not among them, nor is a
+        head inside of a loop told from other layers. `print` shows what became of every weight.
+        """
         return tuple(
             path
             for path in self

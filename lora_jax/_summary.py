@@ -25,7 +25,7 @@ class ParameterCounts:
       trainable: those that an optimiser updates: the factors and the weights trained in full.
       total: original and added together.
       trainable_bytes: the memory of the trainable ones.
-      total_bytes: the memory of all.
+      total_bytes: the memory of the original ones and the trainable ones together.
     """
 
     original: int
@@ -71,7 +71,7 @@ def count_parameters(wrapped: Any) -> ParameterCounts:
         trainable=_size(trainable),
         total=original + added,
         trainable_bytes=_bytes(trainable),
-        total_bytes=_bytes(unwrap(wrapped)) + _bytes(factors),
+        total_bytes=_bytes(unwrap(wrapped)) + _bytes(trainable),
     )
 
 

@@ -90,6 +90,11 @@ def select(
                 f"{listed([_described(path, leaf, inferred) for path, leaf in matched])}, "
                 f"of which none is {expected}."
             )
+        if isinstance(targets, Mapping) and all(path in selected for path in chosen):
+            raise ValueError(
+                f"`{argument}`: all that {selector.description} matches is matched before, and the "
+                "first match counts; put it first."
+            )
         for path in chosen:
             selected.setdefault(path, selector.selection)
     return selected

@@ -9,11 +9,18 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._axes import InferredAxes
 from lora_jax._dtypes import common_dtype
-from lora_jax._paths import compile_expression, leaves_with_paths, listed, map_with_paths
+from lora_jax._paths import (
+    compile_expression,
+    leaves_with_paths,
+    listed,
+    map_with_paths,
+    nearest_paths,
+)
 from lora_jax._targets import Overrides, Selection, Targets, select
 from lora_jax._weight import (
     Axes,
@@ -92,7 +99,7 @@ def wrap(
     defaults: Overrides = {"rank": rank, "alpha": alpha, "init": init, "dtype": dtype}
     for name, value in defaults.items():
         _CHECKS[name](f"`{name}`", value)
-    _check_axes(axes)
+    _check_axes(axes, params)
     key = jax.random.key(0) if key is None else _checked_key(key)
     inferred = axes if isinstance(axes, InferredAxes) else None
     selected = select(
@@ -166,7 +173,7 @@ def _lora_weight(
     path: str, leaf: Array, axes: Axes, settings: Overrides, key: PRNGKeyArray
 ) -> LoRAWeight:
     rank = settings["rank"]
-    scale = (rank if settings["alpha"] is None else settings["alpha"]) / rank
+    scale = (rank if settings["alpha"] is None else float(settings["alpha"])) / rank
     dtype = settings["dtype"] or common_dtype(leaf.dtype, jnp.float32)
     path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     base, lora_A, lora_B = _initial_matrices(
@@ -221,16 +228,21 @@ def _check_factors(
 def _trained_paths(params: Any, train: Targets | None, selected: Mapping[str, Any]) -> set[str]:
     if train is None:
         return set()
-    return set(
-        select(
-            params,
-            train,
-            adaptable=lambda path, leaf: _is_floating(leaf) and path not in selected,
-            argument="train",
-            expected="a floating-point array that `targets` does not select",
-            biases=True,
-        )
+    trained = select(
+        params,
+        train,
+        adaptable=lambda path, leaf: _is_floating(leaf) and path not in selected,
+        argument="train",
+        expected="a floating-point array that `targets` does not select",
+        biases=True,
     )
+    for path, selection in trained.items():
+        if selection.overrides:
+            raise ValueError(
+                f"`train` overrides {listed(list(selection.overrides))} for '{path}'; what is "
+                "trained in full has no settings."
+            )
+    return set(trained)
 
 
 def _axes_of(path: str, leaf: Array, axes: Mapping[str, Sequence[str]] | None) -> Axes:
@@ -327,7 +339,7 @@ def _fitting_rank(path: str, leaf: Array, axes: Axes, rank: Any, selection: Sele
 def _check_alpha(subject: str, alpha: Any) -> None:
     if alpha is None:
         return
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if isinstance(alpha, bool | str) or not hasattr(alpha, "__float__") or np.ndim(alpha) != 0:
         raise TypeError(f"{subject} is {alpha!r}; expected a number.")
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{subject} is {alpha}; expected a positive, finite number.")
@@ -356,12 +368,22 @@ def _checked_key(key: Any) -> PRNGKeyArray:
     return key
 
 
-def _check_axes(axes: Any) -> None:
-    if axes is not None and not isinstance(axes, Mapping):
+def _check_axes(axes: Any, params: Any) -> None:
+    if axes is None or isinstance(axes, InferredAxes):
+        return
+    if not isinstance(axes, Mapping):
         raise TypeError(
             f"`axes` is {axes!r}; expected a mapping from path or expression to the role of each "
             "axis, such as {'query/kernel': ('in', 'out', 'out')}, or what infer_axes returned."
         )
+    paths = [path for path, _ in leaves_with_paths(params)]
+    for expression in axes:
+        pattern = compile_expression(expression, "axes")
+        if expression not in paths and not any(pattern.search(path) for path in paths):
+            raise ValueError(
+                f"`axes` has {expression!r}, which matches no leaf; the nearest paths are "
+                f"{listed(nearest_paths(expression, paths))}."
+            )
 
 
 _CHECKS = {

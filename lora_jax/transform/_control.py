@@ -118,7 +118,9 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
 
     def goes_on(keyed: tuple[Any, list[Any]]) -> Any:
         key, state = keyed
-        (result,) = inside.with_key(key).run(test, [*test_constants, *carry.joined(state)])
+        # The body starts from `key` itself; its masks and these are to be independent.
+        own_key = None if key is None else jax.random.fold_in(key, 1)
+        (result,) = inside.with_key(own_key).run(test, [*test_constants, *carry.joined(state)])
         return result
 
     def step(keyed: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:

@@ -84,7 +84,10 @@ class Interpreter:
         transformed: Callable[[Callable[..., Any]], Callable[..., Any]],
         inputs: Sequence[Any],
     ) -> Sequence[Any]:
-        """Returns the outputs of an inner function that is rewritten and transformed only once."""
+        """Returns the outputs of an inner function that is rewritten and transformed only once.
+
+        That holds for other weights of the same shapes too: inside, their places stand for them.
+        """
         closed_jaxpr = equation.params["jaxpr"]
         once = dataclasses.replace(self.within(equation), times=1)
         if id(closed_jaxpr) not in self.shared:
@@ -93,15 +96,20 @@ class Interpreter:
             )
             self.shared[id(closed_jaxpr)] = _SharedFunction(closed_jaxpr, rewritten, {})
         function = self.shared[id(closed_jaxpr)]
+        origins = list(dict.fromkeys(term.origin for term in _terms(inputs)))
+        places = [_Place(index, str(origin)) for index, origin in enumerate(origins)]
+        inputs = _with_origins(inputs, dict(zip(origins, places, strict=True)))
         first_new = len(self.uses)
         outputs = function.rewritten(self.next_key(), *inputs)
-        structure = jax.tree.structure(inputs)
-        function.uses.setdefault(structure, self.uses[first_new:])
+        traced = function.traced.setdefault(
+            jax.tree.structure(inputs), _Traced(places, self.uses[first_new:])
+        )
+        paths = {str(old): str(new) for old, new in zip(traced.places, origins, strict=True)}
         self.uses[first_new:] = [
-            dataclasses.replace(use, times=self.times * use.times)
-            for use in function.uses[structure]
+            dataclasses.replace(use, path=paths[use.path], times=self.times * use.times)
+            for use in traced.uses
         ]
-        return outputs
+        return _with_origins(outputs, dict(zip(places, origins, strict=True)))
 
     def materialize(self, equation: Equation, inputs: Sequence[Any]) -> list[Any]:
         """Returns `inputs` with base + Σ terms built where no rule can do without it."""
@@ -192,12 +200,51 @@ class Interpreter:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Place:
+    """Stands for a weight inside a shared function, where only its position counts.
+
+    The label is the path of the weight that the function was traced with, for messages.
+    """
+
+    index: int
+    label: str = dataclasses.field(compare=False)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """What tracing a shared function recorded, and the places that the records speak of."""
+
+    places: list[_Place]
+    uses: list[Use]
+
+
+@dataclasses.dataclass(frozen=True)
 class _SharedFunction:
-    """An inner function, and the uses that tracing it recorded for each structure of inputs."""
+    """An inner function, with what was recorded for each structure of its inputs."""
 
     closed_jaxpr: ClosedJaxpr
     rewritten: Callable[..., Any]
-    uses: dict[Any, list[Use]]
+    traced: dict[Any, _Traced]
+
+
+def _terms(values: Sequence[Any]) -> list[Term]:
+    return [term for value in values if isinstance(value, Factored) for term in value.terms]
+
+
+def _with_origins(values: Sequence[Any], origins: Mapping[Any, Any]) -> list[Any]:
+    """Returns the values with each term's origin replaced."""
+    return [
+        Factored(
+            value.base,
+            tuple(dataclasses.replace(term, origin=origins[term.origin]) for term in value.terms),
+        )
+        if isinstance(value, Factored)
+        else value
+        for value in values
+    ]
 
 
 @contextlib.contextmanager
