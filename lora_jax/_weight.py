@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import string
 from collections.abc import Callable
 from typing import Any, Literal, TypeGuard
 
@@ -11,8 +12,11 @@ from jaxtyping import Array, Float, Inexact
 
 from lora_jax._dtypes import common_dtype
 
+_LETTERS = string.ascii_lowercase[:-1]
+
 AxisRole = Literal["in", "out", "batch"]
 Axes = tuple[AxisRole, ...]
+Places = tuple[int | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +111,21 @@ def map_adapter_nodes(function: Callable[[Any], Any], tree: Any) -> Any:
     )
 
 
+def factor_places(axes: Axes) -> tuple[Places, Places]:
+    """Returns where lora_A and lora_B hold each axis of the weight, and after them the rank.
+
+    None stands for an axis that a factor does not depend on.
+    """
+    batch = _positions(axes, "batch")
+    A_axes = (*batch, *_positions(axes, "in"), len(axes))
+    B_axes = (*batch, len(axes), *_positions(axes, "out"))
+
+    def places(held: tuple[int, ...]) -> Places:
+        return tuple(held.index(axis) if axis in held else None for axis in range(len(axes) + 1))
+
+    return places(A_axes), places(B_axes)
+
+
 def side_size(shape: tuple[int, ...], axes: Axes, role: AxisRole) -> int:
     """Returns the product of the sizes of the axes of `shape` that have `role`."""
     return math.prod(size for size, axis in zip(shape, axes, strict=True) if axis == role)
@@ -135,28 +154,16 @@ def from_matrices(matrices: Array, shape: tuple[int, ...], axes: Axes) -> Array:
     return matrices.reshape(ordered_shape).transpose(inverse)
 
 
-def aligned_factors(weight: LoRAWeight) -> tuple[Array, Array]:
-    """Returns `lora_A` and `lora_B` with an axis for each axis of the weight, and the rank last.
-
-    An axis on which a factor does not depend has size 1, so that the product of the two broadcasts
-    to the weight's shape and the rank; whatever moves the weight's axes moves theirs the same way.
-    """
-    axes = weight.axes
-    lora_B = jnp.moveaxis(weight.lora_B, axes.count("batch"), -1)
-    return _aligned(weight.lora_A, axes, "in"), _aligned(lora_B, axes, "out")
-
-
 def delta(weight: LoRAWeight) -> Array:
     """Returns scale · lora_A · lora_B in the weight's shape and the factors' dtype."""
-    lora_A, lora_B = aligned_factors(weight)
-    # Contracting the last axis of factors that broadcast: a matmul per batch once XLA sees it.
-    letters = [chr(ord("a") + axis) for axis in range(len(weight.axes))]
-    A_letters = [c for c, role in zip(letters, weight.axes, strict=True) if role != "out"]
-    B_letters = [c for c, role in zip(letters, weight.axes, strict=True) if role != "in"]
+    batch, inputs, outputs = (
+        "".join(_LETTERS[axis] for axis in _positions(weight.axes, role))
+        for role in ("batch", "in", "out")
+    )
     product = jnp.einsum(
-        f"{''.join(A_letters)}z,{''.join(B_letters)}z->{''.join(letters)}",
-        lora_A.squeeze(_positions(weight.axes, "out")),
-        lora_B.squeeze(_positions(weight.axes, "in")),
+        f"{batch}{inputs}z,{batch}z{outputs}->{_LETTERS[: len(weight.axes)]}",
+        weight.lora_A,
+        weight.lora_B,
         precision=jax.lax.Precision.HIGHEST,
     )
     return weight.scale.astype(product.dtype) * product
@@ -169,13 +176,6 @@ def dense(weight: LoRAWeight) -> Array:
     return (weight.base.astype(wide) + change.astype(wide)).astype(weight.dtype)
 
 
-def _aligned(factor: Array, axes: Axes, side: AxisRole) -> Array:
-    held = [axis for axis in _axis_order(axes) if axes[axis] in ("batch", side)]
-    in_weight_order = factor.transpose([*_ranks(held), factor.ndim - 1])
-    absent = [axis for axis in range(len(axes)) if axis not in held]
-    return jnp.expand_dims(in_weight_order, absent)
-
-
 def _axis_order(axes: Axes) -> list[int]:
     return [axis for role in ("batch", "in", "out") for axis in _positions(axes, role)]
 
@@ -186,8 +186,3 @@ def _positions(axes: Axes, role: str) -> tuple[int, ...]:
 
 def _sizes(shape: tuple[int, ...], axes: Axes, role: str) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in _positions(axes, role))
-
-
-def _ranks(values: list[int]) -> list[int]:
-    """Returns where each of the sorted values stands in `values`."""
-    return [values.index(value) for value in sorted(values)]

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
-from lora_jax.transform._factored import Factored, without_windows
+from lora_jax.transform._factored import Factor, Factored, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
 
@@ -199,9 +199,9 @@ class _Stack:
         if not isinstance(self.value, Factored):
             return self.value
         factors = [
-            factor if factor.shape[0] != 1 else None
+            factor.stored if factor.is_stack else None
             for term in self.value.terms
-            for factor in (term.lora_A, term.lora_B)
+            for factor in (term.factor_A, term.factor_B)
         ]
         return self.value.base, factors
 
@@ -210,15 +210,14 @@ class _Stack:
         if not isinstance(self.value, Factored):
             return leaves
         base, cuts = leaves
-        factors = [factor for term in self.value.terms for factor in (term.lora_A, term.lora_B)]
-        layers = [
-            factor[0] if cut is None else cut for factor, cut in zip(factors, cuts, strict=True)
-        ]
         terms = tuple(
-            dataclasses.replace(term, lora_A=lora_A, lora_B=lora_B, window=term.window[1:])
-            for term, lora_A, lora_B in zip(
-                self.value.terms, layers[::2], layers[1::2], strict=True
+            dataclasses.replace(
+                term,
+                factor_A=term.factor_A.layer(A_cut),
+                factor_B=term.factor_B.layer(B_cut),
+                window=term.window[1:],
             )
+            for term, A_cut, B_cut in zip(self.value.terms, cuts[::2], cuts[1::2], strict=True)
         )
         return Factored(base, terms)
 
@@ -262,18 +261,23 @@ def _factored_specs(value: Any, spec: Any) -> Any:
     """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
     if not isinstance(value, Factored):
         return spec
-    axes = (*spec, *(None,) * (value.ndim - len(spec)))
+    axes = (*spec, *(None,) * (value.ndim - len(spec)), None)
     replicated: Any = PartitionSpec()
 
-    def factor_spec(factor: Any) -> Any:
-        held = [axis if size != 1 else None for axis, size in zip(axes, factor.shape, strict=False)]
-        return PartitionSpec(*held)
+    def factor_spec(factor: Factor) -> Any:
+        cut = {
+            place: axis
+            for axis, place, size in zip(axes, factor.places, factor.aligned.shape, strict=True)
+            if place is not None and size != 1
+        }
+        spec: Any = PartitionSpec(*(cut.get(place) for place in range(factor.stored.ndim)))
+        return dataclasses.replace(factor, stored=spec)
 
     terms = tuple(
         dataclasses.replace(
             term,
-            lora_A=factor_spec(term.lora_A),
-            lora_B=factor_spec(term.lora_B),
+            factor_A=factor_spec(term.factor_A),
+            factor_B=factor_spec(term.factor_B),
             scale=replicated,
         )
         for term in value.terms

@@ -1,6 +1,7 @@
 """The symbolic value that the interpreter carries for an adapted weight."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Hashable
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
-from lora_jax._weight import LoRAWeight, aligned_factors
+from lora_jax._weight import LoRAWeight, Places, factor_places
 from lora_jax.transform._product import product, without_unit_axes
 
 Window = tuple[int, int]
@@ -18,37 +19,108 @@ Window = tuple[int, int]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Factor:
+    """An array as it is stored, and how it lines up with the weight's axes.
+
+    What crosses into the body of a loop or of a rematerialised function is the stored array, as if
+    the model had been written with it; it is aligned inside. Aligned before, it would be copied.
+
+    Attributes:
+      stored: the array.
+      places: for each axis of the weight, and after them for the rank, which axis of `stored` it
+        is, or None if the factor does not depend on it.
+    """
+
+    stored: Array
+    places: Places = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of_aligned(cls, array: Array) -> "Factor":
+        """Returns a factor that is aligned already."""
+        return cls(array, tuple(range(array.ndim)))
+
+    @functools.cached_property
+    def aligned(self) -> Array:
+        """The array with an axis for each axis of the weight, of size 1 or held, and the rank."""
+        held = [place for place in self.places if place is not None]
+        absent = [axis for axis, place in enumerate(self.places) if place is None]
+        in_order = self.stored if held == sorted(held) else self.stored.transpose(held)
+        return jnp.expand_dims(in_order, absent) if absent else in_order
+
+    def copied(self) -> "Factor":
+        """Returns the same factor, aligned by the trace that asks for it."""
+        copy = Factor(self.stored, self.places)
+        assert copy.aligned.ndim == len(self.places)
+        return copy
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether a loop can cut the stored array along the weight's first axis."""
+        return self.places[0] == 0 and self.stored.shape[0] != 1
+
+    def layer(self, cut: Array | None) -> "Factor":
+        """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
+        if cut is None:
+            return Factor.of_aligned(self.aligned[0])
+        places = tuple(None if place is None else place - 1 for place in self.places[1:])
+        return Factor(cut, places)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Term:
     """One low-rank summand of a factored weight: scale · Σ_r lora_A · lora_B.
 
-    Both factors have an axis for each axis of the weight, and the rank last. On an axis that a
-    factor does not depend on, its size is 1, so that their product broadcasts to the weight. This
-    is what makes rules short: whatever an op does to the weight's axes, it does to the factors'.
+    Both factors, aligned, have an axis for each axis of the weight, and the rank last. On an axis
+    that a factor does not depend on, its size is 1, so that their product broadcasts to the weight.
+    This makes rules short: whatever an op does to the weight's axes, it does to the factors'.
 
     Attributes:
-      lora_A: the first factor.
-      lora_B: the second factor.
+      factor_A: the first factor.
+      factor_B: the second factor.
       scale: a scalar.
       window: for each axis of the weight, the range (start, stop) outside of which the term is
         zero, or None for the whole axis. Concatenation makes windows.
       origin: what the term comes from; as text, the path of its weight in the arguments.
     """
 
-    lora_A: Array
-    lora_B: Array
+    factor_A: Factor
+    factor_B: Factor
     scale: Array
     window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
     origin: Hashable = dataclasses.field(metadata={"static": True})
+
+    @property
+    def lora_A(self) -> Array:
+        """The first factor, aligned with the weight's axes."""
+        return self.factor_A.aligned
+
+    @property
+    def lora_B(self) -> Array:
+        """The second factor, aligned with the weight's axes."""
+        return self.factor_B.aligned
 
     @property
     def rank(self) -> int:
         """The size of the axis that the product of the factors sums over."""
         return self.lora_A.shape[-1]
 
-    @property
-    def dtype(self) -> Any:
-        """The dtype in which the product is taken."""
-        return common_dtype(self.lora_A.dtype, self.lora_B.dtype)
+    def moved(
+        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
+    ) -> "Term":
+        """Returns the term with other aligned factors, and another window if one is given."""
+        return dataclasses.replace(
+            self,
+            factor_A=Factor.of_aligned(lora_A),
+            factor_B=Factor.of_aligned(lora_B),
+            window=self.window if window is None else window,
+        )
+
+    def copied(self) -> "Term":
+        """Returns the same term, aligned by the trace that asks for it."""
+        return dataclasses.replace(
+            self, factor_A=self.factor_A.copied(), factor_B=self.factor_B.copied()
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +148,10 @@ class Factored:
             by_path.setdefault(str(term.origin), []).append(term)
         return {path: Factored(self.base, tuple(terms)) for path, terms in by_path.items()}
 
+    def copied(self) -> "Factored":
+        """Returns the same value, aligned by the trace that asks for it."""
+        return Factored(self.base, tuple(term.copied() for term in self.terms))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the value."""
@@ -94,12 +170,12 @@ class Factored:
 
 def factored_weight(weight: LoRAWeight, path: str) -> Factored:
     """Returns the symbolic value of an adapted weight; nothing frozen receives a gradient."""
-    lora_A, lora_B = aligned_factors(weight)
+    A_places, B_places = factor_places(weight.axes)
     term = Term(
-        lora_A=lora_A,
-        lora_B=lora_B,
+        factor_A=Factor(weight.lora_A, A_places),
+        factor_B=Factor(weight.lora_B, B_places),
         scale=jax.lax.stop_gradient(weight.scale),
-        window=(None,) * (lora_A.ndim - 1),
+        window=(None,) * len(weight.axes),
         origin=path,
     )
     return Factored(base=jax.lax.stop_gradient(weight.base), terms=(term,))
@@ -117,6 +193,8 @@ def dense_value(value: Factored) -> Array:
 
 def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
     """Returns the same term with factors that are themselves zero outside of its windows."""
+    if all(window is None for window in term.window):
+        return term
     lora_A, lora_B = term.lora_A, term.lora_B
     for axis, window in enumerate(term.window):
         if window is None:
@@ -126,7 +204,7 @@ def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
             lora_A = _padded(lora_A, axis, window, shape[axis])
         if lora_B.shape[axis] != 1 or not A_depends:
             lora_B = _padded(lora_B, axis, window, shape[axis])
-    return dataclasses.replace(term, lora_A=lora_A, lora_B=lora_B, window=(None,) * len(shape))
+    return term.moved(lora_A, lora_B, (None,) * len(shape))
 
 
 def block_shape(term: Term, shape: tuple[int, ...]) -> tuple[int, ...]:

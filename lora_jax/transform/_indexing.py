@@ -35,11 +35,10 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         return None
     base = evaluate_equation(equation, [value.base, indices])[0]
     picked = tuple(
-        dataclasses.replace(
-            term,
-            lora_A=_picked(equation, term.lora_A, indices, looked_up, base),
-            lora_B=_picked(equation, term.lora_B, indices, looked_up, base),
-            window=(None,) * base.ndim,
+        term.moved(
+            _picked(equation, term.lora_A, indices, looked_up, base),
+            _picked(equation, term.lora_B, indices, looked_up, base),
+            (None,) * base.ndim,
         )
         for term in terms
     )
@@ -102,8 +101,8 @@ def _rows_dropped_out(interpreter: Interpreter, term: Term) -> Term:
     mask = interpreter.dropped_out(ones)
     if mask is ones:
         return term
-    scale = interpreter.scale_of(term)
-    return dataclasses.replace(term, lora_A=term.lora_A * mask, scale=scale)
+    masked = term.moved(term.lora_A * mask, term.lora_B)
+    return dataclasses.replace(masked, scale=interpreter.scale_of(term))
 
 
 def _sizes(term: Term) -> list[tuple[int, int]]:

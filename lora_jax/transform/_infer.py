@@ -18,7 +18,7 @@ from lora_jax._paths import path_strings
 from lora_jax._weight import Axes, AxisRole
 from lora_jax._wrap import check_not_wrapped
 from lora_jax.transform._adapt import traced_function, with_static
-from lora_jax.transform._factored import Factored, Term, without_windows
+from lora_jax.transform._factored import Factor, Factored, Term, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._output import Place, head_products, place_of
@@ -105,8 +105,8 @@ def _probed(path: str, leaf: Any) -> Factored:
     held = [[1] * axis + [size] + [1] * (leaf.ndim - axis) for axis, size in enumerate(leaf.shape)]
     terms = tuple(
         Term(
-            lora_A=jnp.zeros(shape),
-            lora_B=jnp.zeros([1] * (leaf.ndim + 1)),
+            factor_A=Factor.of_aligned(jnp.zeros(shape)),
+            factor_B=Factor.of_aligned(jnp.zeros([1] * (leaf.ndim + 1))),
             scale=jnp.zeros(()),
             window=(None,) * leaf.ndim,
             origin=_Probe(path, axis, leaf.shape),
@@ -204,11 +204,10 @@ class _Recorder:
             return _on_bases(equation, inputs)
         picked = _on_bases(equation, inputs)[0]
         terms = tuple(
-            dataclasses.replace(
-                term,
-                lora_A=aligned_with_offsets(_cut(term.lora_A, numbers), numbers, picked.ndim),
-                lora_B=aligned_with_offsets(term.lora_B, numbers, picked.ndim),
-                window=(None,) * picked.ndim,
+            term.moved(
+                aligned_with_offsets(_cut(term.lora_A, numbers), numbers, picked.ndim),
+                aligned_with_offsets(term.lora_B, numbers, picked.ndim),
+                (None,) * picked.ndim,
             )
             for term in (without_windows(term, value.shape) for term in value.terms)
         )
@@ -232,12 +231,7 @@ class _Recorder:
             return jnp.zeros((*sizes, 1))
 
         terms = tuple(
-            dataclasses.replace(
-                term,
-                lora_A=spread(term.lora_A),
-                lora_B=spread(term.lora_B),
-                window=(None,) * len(new_shape),
-            )
+            term.moved(spread(term.lora_A), spread(term.lora_B), (None,) * len(new_shape))
             for term in (without_windows(term, value.shape) for term in value.terms)
         )
         return [Factored(_on_bases(equation, inputs)[0], terms)]

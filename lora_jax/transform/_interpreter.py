@@ -58,7 +58,8 @@ class Interpreter:
     ) -> list[Any]:
         """Returns the outputs of a jaxpr for these constants and arguments."""
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
-        values.update(zip(jaxpr.invars, arguments, strict=True))
+        own = [value.copied() if isinstance(value, Factored) else value for value in arguments]
+        values.update(zip(jaxpr.invars, own, strict=True))
 
         def value_of(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else values[atom]

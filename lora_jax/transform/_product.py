@@ -107,7 +107,7 @@ def product(
     """Returns the sum over all labels that are not in `output` of the product of the operands.
 
     Labels of `output` that no operand has are absent from the result, which otherwise has its axes
-    in the order of `output`. The scalar is multiplied onto the smallest array on the way.
+    in the order of `output`. The scalar is multiplied onto a small array on the way.
     """
     size_of = {
         label: size
@@ -115,7 +115,7 @@ def product(
         for label, size in zip(operand.labels, operand.array.shape, strict=True)
     }
     plan = plan_product([operand.labels for operand in operands], output, size_of)
-    scaled = _smallest(plan.labels, size_of) if scale is not None else None
+    scaled = None if scale is None else _best_scaled(plan.labels, len(operands), size_of)
     waiting = [
         _scaled(operand, scale) if index == scaled else operand
         for index, operand in enumerate(operands)
@@ -196,6 +196,15 @@ def _scaled(operand: Labelled, scale: Array | None) -> Labelled:
     return Labelled(operand.array * scale.astype(operand.array.dtype), operand.labels)
 
 
-def _smallest(labels: Sequence[Labels], size_of: Mapping[int, int]) -> int:
+def _best_scaled(labels: Sequence[Labels], operand_count: int, size_of: Mapping[int, int]) -> int:
+    """Returns which array takes the scale: the smallest result, or a much smaller operand.
+
+    A scaled operand is multiplied again in the backward pass, where it occurs once more, and a
+    scaled result is not; so a result may be twice as large.
+    """
     counts = [math.prod(size_of[label] for label in array_labels) for array_labels in labels]
-    return counts.index(min(counts))
+    smallest = min(counts)
+    best_result = min(counts[operand_count:], default=smallest)
+    if best_result <= 2 * smallest:
+        return counts.index(best_result, min(operand_count, len(counts) - 1))
+    return counts.index(smallest)

@@ -239,11 +239,10 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
     """Returns weights stacked along a new axis: each one's terms fill one place of it."""
     axis = equation.params["axis"]
     terms = tuple(
-        dataclasses.replace(
-            term,
-            lora_A=jnp.expand_dims(term.lora_A, axis),
-            lora_B=jnp.expand_dims(term.lora_B, axis),
-            window=(*term.window[:axis], (place, place + 1), *term.window[axis:]),
+        term.moved(
+            jnp.expand_dims(term.lora_A, axis),
+            jnp.expand_dims(term.lora_B, axis),
+            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
         )
         for place, value in enumerate(inputs)
         for term in _terms(value)
@@ -304,12 +303,7 @@ def _with(
     windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
 ) -> Factored:
     terms = tuple(
-        dataclasses.replace(
-            term,
-            lora_A=factor_moved(term.lora_A),
-            lora_B=factor_moved(term.lora_B),
-            window=windows_moved(term.window),
-        )
+        term.moved(factor_moved(term.lora_A), factor_moved(term.lora_B), windows_moved(term.window))
         for term in value.terms
     )
     return Factored(base, terms)
@@ -357,9 +351,9 @@ def _rescaled_term(
         return operation(factor, other[..., None].astype(factor.dtype))
 
     if _holds(term.lora_A, held):
-        return dataclasses.replace(term, lora_A=absorbed(term.lora_A))
+        return term.moved(absorbed(term.lora_A), term.lora_B)
     if _holds(term.lora_B, held):
-        return dataclasses.replace(term, lora_B=absorbed(term.lora_B))
+        return term.moved(term.lora_A, absorbed(term.lora_B))
     return None
 
 

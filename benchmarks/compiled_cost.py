@@ -1,0 +1,196 @@
+"""Compares what `lora_jax.adapt` compiles to with LoRA written by hand, on five models."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.models import MODELS, Model
+from benchmarks.programs import (
+    Cost,
+    Program,
+    base_forward,
+    merged_forward,
+    program_text,
+    programs,
+)
+from lora_jax._tables import table
+
+TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}
+EXACT = ("flops", "bytes", "temporary_bytes")
+HEADER = ("", "MFLOP", "MB accessed", "temporary MB", "trace + lower s", "compile s", "both s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """How long it takes to make a program."""
+
+    tracing: float
+    compiling: float
+
+    @property
+    def total(self) -> float:
+        """Tracing, lowering and compiling."""
+        return self.tracing + self.compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What the programs of one model cost.
+
+    Attributes:
+      model: the model.
+      costs: for each program, what it costs.
+      seconds: for each program, how long it takes to make it, each time that it was made.
+      merged_is_base: whether inference with merged parameters is the base model's own program.
+    """
+
+    model: Model
+    costs: Mapping[str, Cost]
+    seconds: Mapping[str, Sequence[Seconds]]
+    merged_is_base: bool
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """What `adapt` costs, relative to LoRA written by hand."""
+        adapted, by_hand = (dataclasses.asdict(self.costs[name]) for name in ("adapt", "by hand"))
+        exact = {name: adapted[name] / by_hand[name] for name in adapted}
+        pairs = zip(self.seconds["adapt"], self.seconds["by hand"], strict=True)
+        return {**exact, "seconds": statistics.median(a.total / b.total for a, b in pairs)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it as JSON has it."""
+        return {
+            "model": self.model.name,
+            "description": self.model.description,
+            "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
+            "seconds": {
+                name: [dataclasses.asdict(one) for one in all_of_them]
+                for name, all_of_them in self.seconds.items()
+            },
+            "adapt / by hand": self.ratios,
+            "merged_is_base": self.merged_is_base,
+        }
+
+    def __str__(self) -> str:
+        """Returns a table of all of it."""
+        rows = [(name, *_cells(self.costs[name], self.seconds[name])) for name in self.costs]
+        ratios = self.ratios
+        exact = [f"{ratios[name]:.6f}" for name in EXACT]
+        rows.append(("adapt / by hand", *exact, "", "", f"{ratios['seconds']:.2f}"))
+        for name, of in (
+            ("target", lambda name: f"{TARGETS[name]:.2f}"),
+            ("", lambda name: "met" if is_met(name, ratios[name]) else "missed"),
+        ):
+            rows.append((name, *(of(cost) for cost in EXACT), "", "", of("seconds")))
+        same = "the base model's own program" if self.merged_is_base else "another than the base's"
+        return (
+            f"{self.model.name}: {self.model.description}\n\n"
+            f"{table(HEADER, rows, right=HEADER[1:])}\n\nmerged inference: {same}"
+        )
+
+
+def is_met(name: str, ratio: float) -> bool:
+    """Says whether a ratio is within its target."""
+    return ratio <= TARGETS[name]
+
+
+def compared(model: Model, repeats: int) -> Comparison:
+    """Returns what the programs of `model` cost, each made `repeats` times.
+
+    They take turns, so that a machine that slows down favours none. Before each, all that JAX
+    keeps is dropped, and a first round is not counted: it pays for imports and the like.
+    """
+    makers = programs(model)
+    costs = {name: cost_and_seconds(make)[0] for name, make in makers.items()}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in makers}
+    for _ in range(repeats):
+        for name, make in makers.items():
+            seconds[name].append(cost_and_seconds(make)[1])
+    texts = [
+        program_text(make(model).lowered().compile()) for make in (base_forward, merged_forward)
+    ]
+    return Comparison(model, costs, seconds, texts[0] == texts[1])
+
+
+def cost_and_seconds(make: Callable[[], Program]) -> tuple[Cost, Seconds]:
+    """Returns what a program costs, and how long it takes to trace, lower and compile it."""
+    jax.clear_caches()
+    program = make()
+    start = time.perf_counter()
+    lowered = program.lowered()
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    return Cost.of(compiled), Seconds(traced - start, end - traced)
+
+
+def machine() -> str:
+    """Returns what the numbers were measured on, in words."""
+    device = jax.devices()[0]
+    return f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {platform.machine()}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a table for each model; returns 0 unless a target that is exact is missed."""
+    options = _parsed(argv)
+    print(machine(), flush=True)
+    comparisons = []
+    for name in options.model or MODELS:
+        comparisons.append(compared(MODELS[name], options.repeats))
+        print(f"\n{comparisons[-1]}", flush=True)
+    if options.json:
+        found = {"machine": machine(), "models": [one.as_json() for one in comparisons]}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return int(any(_misses_an_exact_target(one) for one in comparisons))
+
+
+def _misses_an_exact_target(comparison: Comparison) -> bool:
+    ratios = comparison.ratios
+    return not all(is_met(name, ratios[name]) for name in EXACT) or not comparison.merged_is_base
+
+
+def _cells(cost: Cost, seconds: Sequence[Seconds]) -> tuple[str, ...]:
+    return (
+        f"{cost.flops / 1e6:,.3f}",
+        f"{cost.bytes / 1e6:,.3f}",
+        f"{cost.temporary_bytes / 1e6:,.3f}",
+        f"{statistics.median(one.tracing for one in seconds):.2f}",
+        f"{statistics.median(one.compiling for one in seconds):.2f}",
+        f"{statistics.median(one.total for one in seconds):.2f}",
+    )
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_cost", description=__doc__)
+    parser.add_argument(
+        "--model", action="append", choices=list(MODELS), help="only this one (may be repeated)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument(
+        "--repeats",
+        type=_at_least_one,
+        default=5,
+        metavar="N",
+        help="how often to trace and compile each program (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, not {number}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
