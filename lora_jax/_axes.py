@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from lora_jax._paths import listed
 from lora_jax._tables import table
@@ -36,17 +37,26 @@ class InferredAxes(Mapping[str, Axes]):
     """The axes of each weight whose uses agree, by path; made by `infer_axes`.
 
     Printed, it is a table. Two uses agree if they part the axes into the same two sides: a tied
-    embedding is looked up by row and multiplied transposed, and the same factors serve both.
+    embedding is looked up by row and multiplied transposed, and the same factors serve both. Where
+    you know better, `axes | {"experts/kernel": ("batch", "in", "out")}` says so.
 
     Attributes:
       uses: for each floating-point leaf of two or more axes, every op that it reaches.
     """
 
-    def __init__(self, uses: Mapping[str, tuple[WeightUse, ...]]) -> None:
+    def __init__(
+        self,
+        uses: Mapping[str, tuple[WeightUse, ...]],
+        given: Mapping[str, Axes] = MappingProxyType({}),
+    ) -> None:
+        """Takes the uses of each weight, and axes that hold whatever the uses say."""
         self.uses = dict(uses)
-        self._axes = {
-            path: agreed for path, found in self.uses.items() if (agreed := _agreed_axes(found))
-        }
+        agreed = {path: _agreed_axes(found) for path, found in self.uses.items()}
+        self._axes = {path: axes for path, axes in agreed.items() if axes is not None} | dict(given)
+
+    def __or__(self, given: Mapping[str, Axes]) -> "InferredAxes":
+        """Returns the same with other axes for some paths: `infer_axes(...) | {path: axes}`."""
+        return InferredAxes(self.uses, dict(given))
 
     def __getitem__(self, path: str) -> Axes:
         return self._axes[path]
@@ -64,7 +74,11 @@ class InferredAxes(Mapping[str, Axes]):
             path: tuple(use for use in found if use.axes is not None)
             for path, found in self.uses.items()
         }
-        return {path: found for path, found in contractions.items() if len(_sides(found)) > 1}
+        return {
+            path: found
+            for path, found in contractions.items()
+            if len(_sides(found)) > 1 and path not in self
+        }
 
     @property
     def unused(self) -> tuple[str, ...]:

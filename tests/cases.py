@@ -222,6 +222,11 @@ def embedding_indexed(params, ids):
 
 
 @case({"W": (30, 16)}, (5,), integer_x=True)
+def embedding_of_each_by_vmap(params, ids):
+    return jax.vmap(lambda i: params["W"][i])(ids)
+
+
+@case({"W": (30, 16)}, (5,), integer_x=True)
 def tied_embedding(params, ids):
     return jnp.tanh(params["W"][ids]) @ params["W"].T
 
@@ -396,6 +401,16 @@ def while_loop_that_hands_the_weight_on(params, x):
 @case({"W": (24, 24)}, (5, 24))
 def scan_that_hands_the_weight_on(params, x):
     return jax.lax.fori_loop(0, 3, lambda _, s: (s[0], jnp.tanh(s[1] @ s[0])), (params["W"], x))[1]
+
+
+@case({"W": (3, 24, 24)}, (5, 24), axes={"W": ("batch", "in", "out")})
+def scan_that_returns_its_weights(params, x):
+    def layer(h, kernel):
+        kernel, h = jax.checkpoint(lambda w, h: (w, jnp.tanh(h @ w)))(kernel, h)
+        return h, kernel
+
+    h, kernels = jax.lax.scan(layer, x, params["W"])
+    return h @ kernels[0]
 
 
 @case({"W": (24, 24)}, (5, 24))

@@ -14,6 +14,7 @@ from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
 from lora_jax.transform._factored import Factor, Factored, without_windows
+from lora_jax.transform._forwarding import input_behind
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
 
@@ -80,7 +81,11 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     carry = _Carry.of(
         interpreter, equation, body.jaxpr, inputs[constant_count:][:carry_count], constant_count
     )
-    stacks = [_Stack.of(value) for value in inputs[constant_count + carry_count :]]
+    scanned = inputs[constant_count + carry_count :]
+    stacks = [_Stack.of(value) for value in scanned]
+    returned = _returned_stacks(
+        body.jaxpr, scanned, constant_count + carry_count, body.jaxpr.outvars[carry_count:]
+    )
     loop = interpreter.within(equation, times=equation.params["length"])
 
     def step(state: list[Any], cut: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
@@ -88,7 +93,8 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
         layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
         outputs = loop.with_key(key).run(body, [*constants, *carry.joined(state), *layers])
         state = carry.changing(outputs[:carry_count])
-        return _arrays(loop, equation, state), _arrays(loop, equation, outputs[carry_count:])
+        new = [y for y, old in zip(outputs[carry_count:], returned, strict=True) if old is None]
+        return _arrays(loop, equation, state), _arrays(loop, equation, new)
 
     length = equation.params["length"]
     key = interpreter.next_key()
@@ -102,7 +108,8 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
             reverse=equation.params["reverse"],
             unroll=equation.params["unroll"],
         )
-    return [*carry.joined(state), *stacked]
+    new = iter(stacked)
+    return [*carry.joined(state), *(next(new) if old is None else old for old in returned)]
 
 
 def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -135,6 +142,22 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
     return carry.joined(state)
 
 
+def _returned_stacks(
+    body: Jaxpr, scanned: Sequence[Any], first: int, outputs: Sequence[Any]
+) -> list[Factored | None]:
+    """Returns, for each stacked output, the factored stack that it is again, or None.
+
+    A body that returns the weights of its layer as they came stacks what was a stack before.
+    """
+    by_input = {
+        variable: value
+        for variable, value in zip(body.invars[first:], scanned, strict=True)
+        if isinstance(value, Factored)
+    }
+    behind = [input_behind(body, output) for output in outputs]
+    return [None if each is None else by_input.get(each) for each in behind]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Carry:
     """What a loop carries, told apart: values that change, and those that it only hands on.
@@ -157,7 +180,7 @@ class _Carry:
     ) -> "_Carry":
         carried_in = body.invars[constant_count:][: len(initial)]
         is_handed_on = [
-            isinstance(value, Factored) and before is after
+            isinstance(value, Factored) and input_behind(body, after) is before
             for value, before, after in zip(
                 initial, carried_in, body.outvars[: len(initial)], strict=True
             )

@@ -26,11 +26,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     if equation.params["dimension_numbers"].operand_batching_dims:
         return None
     terms = [without_windows(term, value.shape) for term in value.terms]
-    looked_up = [
-        axis
-        for axis in equation.params["dimension_numbers"].start_index_map
-        if value.shape[axis] != 1
-    ]
+    looked_up = looked_up_axes(equation, value.shape)
     if any(_holding(term, looked_up) is None for term in terms):
         return None
     base = evaluate_equation(equation, [value.base, indices])[0]
@@ -51,6 +47,12 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     with scope_of(equation), jax.named_scope("lora"):
         rows = Factored(base, tuple(_rows_dropped_out(interpreter, term) for term in picked))
         return [dense_value(rows)]
+
+
+def looked_up_axes(equation: Equation, shape: tuple[int, ...]) -> list[int]:
+    """Returns the axes of which a part is picked; an index into a whole one picks nothing."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    return [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
 
 
 def _holding(term: Term, axes: Sequence[int]) -> str | None:

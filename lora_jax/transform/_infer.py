@@ -19,7 +19,7 @@ from lora_jax._weight import Axes, AxisRole
 from lora_jax._wrap import check_not_wrapped
 from lora_jax.transform._adapt import traced_function, with_static
 from lora_jax.transform._factored import Factor, Factored, Term, without_windows
-from lora_jax.transform._indexing import aligned_with_offsets
+from lora_jax.transform._indexing import aligned_with_offsets, looked_up_axes
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._output import Place, head_products, place_of
 from lora_jax.transform._rules import RULES
@@ -196,16 +196,17 @@ class _Recorder:
         numbers = equation.params["dimension_numbers"]
         if not isinstance(value, Factored) or numbers.operand_batching_dims:
             return None
-        if value.ndim - len(numbers.collapsed_slice_dims) < 2:
+        looked_up = looked_up_axes(equation, value.shape)
+        if value.ndim - len(looked_up) < 2:
             roles: list[AxisRole] = [
-                "in" if axis in numbers.start_index_map else "out" for axis in range(value.ndim)
+                "in" if axis in looked_up else "out" for axis in range(value.ndim)
             ]
             self._note(interpreter, equation, value, roles)
             return _on_bases(equation, inputs)
         picked = _on_bases(equation, inputs)[0]
         terms = tuple(
             term.moved(
-                aligned_with_offsets(_cut(term.lora_A, numbers), numbers, picked.ndim),
+                aligned_with_offsets(_cut(term.lora_A, looked_up), numbers, picked.ndim),
                 aligned_with_offsets(term.lora_B, numbers, picked.ndim),
                 (None,) * picked.ndim,
             )
@@ -290,9 +291,9 @@ def _original_axes(
     return known if "in" in known and "out" in known else None
 
 
-def _cut(factor: jax.Array, numbers: Any) -> jax.Array:
+def _cut(factor: jax.Array, looked_up: Sequence[int]) -> jax.Array:
     """Returns a probe's factor without its extent on the looked-up axes."""
-    for axis in numbers.start_index_map:
+    for axis in looked_up:
         factor = jax.lax.slice_in_dim(factor, 0, 1, axis=axis)
     return factor
 

@@ -28,8 +28,9 @@ def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> froz
     flow = _Flow(products, set())
     inputs: list[frozenset[Place]] = [frozenset()] * len(closed_jaxpr.jaxpr.invars)
     outputs = flow.through(closed_jaxpr.jaxpr, (), inputs)
-    heads = {next(iter(last)) for last in outputs if len(last) == 1}
-    return frozenset((heads & products) - flow.used_again)
+    alone = {product for last in outputs if len(last) == 1 for product in last}
+    shared = {product for last in outputs if len(last) > 1 for product in last}
+    return frozenset((alone & products) - shared - flow.used_again)
 
 
 @dataclasses.dataclass(frozen=True)
