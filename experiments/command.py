@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from experiments.errors import InputError
@@ -45,6 +46,13 @@ def exit_code(study: Callable[[], None]) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         return _reported(f"{type(error).__name__}: {error}", EXIT_FAILURE)
     return EXIT_OK
+
+
+def existing_folder(text: str) -> Path:
+    """Returns the folder of this name; an argparse type."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return Path(text)
 
 
 def _number(

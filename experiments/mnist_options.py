@@ -8,6 +8,7 @@ from pathlib import Path
 from experiments.command import (
     HelpFormatter,
     Parser,
+    existing_folder,
     fraction,
     positive_float,
     positive_int,
@@ -155,7 +156,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--mnist-dir",
-        type=Path,
+        type=existing_folder,
         default=None,
         help="a folder with MNIST's four IDX .gz files, to prepare from without a network "
         "(default: the variable MNIST_DIR)",
