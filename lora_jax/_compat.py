@@ -18,6 +18,9 @@ _OWN_FOLDERS = tuple(
     str(Path(module_file).resolve().parent) + os.sep for module_file in (jax.__file__, __file__)
 )
 
+# Equations whose body sees other values than they do: one layer, one branch, one shard.
+_LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
+
 
 def is_tracer(value: Any) -> bool:
     """Says whether `value` is being traced, so that it has no concrete numbers."""
@@ -76,11 +79,12 @@ def scan_counts(equation: Equation) -> tuple[int, int]:
 
 
 def called_jaxpr(equation: Equation) -> Jaxpr | None:
-    """Returns the body of an equation that calls one function once, or None."""
+    """Returns the body of an equation that calls one function once on its inputs, or None."""
+    if equation.primitive.name in _LOOPS:
+        return None
     for name in ("jaxpr", "call_jaxpr"):
         body = equation.params.get(name)
-        if isinstance(body, ClosedJaxpr):
-            return body.jaxpr
-        if isinstance(body, Jaxpr):
+        body = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+        if isinstance(body, Jaxpr) and len(body.invars) == len(equation.invars):
             return body
     return None

@@ -4,16 +4,14 @@ from typing import Any
 
 from lora_jax._compat import Jaxpr, called_jaxpr
 
-_LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
-
 
 def input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
     """Returns the input that `atom` is, also through calls that hand it on, or None."""
     definitions = {output: equation for equation in jaxpr.eqns for output in equation.outvars}
     while atom in definitions:
         equation = definitions[atom]
-        body = None if equation.primitive.name in _LOOPS else called_jaxpr(equation)
-        if body is None or len(body.invars) != len(equation.invars):
+        body = called_jaxpr(equation)
+        if body is None:
             return None
         inner = input_behind(body, body.outvars[equation.outvars.index(atom)])
         if inner is None:

@@ -10,8 +10,6 @@ from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Literal, called_jaxpr
 # be a part of several layers.
 Place = tuple[int, ...]
 
-_LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
-
 
 def place_of(callers: Sequence[Equation], equation: Equation) -> Place:
     """Returns what tells this equation, reached by these calls, from all others."""
@@ -63,8 +61,8 @@ class _Flow:
     def _after(
         self, equation: Equation, place: Place, inputs: Sequence[frozenset[Place]]
     ) -> Sequence[frozenset[Place]]:
-        body = None if equation.primitive.name in _LOOPS else called_jaxpr(equation)
-        if body is not None and len(body.invars) == len(inputs):
+        body = called_jaxpr(equation)
+        if body is not None:
             return self.through(body, place, inputs)
         joined = frozenset().union(*inputs)
         # What a loop does with weights is one product here, whose inside is not looked into.
