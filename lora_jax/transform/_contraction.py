@@ -14,8 +14,10 @@ from lora_jax._dtypes import common_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
+    base_of,
     block_shape,
     dense_flops,
+    terms_of,
     without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
@@ -43,9 +45,9 @@ def dot_general(
         _computed(interpreter, equation, position, inputs, labels, output)
         for position in range(len(inputs))
     ]
-    result = evaluate_equation(equation, [_base(choice) for choice in choices])[0]
+    result = evaluate_equation(equation, [base_of(choice) for choice in choices])[0]
     with scope_of(equation), jax.named_scope("lora"):
-        for terms in itertools.product(*([None, *_terms(choice)] for choice in choices)):
+        for terms in itertools.product(*([None, *terms_of(choice)] for choice in choices)):
             if any(term is not None for term in terms):
                 result += _change(interpreter, equation, choices, terms, labels, output, result)
     return [result]
@@ -117,7 +119,7 @@ def _change(
     arrays: list[tuple[Array, Labels]] = []
     for position, (operand, term) in enumerate(zip(operands, terms, strict=True)):
         if term is None:
-            array = _sliced(_base(operand), labels[position], ranges)
+            array = _sliced(base_of(operand), labels[position], ranges)
             if not isinstance(operand, Factored):
                 array = interpreter.dropped_out(array)
             arrays.append((array, labels[position]))
@@ -270,14 +272,6 @@ def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, int]:
         for value, named in zip(inputs, labels, strict=True)
         for label, size in zip(named, value.shape, strict=True)
     }
-
-
-def _base(operand: Any) -> Array:
-    return operand.base if isinstance(operand, Factored) else operand
-
-
-def _terms(operand: Any) -> tuple[Term, ...]:
-    return operand.terms if isinstance(operand, Factored) else ()
 
 
 RULES: dict[str, Rule] = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factored, dense_value
+from lora_jax.transform._factored import Factored, base_of, dense_value
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
 
@@ -138,7 +138,7 @@ def _varying(values: Sequence[Any]) -> list[int]:
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:
     """Returns, for tracing, plain arrays of the same shapes."""
-    return [value.base if isinstance(value, Factored) else value for value in values]
+    return [base_of(value) for value in values]
 
 
 RULES: dict[str, Rule] = {

@@ -181,6 +181,16 @@ def factored_weight(weight: LoRAWeight, path: str) -> Factored:
     return Factored(base=jax.lax.stop_gradient(weight.base), terms=(term,))
 
 
+def base_of(value: Any) -> Any:
+    """Returns the base of a factored value, or the value itself if it is an array."""
+    return value.base if isinstance(value, Factored) else value
+
+
+def terms_of(value: Any) -> tuple[Term, ...]:
+    """Returns the terms of a factored value; an array has none."""
+    return value.terms if isinstance(value, Factored) else ()
+
+
 def dense_value(value: Factored) -> Array:
     """Returns base + Σ terms as an array of the base's dtype, summed in the widest one."""
     total = value.base

@@ -18,7 +18,7 @@ from lora_jax._paths import path_strings
 from lora_jax._weight import Axes, AxisRole
 from lora_jax._wrap import check_not_wrapped
 from lora_jax.transform._adapt import traced_function, with_static
-from lora_jax.transform._factored import Factor, Factored, Term, without_windows
+from lora_jax.transform._factored import Factor, Factored, Term, base_of, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets, looked_up_axes
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._output import Place, head_products, place_of
@@ -299,6 +299,4 @@ def _cut(factor: jax.Array, looked_up: Sequence[int]) -> jax.Array:
 
 
 def _on_bases(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
-    return evaluate_equation(
-        equation, [value.base if isinstance(value, Factored) else value for value in inputs]
-    )
+    return evaluate_equation(equation, [base_of(value) for value in inputs])

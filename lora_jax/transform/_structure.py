@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factored, Term, Window, without_windows
+from lora_jax.transform._factored import Factored, Term, Window, base_of, terms_of, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule
 
 Windows = tuple[Window | None, ...]
@@ -220,7 +220,7 @@ def dynamic_slice(
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns weights joined along an axis: each one's terms fill a window of the whole."""
     axis = equation.params["dimension"]
-    bases = [value.base if isinstance(value, Factored) else value for value in inputs]
+    bases = [base_of(value) for value in inputs]
     base = evaluate_equation(equation, bases)[0]
     terms: list[Term] = []
     start = 0
@@ -245,7 +245,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
             (*term.window[:axis], (place, place + 1), *term.window[axis:]),
         )
         for place, value in enumerate(inputs)
-        for term in _terms(value)
+        for term in terms_of(value)
     )
     return [Factored(_on_bases(equation, inputs), terms)]
 
@@ -275,15 +275,15 @@ def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
 def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
-    terms = tuple(term for value in inputs for term in _terms(value))
+    terms = tuple(term for value in inputs for term in terms_of(value))
     return [Factored(_on_bases(equation, inputs), terms)]
 
 
 def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the difference of a weight and an array or another weight."""
     first, second = inputs
-    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in _terms(second))
-    return [Factored(_on_bases(equation, inputs), _terms(first) + negated)]
+    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms_of(second))
+    return [Factored(_on_bases(equation, inputs), terms_of(first) + negated)]
 
 
 def _moved(
@@ -362,12 +362,8 @@ def _holds(factor: Array, axes: Collection[int]) -> bool:
 
 
 def _on_bases(equation: Equation, inputs: Sequence[Any]) -> Array:
-    bases = [value.base if isinstance(value, Factored) else value for value in inputs]
+    bases = [base_of(value) for value in inputs]
     return evaluate_equation(equation, bases)[0]
-
-
-def _terms(value: Any) -> tuple[Term, ...]:
-    return value.terms if isinstance(value, Factored) else ()
 
 
 def reshape_groups(
