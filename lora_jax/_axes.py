@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from lora_jax._paths import listed
+from lora_jax._shapes import Axes
 from lora_jax._tables import table
-from lora_jax._weight import Axes
 
 
 @dataclasses.dataclass(frozen=True)

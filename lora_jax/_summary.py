@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import numpy as np
 
 from lora_jax._compat import is_tracer
 from lora_jax._paths import leaves_with_paths
+from lora_jax._shapes import side_size
 from lora_jax._tables import table
 from lora_jax._train import split
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, side_size
-from lora_jax._wrap import unwrap
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, map_adapter_nodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,12 @@ class ParameterCounts:
 
     Attributes:
       original: those of the model that was wrapped.
-      added: those of the factors.
-      trainable: those that an optimiser updates: the factors and the weights trained in full.
+      added: those that stand beside the weights: factors, magnitudes, and what belongs to them.
+      trainable: those that an optimiser updates: of the added ones those that are not frozen, and
+        the weights trained in full.
       total: original and added together.
       trainable_bytes: the memory of the trainable ones.
-      total_bytes: the memory of the original ones and the trainable ones together.
+      total_bytes: the memory of all of them.
     """
 
     original: int
@@ -57,21 +59,18 @@ def count_parameters(wrapped: Any) -> ParameterCounts:
       >>> counts.original, counts.added, counts.total
       (1200, 70, 1270)
     """
-    original = _size(unwrap(wrapped))
+    bases = map_adapter_nodes(lambda node: node.base, wrapped)
     trainable, _ = split(wrapped)
-    factors = [
-        (node.lora_A, node.lora_B)
-        for node in jax.tree.leaves(wrapped, is_leaf=is_adapter_node)
-        if isinstance(node, LoRAWeight)
-    ]
-    added = _size(factors)
+    nodes = jax.tree.leaves(wrapped, is_leaf=is_adapter_node)
+    added = [_added(node) for node in nodes if isinstance(node, LoRAWeight)]
+    copies = [node.value for node in nodes if isinstance(node, FullWeight)]
     return ParameterCounts(
-        original=original,
-        added=added,
+        original=_size(bases),
+        added=_size(added),
         trainable=_size(trainable),
-        total=original + added,
+        total=_size(bases) + _size(added),
         trainable_bytes=_bytes(trainable),
-        total_bytes=_bytes(unwrap(wrapped)) + _bytes(trainable),
+        total_bytes=_bytes((bases, added, copies)),
     )
 
 
@@ -100,15 +99,57 @@ def summary(wrapped: Any) -> str:
         for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
         if is_adapter_node(node)
     ]
+    header, rows = _without_empty_notes(rows)
     return (
-        f"{table(_HEADER, rows, right=('trainable',))}\n\n"
+        f"{table(header, rows, right=('trainable',))}\n\n"
         f"{counts.original:,} original, {counts.added:,} added, {counts.total:,} together; "
         f"{counts.trainable:,} train ({counts.percent:.3f} %): "
         f"{_readable_bytes(counts.trainable_bytes)} of {_readable_bytes(counts.total_bytes)}"
     )
 
 
-_HEADER = ("path", "shape", "axes", "rank", "scale", "dtype", "trainable")
+_HEADER = ("path", "shape", "axes", "rank", "scale", "notes", "dtype", "trainable")
+
+
+def _without_empty_notes(
+    rows: Sequence[tuple[str, ...]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns the header and the rows, without the column of notes where there are none."""
+    notes = _HEADER.index("notes")
+    if any(row[notes] for row in rows):
+        return _HEADER, list(rows)
+    without = [(*row[:notes], *row[notes + 1 :]) for row in (_HEADER, *rows)]
+    return without[0], without[1:]
+
+
+def _notes(node: LoRAWeight) -> str:
+    """Returns what distinguishes a weight from one of plain LoRA."""
+    notes = []
+    if node.magnitude is not None:
+        notes.append("DoRA")
+    if node.initial_A is not None:
+        notes.append("base changed")
+    if node.layers is not None:
+        notes.append(f"layers {_ranges(node.layers)}")
+    if node.frozen:
+        notes.append(f"{' and '.join(node.frozen)} frozen")
+    return ", ".join(notes)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Returns sorted whole numbers as ranges: 0, 4-7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _added(node: LoRAWeight) -> Any:
+    """Returns what stands beside a weight, but for its scale."""
+    return dataclasses.replace(node, base=None, scale=None)
 
 
 def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
@@ -119,6 +160,7 @@ def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
             "",
             "full",
             "",
+            "",
             str(node.value.dtype),
             f"{_size(node.value):,}",
         )
@@ -128,8 +170,9 @@ def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
         ", ".join(node.axes),
         _rank_text(node),
         _scale_text(node.scale),
+        _notes(node),
         str(node.lora_A.dtype),
-        f"{_size((node.lora_A, node.lora_B)):,}",
+        f"{_size(split(node)[0]):,}",
     )
 
 

@@ -10,7 +10,8 @@ from lora_jax._paths import listed
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
 
 _FROZEN = "frozen"
-_TRAINABLE = ("lora_A", "lora_B", "full")
+_FACTORS = ("lora_A", "lora_B", "magnitude")
+_TRAINABLE = (*_FACTORS, "full")
 
 
 def labels(wrapped: Any) -> Any:
@@ -20,8 +21,8 @@ def labels(wrapped: Any) -> Any:
       wrapped: what `wrap` returned, or a half of it.
 
     Returns:
-      The same structure with `"lora_A"` and `"lora_B"` at the factors, `"full"` at weights that
-      are trained in full, and `"frozen"` everywhere else.
+      The same structure with `"lora_A"` and `"lora_B"` at the factors, `"magnitude"` at DoRA's
+      magnitudes, `"full"` at weights that are trained in full, and `"frozen"` everywhere else.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -43,7 +44,7 @@ def split(wrapped: Any) -> tuple[Any, Any]:
       wrapped: what `wrap` returned.
 
     Returns:
-      adapters: factors and weights trained in full.
+      adapters: factors, magnitudes and weights trained in full, but for what `freeze` froze.
       frozen: all else, `base` and `scale` included.
 
     Examples:
@@ -175,7 +176,7 @@ def _group(label: str, by_label: Mapping[str, Any] | None) -> str:
 
 def _node_labels(node: Any) -> Any:
     if isinstance(node, LoRAWeight):
-        return _labelled(node, {"lora_A": "lora_A", "lora_B": "lora_B"})
+        return _labelled(node, {name: name for name in _FACTORS if name not in node.frozen})
     if isinstance(node, FullWeight):
         return _labelled(node, {"value": "full"})
     return _FROZEN

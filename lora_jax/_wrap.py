@@ -1,7 +1,7 @@
 """Putting adapters beside the weights of a parameter tree, and taking them out again."""
 
+import dataclasses
 import functools
-import math
 import operator
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from lora_jax._algebra import dense, lora_weight, original, squared_norms
 from lora_jax._axes import InferredAxes
 from lora_jax._dtypes import common_dtype
 from lora_jax._paths import (
@@ -21,24 +21,27 @@ from lora_jax._paths import (
     map_with_paths,
     nearest_paths,
 )
-from lora_jax._targets import Overrides, Selection, Targets, select
-from lora_jax._weight import (
+from lora_jax._settings import Settings
+from lora_jax._shapes import (
     Axes,
+    Layers,
+    factor_shapes,
+    layers_shape,
+    side_size,
+    taken_layers,
+    to_matrices,
+)
+from lora_jax._targets import Selection, Targets, select
+from lora_jax._weight import (
     FullWeight,
     LoRAWeight,
-    dense,
-    factor_shapes,
-    from_matrices,
     is_adapter_node,
     is_lora_weight,
     map_adapter_nodes,
-    side_size,
-    to_matrices,
 )
-from lora_jax.init import Initializer, initializer
+from lora_jax.init import Frozen, Initializer, initializer
 
 _ROLES = ("in", "out", "batch")
-_SETTINGS = ("rank", "alpha", "init", "dtype")
 
 
 def wrap(
@@ -50,7 +53,12 @@ def wrap(
     key: PRNGKeyArray | None = None,
     axes: Mapping[str, Sequence[str]] | None = None,
     init: str | Initializer = "kaiming",
+    rslora: bool = False,
+    dora: bool = False,
+    layers: Sequence[int] | None = None,
+    freeze: str | Sequence[str] = (),
     dtype: Any = None,
+    exclude: Targets | None = None,
     train: Targets | None = None,
 ) -> Any:
     r"""Returns `params` with a `LoRAWeight` in place of each target leaf.
@@ -62,8 +70,9 @@ def wrap(
       params: any parameter pytree.
       targets: what to adapt: a regular expression that matches whole path segments anywhere in a
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
-        `(path, leaf) -> bool`, or a mapping from expression to overrides of `rank`, `alpha`, `init`
-        and `dtype` (`{"query": dict(rank=16)}`). A matched module means its weights of two or more
+        `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
+        `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `freeze` and `dtype`
+        (`{"query": dict(rank=16)}`). A matched module means its weights of two or more
         axes, not its biases. `"all-linear"`, with `axes=infer_axes(...)`, means every weight of a
         product or convolution but the output head's; where a weight's smaller side is below
         `rank`, its rank is that side.
@@ -74,8 +83,19 @@ def wrap(
       axes: for weights of more than two axes, and where two axes are not (in, out): a mapping from
         path or expression to each axis's role, `"in"`, `"out"` or `"batch"`; or what `infer_axes`
         returned, with which a matched module means the weights that the function uses as such.
-      init: a name or a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`.
+      init: a name or a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`; see
+        `lora_jax.init`.
+      rslora: whether scale is $\alpha / \sqrt r$, which keeps the adapter's learning stable at high
+        ranks.
+      dora: whether each output feature also trains its magnitude, while the adapter turns its
+        direction: $m \circ (W + s A B) / \lVert W + s A B \rVert$, with $m = \lVert W \rVert$ at
+        the start.
+      layers: which places of a weight's first batch axis to adapt, such as `range(4, 8)` for layers
+        4 to 7 of a scan stack; all unless given. The others get no numbers at all.
+      freeze: leaves that are not to train, of `"lora_A"`, `"lora_B"` and `"magnitude"`; no gradient
+        of them is computed.
       dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
+      exclude: what is not to be adapted, in the forms of `targets`, whatever `targets` says.
       train: what to train in full beside the adapters, in the forms of `targets`.
 
     Returns:
@@ -86,7 +106,9 @@ def wrap(
       ValueError: an argument or an override does not fit; the message names it and the leaf.
       TypeError: an argument has the wrong type.
 
-    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Kalajdzievski, A
+    Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023 (`rslora`); Liu et al., DoRA:
+    Weight-Decomposed Low-Rank Adaptation, 2024 (`dora`).
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -96,9 +118,16 @@ def wrap(
       (4, 2)
     """
     check_not_wrapped(params)
-    defaults: Overrides = {"rank": rank, "alpha": alpha, "init": init, "dtype": dtype}
-    for name, value in defaults.items():
-        _CHECKS[name](f"`{name}`", value)
+    defaults = Settings.checked(
+        rank=rank,
+        alpha=alpha,
+        rslora=rslora,
+        init=init,
+        dora=dora,
+        layers=layers,
+        freeze=freeze,
+        dtype=dtype,
+    )
     _check_axes(axes, params)
     key = jax.random.key(0) if key is None else _checked_key(key)
     inferred = axes if isinstance(axes, InferredAxes) else None
@@ -110,6 +139,7 @@ def wrap(
         expected="a weight of two or more axes"
         + ("" if inferred is None else " that the function uses as one"),
     )
+    selected = _without_excluded(params, selected, exclude)
     trained = _trained_paths(params, train, selected)
 
     def node(path: str, leaf: Any) -> Any:
@@ -117,10 +147,12 @@ def wrap(
             # A copy: one buffer can't be donated as two arguments of a training step.
             return FullWeight(base=leaf, value=jnp.copy(leaf))
         if path in selected:
-            settings = {**defaults, **_checked_overrides(path, selected[path].overrides)}
+            settings = defaults.overridden(path, selected[path].overrides)
             leaf_axes = _axes_of(path, leaf, axes)
-            rank = _fitting_rank(path, leaf, leaf_axes, settings["rank"], selected[path])
-            return _lora_weight(path, leaf, leaf_axes, {**settings, "rank": rank}, key)
+            rank = _fitting_rank(path, leaf, leaf_axes, settings.rank, selected[path])
+            return _wrapped_weight(
+                path, leaf, leaf_axes, dataclasses.replace(settings, rank=rank), key
+            )
         return leaf
 
     return map_with_paths(node, params)
@@ -129,7 +161,7 @@ def wrap(
 def merge(wrapped: Any) -> Any:
     r"""Returns plain params with $W + s \cdot A B$ in place of each adapted weight.
 
-    The sum is taken in the wider of the weight's and the factors' dtypes and cast once, so that
+    The sum is taken in at least float32, in the widest of the dtypes, and cast once, so that
     structure, shapes and dtypes are those of the tree that was wrapped.
 
     Args:
@@ -154,6 +186,9 @@ def merge(wrapped: Any) -> Any:
 def unwrap(wrapped: Any) -> Any:
     """Returns plain params with the adapters dropped: bit-identical to what was wrapped.
 
+    Only where an initialiser moved a part of the weight into the factors (`pissa`, for one), that
+    part is added again, and the original comes back to rounding.
+
     Args:
       wrapped: what `wrap` returned, trained or not.
 
@@ -166,28 +201,60 @@ def unwrap(wrapped: Any) -> Any:
       >>> lora_jax.unwrap(lora_jax.wrap(params, "kernel", rank=2))["kernel"] is params["kernel"]
       True
     """
-    return map_adapter_nodes(lambda node: node.base, wrapped)
+    return map_adapter_nodes(
+        lambda node: original(node) if is_lora_weight(node) else node.base, wrapped
+    )
 
 
-def _lora_weight(
-    path: str, leaf: Array, axes: Axes, settings: Overrides, key: PRNGKeyArray
+def _wrapped_weight(
+    path: str, leaf: Array, axes: Axes, settings: Settings, key: PRNGKeyArray
 ) -> LoRAWeight:
-    rank = settings["rank"]
-    scale = (rank if settings["alpha"] is None else float(settings["alpha"])) / rank
-    dtype = settings["dtype"] or common_dtype(leaf.dtype, jnp.float32)
-    path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    base, lora_A, lora_B = _initial_matrices(
-        initializer(settings["init"]), axes, rank, scale, jnp.dtype(dtype), path_key, leaf
+    layers = _fitting_layers(path, leaf, axes, settings.layers)
+    dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
+    wide = common_dtype(dtype, jnp.float32)
+    scale = settings.scale(settings.rank)
+    initial = _initial_matrices(
+        initializer(settings.init),
+        axes,
+        settings.rank,
+        scale,
+        dtype,
+        jax.random.fold_in(key, zlib.crc32(path.encode())),
+        taken_layers(leaf, axes, layers),
     )
-    _check_factors(path, leaf, axes, rank, lora_A, lora_B)
-    A_shape, B_shape = factor_shapes(leaf.shape, axes, rank)
-    return LoRAWeight(
-        base=leaf if base is None else base,
-        lora_A=lora_A.reshape(A_shape),
-        lora_B=lora_B.reshape(B_shape),
-        scale=jnp.asarray(scale, common_dtype(dtype, jnp.float32)),
-        axes=axes,
+    _check_factors(path, leaf, axes, settings.rank, initial.lora_A, initial.lora_B)
+    A_shape, B_shape = factor_shapes(layers_shape(leaf.shape, axes, layers), axes, settings.rank)
+    lora_A, lora_B = initial.lora_A.reshape(A_shape), initial.lora_B.reshape(B_shape)
+    weight = lora_weight(
+        leaf,
+        lora_A,
+        lora_B,
+        jnp.asarray(scale, wide),
+        axes,
+        initial_A=None if initial.keeps_base else jnp.asarray(scale, dtype) * lora_A,
+        initial_B=None if initial.keeps_base else jnp.copy(lora_B),
+        layers=layers,
+        frozen=tuple(dict.fromkeys((*initial.frozen, *settings.frozen))),
     )
+    return _with_magnitude(weight, leaf, wide) if settings.dora else weight
+
+
+def _with_magnitude(weight: LoRAWeight, leaf: Array, dtype: Any) -> LoRAWeight:
+    """Returns a DoRA weight, whose magnitudes are the norms that it has at the start."""
+    norms = squared_norms(weight.base, weight.axes, weight.layers)
+    whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
+    return dataclasses.replace(weight, magnitude=jnp.sqrt(whole).astype(dtype), squared_norm=norms)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Initial:
+    """What an initialiser gave for a stack of matrices."""
+
+    lora_A: Array
+    lora_B: Array
+    keeps_base: bool = dataclasses.field(metadata={"static": True})
+    frozen: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -199,19 +266,25 @@ def _initial_matrices(
     dtype: Any,
     key: PRNGKeyArray,
     weight: Array,
-) -> tuple[Array | None, Array, Array]:
-    """Returns the base, or None where the initialiser leaves it, and the factors as matrices."""
+) -> _Initial:
+    """Returns the factors as matrices; the base that they leave is computed from them."""
 
-    def of_matrix(key: PRNGKeyArray, weight2d: Array) -> tuple[Array | None, Array, Array]:
-        base, lora_A, lora_B = init(key, weight2d, rank, scale)
-        return None if base is weight2d else base, lora_A.astype(dtype), lora_B.astype(dtype)
+    def of_matrix(key: PRNGKeyArray, weight2d: Array) -> _Initial:
+        base, *factors = init(key, weight2d, rank, scale)
+        named = dict(zip(("lora_A", "lora_B"), factors, strict=True))
+        return _Initial(
+            **{name: _array_of(factor).astype(dtype) for name, factor in named.items()},
+            keeps_base=base is weight2d,
+            frozen=tuple(name for name, factor in named.items() if isinstance(factor, Frozen)),
+        )
 
     matrices = to_matrices(weight, axes)
     keys = jax.random.split(key, matrices.shape[0])
-    base, lora_A, lora_B = jax.vmap(of_matrix)(keys, matrices)
-    if base is not None:
-        base = from_matrices(base, weight.shape, axes).astype(weight.dtype)
-    return base, lora_A, lora_B
+    return jax.vmap(of_matrix)(keys, matrices)
+
+
+def _array_of(factor: Array | Frozen) -> Array:
+    return factor.array if isinstance(factor, Frozen) else factor
 
 
 def _check_factors(
@@ -223,6 +296,33 @@ def _check_factors(
             f"`init` returned lora_A of shape {lora_A.shape[1:]} and lora_B of shape "
             f"{lora_B.shape[1:]} for '{path}'; expected {(inputs, rank)} and {(rank, outputs)}."
         )
+
+
+def _without_excluded(
+    params: Any, selected: Mapping[str, Selection], exclude: Targets | None
+) -> dict[str, Selection]:
+    if exclude is None:
+        return dict(selected)
+    excluded = select(
+        params,
+        exclude,
+        adaptable=lambda path, leaf: True,
+        argument="exclude",
+        expected="a leaf",
+        biases=True,
+    )
+    for path, selection in excluded.items():
+        if selection.overrides:
+            raise ValueError(
+                f"`exclude` overrides {listed(list(selection.overrides))} for '{path}'; what is "
+                "excluded has no settings."
+            )
+    kept = {path: selection for path, selection in selected.items() if path not in excluded}
+    if not kept:
+        raise ValueError(
+            f"`exclude` leaves nothing of what `targets` selects: {listed(sorted(selected))}."
+        )
+    return kept
 
 
 def _trained_paths(params: Any, train: Targets | None, selected: Mapping[str, Any]) -> set[str]:
@@ -306,21 +406,26 @@ def check_not_wrapped(params: Any) -> None:
         )
 
 
-def _checked_overrides(path: str, overrides: Overrides) -> Overrides:
-    for name, value in overrides.items():
-        if name not in _CHECKS:
-            raise ValueError(
-                f"`targets` overrides {name!r} for '{path}'; expected one of {listed(_SETTINGS)}."
-            )
-        _CHECKS[name](f"`{name}` of '{path}'", value)
-    return overrides
-
-
-def _check_rank(subject: str, rank: Any) -> None:
-    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
-        raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
-    if operator.index(rank) < 1:
-        raise ValueError(f"{subject} is {rank}; expected a whole number of at least 1.")
+def _fitting_layers(
+    path: str, leaf: Array, axes: Axes, layers: Sequence[int] | None
+) -> Layers | None:
+    """Returns the adapted places of the first batch axis in order, or None for all of them."""
+    if layers is None:
+        return None
+    if "batch" not in axes:
+        raise ValueError(
+            f"`layers` is {layers!r} for '{path}' of shape {leaf.shape}, whose axes are {axes}; "
+            "expected a weight with a batch axis. Say which one is with "
+            f"wrap(..., axes={{'{path}': {('batch', *axes[1:])}}})."
+        )
+    count = leaf.shape[axes.index("batch")]
+    places = tuple(sorted(operator.index(layer) for layer in layers))
+    if places[-1] >= count:
+        raise ValueError(
+            f"`layers` is {layers!r} for '{path}' of shape {leaf.shape}; expected places below "
+            f"{count}, the size of its batch axis."
+        )
+    return None if len(places) == count else places
 
 
 def _fitting_rank(path: str, leaf: Array, axes: Axes, rank: Any, selection: Selection) -> int:
@@ -334,29 +439,6 @@ def _fitting_rank(path: str, leaf: Array, axes: Axes, rank: Any, selection: Sele
             f"wrap(..., {{'{path}': dict(rank={largest})}})."
         )
     return min(rank, largest)
-
-
-def _check_alpha(subject: str, alpha: Any) -> None:
-    if alpha is None:
-        return
-    if isinstance(alpha, bool | str) or not hasattr(alpha, "__float__") or np.ndim(alpha) != 0:
-        raise TypeError(f"{subject} is {alpha!r}; expected a number.")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{subject} is {alpha}; expected a positive, finite number.")
-
-
-def _check_init(subject: str, init: Any) -> None:
-    del subject
-    initializer(init)
-
-
-def _check_dtype(subject: str, dtype: Any) -> None:
-    try:
-        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        is_floating = False
-    if not is_floating:
-        raise TypeError(f"{subject} is {dtype!r}; expected a floating-point dtype or None.")
 
 
 def _checked_key(key: Any) -> PRNGKeyArray:
@@ -384,11 +466,3 @@ def _check_axes(axes: Any, params: Any) -> None:
                 f"`axes` has {expression!r}, which matches no leaf; the nearest paths are "
                 f"{listed(nearest_paths(expression, paths))}."
             )
-
-
-_CHECKS = {
-    "rank": _check_rank,
-    "alpha": _check_alpha,
-    "init": _check_init,
-    "dtype": _check_dtype,
-}

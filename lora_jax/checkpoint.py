@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from lora_jax._algebra import lora_weight
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths, nearest_paths
-from lora_jax._weight import Axes, FullWeight, LoRAWeight, factor_shapes, is_adapter_node
+from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, sizes
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _FORMAT = "lora_jax adapters"
 _METADATA_FILE = "adapters.json"
@@ -31,10 +33,8 @@ _ARRAYS_FOLDER = "arrays"
 AdapterNode = LoRAWeight | FullWeight
 ArraysByName = dict[str, np.ndarray]
 
-_KINDS: Mapping[str, Callable[..., AdapterNode]] = {
-    "LoRAWeight": LoRAWeight,
-    "FullWeight": FullWeight,
-}
+# What `restore` finds in the params or computes from them.
+_OF_THE_BASE = frozenset({"base", "squared_norm"})
 
 
 class CheckpointError(ValueError):
@@ -139,39 +139,71 @@ class _WeightMetadata:
     kind: str
     shape: tuple[int, ...]
     dtype: str
-    rank: int | None
-    alpha: float | list[float] | None
-    axes: Axes | None
     arrays: Mapping[str, _ArrayMetadata]
+    rank: int | None = None
+    alpha: float | list[float] | None = None
+    axes: Axes | None = None
+    layers: Layers | None = None
+    frozen: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, node: AdapterNode, arrays: ArraysByName) -> "_WeightMetadata":
-        rank, alpha, axes = None, None, None
-        if isinstance(node, LoRAWeight):
-            rank, alpha, axes = node.rank, _alpha(arrays["scale"], node.rank), node.axes
+        common: dict[str, Any] = {
+            "kind": type(node).__name__,
+            "shape": tuple(node.shape),
+            "dtype": str(node.dtype),
+            "arrays": {name: _ArrayMetadata.of(array) for name, array in arrays.items()},
+        }
+        if isinstance(node, FullWeight):
+            return cls(**common)
         return cls(
-            kind=type(node).__name__,
-            shape=tuple(node.shape),
-            dtype=str(node.dtype),
-            rank=rank,
-            alpha=alpha,
-            axes=axes,
-            arrays={name: _ArrayMetadata.of(array) for name, array in arrays.items()},
+            **common,
+            rank=node.rank,
+            alpha=_alpha(arrays["scale"], node.rank),
+            axes=node.axes,
+            layers=node.layers,
+            frozen=node.frozen,
         )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "_WeightMetadata":
         arrays = {name: _ArrayMetadata.from_json(each) for name, each in entry["arrays"].items()}
-        axes = None if entry["axes"] is None else tuple(entry["axes"])
-        weight = cls(**{**entry, "shape": tuple(entry["shape"]), "axes": axes, "arrays": arrays})
-        # A dry run: it raises where the parts don't make a node.
-        weight.node(None, dict.fromkeys(arrays))
+        lists = {
+            name: None if entry.get(name) is None else tuple(entry[name])
+            for name in ("axes", "layers")
+        }
+        weight = cls(
+            **{
+                **entry,
+                **lists,
+                "shape": tuple(entry["shape"]),
+                "arrays": arrays,
+                "frozen": tuple(entry.get("frozen", ())),
+            }
+        )
+        if not weight._is_complete():
+            raise ValueError(
+                f"a {weight.kind} of {sorted(arrays)}; expected a LoRAWeight of lora_A, lora_B and "
+                "scale, or a FullWeight of value"
+            )
         return weight
 
-    def node(self, base: Any, arrays: Mapping[str, Any]) -> AdapterNode:
-        """Returns the node that was saved, on another base."""
-        static = {} if self.axes is None else {"axes": self.axes}
-        return _KINDS[self.kind](base=base, **arrays, **static)
+    def node(self, weight: Any, arrays: Mapping[str, Any]) -> AdapterNode:
+        """Returns the node that was saved, on another original weight."""
+        if self.kind == "FullWeight":
+            return FullWeight(base=weight, **arrays)
+        assert self.axes is not None
+        return lora_weight(weight, **arrays, axes=self.axes, layers=self.layers, frozen=self.frozen)
+
+    def _is_complete(self) -> bool:
+        if self.kind == "FullWeight":
+            return set(self.arrays) == {"value"}
+        optional = set(self.arrays) - {"lora_A", "lora_B", "scale"}
+        return (
+            self.kind == "LoRAWeight"
+            and len(self.arrays) - len(optional) == 3
+            and optional - {"magnitude"} in ({"initial_A", "initial_B"}, set())
+        )
 
 
 def _alpha(scale: np.ndarray, rank: int) -> float | list[float]:
@@ -199,7 +231,7 @@ def _adapter_nodes(wrapped: PyTree) -> dict[str, AdapterNode]:
 
 
 def _host_arrays(path: str, node: AdapterNode) -> ArraysByName:
-    """Returns what is saved of a node: all that it holds beside its base."""
+    """Returns what is saved of a node: all that does not follow from the original weight."""
     arrays = {}
     for field in dataclasses.fields(node):
         leaf = getattr(node, field.name)
@@ -208,7 +240,9 @@ def _host_arrays(path: str, node: AdapterNode) -> ArraysByName:
                 f"`wrapped` has no `{field.name}` at '{path}'; expected a whole tree, such as "
                 "combine(adapters, frozen)."
             )
-        if leaf is not None and field.name != "base" and not field.metadata.get("static"):
+        if leaf is None or field.metadata.get("static"):
+            continue
+        if field.name not in _OF_THE_BASE:
             arrays[field.name] = np.asarray(leaf)
     return arrays
 
@@ -403,10 +437,16 @@ def _factor_misfit(weight: _WeightMetadata) -> str | None:
     axes, rank = weight.axes, weight.rank
     if axes is None or rank is None or len(axes) != len(weight.shape):
         return f"its axes are {axes} and its rank {rank} for a weight of shape {weight.shape}."
-    for name, expected in zip(
-        ("lora_A", "lora_B"), factor_shapes(weight.shape, axes, rank), strict=True
-    ):
-        shape = weight.arrays[name].shape
+    if weight.layers is not None and "batch" not in axes:
+        return f"it adapts the layers {weight.layers} of a weight with the axes {axes}."
+    adapted = layers_shape(weight.shape, axes, weight.layers)
+    A_shape, B_shape = factor_shapes(adapted, axes, rank)
+    by_name = {"lora_A": A_shape, "lora_B": B_shape, "initial_A": A_shape, "initial_B": B_shape}
+    by_name["magnitude"] = sizes(adapted, axes, "batch", "out")
+    for name, array in weight.arrays.items():
+        if name == "scale":
+            continue
+        expected, shape = by_name[name], array.shape
         # Stacked adapters have one more axis in front.
         if shape[-len(expected) :] != expected:
             return (

@@ -15,6 +15,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import checkpoint
+from lora_jax import init as lora_init
 from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError
 
 
@@ -81,6 +82,29 @@ def edit_metadata(folder, change):
     metadata = json.loads(file.read_text())
     change(metadata)
     file.write_text(json.dumps(metadata))
+
+
+def test_what_distinguishes_a_variant_is_restored(tmp_path):
+    """DoRA's norms and a changed base are found again from the original weights, bit for bit."""
+    params = {"stack": jax.random.normal(jax.random.key(0), (4, 6, 5)), "kernel": jnp.ones((6, 4))}
+
+    def half_taken_out(key, weight2d, rank, scale):
+        lora_A = jax.random.normal(key, (weight2d.shape[0], rank))
+        lora_B = jax.random.normal(key, (rank, weight2d.shape[1]))
+        return weight2d - scale * lora_A @ lora_B, lora_A, lora_init.Frozen(lora_B)
+
+    wrapped = lora_jax.wrap(
+        params,
+        {"stack": {"layers": (1, 3), "init": half_taken_out}, "kernel": {"rslora": True}},
+        rank=2,
+        alpha=3,
+        dora=True,
+        axes={"stack": ("batch", "in", "out")},
+    )
+    lora_jax.save(tmp_path / "adapters", trained(wrapped))
+    restored = lora_jax.restore(tmp_path / "adapters", params)
+    assert_identical(restored, trained(wrapped))
+    assert restored["stack"].frozen == ("lora_B",)
 
 
 @pytest.fixture
@@ -341,7 +365,7 @@ class TestRestoreRefuses:
 
     def test_a_newer_format(self, saved, params):
         edit_metadata(saved, lambda metadata: metadata.update(version=FORMAT_VERSION + 1))
-        with pytest.raises(CheckpointError, match="format version 2.*upgrade lora_jax"):
+        with pytest.raises(CheckpointError, match="format version 3.*upgrade lora_jax"):
             lora_jax.restore(saved, params)
 
     def test_another_format(self, saved, params):
@@ -386,6 +410,7 @@ class TestRestoreRefuses:
             ({"kind": "Unheard"}, "damaged.*Unheard"),
             ({"arrays": {}}, "damaged.*lora_A"),
             ({"arrays": None}, "damaged"),
+            ({"layers": [0]}, "'encoder/0/kernel'.*it adapts the layers"),
             ({"more": 1}, "damaged.*more"),
         ],
     )

@@ -1,8 +1,18 @@
 """What an initialiser is."""
 
+import dataclasses
 from typing import Protocol
 
+import jax
 from jaxtyping import Array, Float, PRNGKeyArray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A factor that an initialiser made and that is not to train."""
+
+    array: Array
 
 
 class Initializer(Protocol):

@@ -1,5 +1,6 @@
 """Rules for `dot_general`: the base op plus the products of the other operand and the factors."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lora_jax.transform._factored import (
     base_of,
     block_shape,
     dense_flops,
+    multiplied,
     terms_of,
     without_windows,
 )
@@ -41,6 +43,7 @@ def dot_general(
     both operands are factored, the sum is multiplied out.
     """
     labels, output = _labels(equation, inputs)
+    inputs, gains = _with_gains_outside(interpreter, equation, inputs, labels, output)
     choices = [
         _computed(interpreter, equation, position, inputs, labels, output)
         for position in range(len(inputs))
@@ -50,7 +53,56 @@ def dot_general(
         for terms in itertools.product(*([None, *terms_of(choice)] for choice in choices)):
             if any(term is not None for term in terms):
                 result += _change(interpreter, equation, choices, terms, labels, output, result)
+        for gain in gains:
+            result = multiplied(result, gain).astype(result.dtype)
     return [result]
+
+
+def _with_gains_outside(
+    interpreter: Interpreter,
+    equation: Equation,
+    inputs: Sequence[Any],
+    labels: Sequence[Labels],
+    output: Labels,
+) -> tuple[list[Any], list[Array]]:
+    r"""Returns the operands without gains, and what the product is to be multiplied by instead.
+
+    A gain g on axes that the product keeps comes out of it: $x (W \circ g) = (x W) \circ g$. On
+    axes that it sums over, g moves to the other operand: $(W \circ g) x = W (g \circ x)$. If it is
+    on axes of both kinds, or if the other operand is a weight too, the weight is built.
+    """
+    operands = list(inputs)
+    gains: list[Array] = []
+    for position, value in enumerate(inputs):
+        if not isinstance(value, Factored) or value.gain is None:
+            continue
+        kept = {axis for axis, label in enumerate(labels[position]) if label in output}
+        other = operands[1 - position]
+        without_gain = dataclasses.replace(value, gain=None)
+        gain = value.gain.aligned.squeeze(-1)
+        if value.held_by_gain <= kept:
+            operands[position] = without_gain
+            gains.append(_in_axes_of(output, gain, labels[position]))
+        elif not value.held_by_gain & kept and not isinstance(other, Factored):
+            with scope_of(equation), jax.named_scope("lora"):
+                scaled = multiplied(
+                    other, _in_axes_of(labels[1 - position], gain, labels[position])
+                )
+                operands[1 - position] = scaled.astype(other.dtype)
+            operands[position] = without_gain
+        else:
+            operands[position] = interpreter.materialize(equation, [value])[0]
+    return operands, gains
+
+
+def _in_axes_of(target: Labels, array: Array, labels: Labels) -> Array:
+    """Returns an array that is the same everywhere but on axes of `target`, with those axes."""
+    held = without_unit_axes(array, labels)
+    order = [label for label in target if label in held.labels]
+    in_order = held.array.transpose([held.labels.index(label) for label in order])
+    return jnp.expand_dims(
+        in_order, [axis for axis, label in enumerate(target) if label not in order]
+    )
 
 
 def _computed(
@@ -155,7 +207,8 @@ def ragged_dot_general(
     if not is_plain or isinstance(x, Factored) or equation.params["group_offset"] is not None:
         return None
     terms = [without_windows(term, weight.shape) for term in weight.terms]
-    if not all(_is_expert_term(term) for term in terms):
+    # Gains of the form (experts, 1, out), one for each expert's output features.
+    if not all(_is_expert_term(term) for term in terms) or 1 in weight.held_by_gain:
         return None
     result = evaluate_equation(equation, [x, weight.base, group_sizes])[0]
     for path, part in weight.parts().items():
@@ -178,7 +231,18 @@ def ragged_dot_general(
             result += _expert_change(
                 equation, adapter_input, term, scale, group_sizes, result.dtype
             )
+        if weight.gain is not None:
+            gain = _gain_of_rows(weight.gain.aligned.squeeze(-1), group_sizes, x.shape[0])
+            result = multiplied(result, gain).astype(result.dtype)
     return [result]
+
+
+def _gain_of_rows(gain: Array, group_sizes: Array, rows: int) -> Array:
+    """Returns the gain of the expert that each row goes to, of shape (rows, out)."""
+    experts = jnp.broadcast_to(gain, (group_sizes.shape[0], *gain.shape[1:]))
+    return jax.lax.ragged_dot(
+        jnp.ones((rows, 1), gain.dtype), experts, group_sizes, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def _is_expert_term(term: Term) -> bool:

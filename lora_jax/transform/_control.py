@@ -226,13 +226,14 @@ class _Stack:
             for term in self.value.terms
             for factor in (term.factor_A, term.factor_B)
         ]
-        return self.value.base, factors
+        gain = self.value.gain
+        return self.value.base, factors, gain.stored if gain and gain.is_stack else None
 
     def layer(self, leaves: Any) -> Any:
         """Returns one layer of the stack, from one step's cut of `leaves`."""
         if not isinstance(self.value, Factored):
             return leaves
-        base, cuts = leaves
+        base, cuts, gain_cut = leaves
         terms = tuple(
             dataclasses.replace(
                 term,
@@ -242,7 +243,8 @@ class _Stack:
             )
             for term, A_cut, B_cut in zip(self.value.terms, cuts[::2], cuts[1::2], strict=True)
         )
-        return Factored(base, terms)
+        gain = self.value.gain
+        return Factored(base, terms, gain and gain.layer(gain_cut))
 
 
 def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -305,7 +307,7 @@ def _factored_specs(value: Any, spec: Any) -> Any:
         )
         for term in value.terms
     )
-    return Factored(spec, terms)
+    return Factored(spec, terms, value.gain and factor_spec(value.gain))
 
 
 def _without_any_window(value: Any) -> Any:

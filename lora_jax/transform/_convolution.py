@@ -14,6 +14,7 @@ from lora_jax.transform._contraction import product_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
+    multiplied,
     without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
@@ -36,7 +37,7 @@ def conv_general_dilated(
     terms = [without_windows(term, weight.shape) for term in weight.terms]
     found = [_kernel_and_mixer(term, _feature_axis(equation)) for term in terms]
     factors = [pair for pair in found if pair is not None]
-    if len(factors) < len(terms):
+    if len(factors) < len(terms) or not weight.held_by_gain <= {_feature_axis(equation)}:
         return None
     base_flops, factored_flops = _costs(equation, weight.shape)
     choice = interpreter.chosen(equation, weight, base_flops, factored_flops)
@@ -47,6 +48,11 @@ def conv_general_dilated(
         for term, (kernel, mixer) in zip(terms, factors, strict=True):
             adapter_input, scale = interpreter.dropped_out(x), interpreter.scale_of(term)
             result += _change(equation, adapter_input, kernel, mixer, scale, base)
+        if weight.gain is not None:
+            out_axis = equation.params["dimension_numbers"].out_spec[1]
+            shape = [size if axis == out_axis else 1 for axis, size in enumerate(base.shape)]
+            gain = weight.gain.aligned.reshape(shape)
+            result = multiplied(result, gain).astype(base.dtype)
     return [result]
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
+from lora_jax._shapes import Axes
 from lora_jax._tables import table
-from lora_jax._weight import Axes, LoRAWeight, is_lora_weight
+from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.transform._adapt import rewrite, weight_paths, with_static, with_trained_values
 from lora_jax.transform._report import Use
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lora_jax._algebra import gain
 from lora_jax._dtypes import common_dtype
-from lora_jax._weight import LoRAWeight, Places, factor_places
+from lora_jax._shapes import Places, aligned, factor_places, magnitude_places, spread_layers
+from lora_jax._weight import LoRAWeight
 from lora_jax.transform._product import product, without_unit_axes
 
 Window = tuple[int, int]
@@ -42,10 +44,7 @@ class Factor:
     @functools.cached_property
     def aligned(self) -> Array:
         """The array with an axis for each axis of the weight, of size 1 or held, and the rank."""
-        held = [place for place in self.places if place is not None]
-        absent = [axis for axis, place in enumerate(self.places) if place is None]
-        in_order = self.stored if held == sorted(held) else self.stored.transpose(held)
-        return jnp.expand_dims(in_order, absent) if absent else in_order
+        return aligned(self.stored, self.places)
 
     def copied(self) -> "Factor":
         """Returns the same factor, aligned by the trace that asks for it."""
@@ -126,15 +125,18 @@ class Term:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """The value base + Σ terms, which is never built unless an op leaves no other way.
+    """The value gain ∘ (base + Σ terms), which is never built unless an op leaves no other way.
 
     Attributes:
       base: the frozen weight, with whatever ops have moved its axes so far.
       terms: the low-rank summands.
+      gain: what the sum is multiplied by, element for element, or None. It is aligned as a factor
+        of rank 1, so that rules move it as they move factors.
     """
 
     base: Array
     terms: tuple[Term, ...]
+    gain: Factor | None = None
 
     @property
     def path(self) -> str:
@@ -146,11 +148,26 @@ class Factored:
         by_path: dict[str, list[Term]] = {}
         for term in self.terms:
             by_path.setdefault(str(term.origin), []).append(term)
-        return {path: Factored(self.base, tuple(terms)) for path, terms in by_path.items()}
+        return {
+            path: dataclasses.replace(self, terms=tuple(terms)) for path, terms in by_path.items()
+        }
 
     def copied(self) -> "Factored":
         """Returns the same value, aligned by the trace that asks for it."""
-        return Factored(self.base, tuple(term.copied() for term in self.terms))
+        return Factored(
+            self.base,
+            tuple(term.copied() for term in self.terms),
+            None if self.gain is None else self.gain.copied(),
+        )
+
+    @property
+    def held_by_gain(self) -> frozenset[int]:
+        """The axes on which the gain is not the same everywhere."""
+        if self.gain is None:
+            return frozenset()
+        return frozenset(
+            axis for axis, size in enumerate(self.gain.aligned.shape[:-1]) if size != 1
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,15 +187,38 @@ class Factored:
 
 def factored_weight(weight: LoRAWeight, path: str) -> Factored:
     """Returns the symbolic value of an adapted weight; nothing frozen receives a gradient."""
+    weight = _with_gradients_stopped(weight)
     A_places, B_places = factor_places(weight.axes)
     term = Term(
-        factor_A=Factor(weight.lora_A, A_places),
-        factor_B=Factor(weight.lora_B, B_places),
-        scale=jax.lax.stop_gradient(weight.scale),
+        factor_A=_factor(weight, weight.lora_A, A_places),
+        factor_B=_factor(weight, weight.lora_B, B_places),
+        scale=weight.scale,
         window=(None,) * len(weight.axes),
         origin=path,
     )
-    return Factored(base=jax.lax.stop_gradient(weight.base), terms=(term,))
+    return Factored(
+        base=weight.base,
+        terms=(term,),
+        gain=None
+        if weight.magnitude is None
+        else _factor(weight, gain(weight), magnitude_places(weight.axes), elsewhere=1),
+    )
+
+
+def _with_gradients_stopped(weight: LoRAWeight) -> LoRAWeight:
+    stopped = {
+        name: jax.lax.stop_gradient(getattr(weight, name))
+        for name in ("base", "scale", *weight.frozen)
+    }
+    return dataclasses.replace(weight, **stopped)
+
+
+def _factor(weight: LoRAWeight, array: Array, places: Places, *, elsewhere: int = 0) -> Factor:
+    """Returns an array of the adapted layers as one of all; the rest changes nothing there."""
+    if weight.layers is not None:
+        axis = weight.axes.index("batch")
+        array = spread_layers(array, places[axis], weight.layers, weight.shape[axis], elsewhere)
+    return Factor(array, places)
 
 
 def base_of(value: Any) -> Any:
@@ -191,14 +231,27 @@ def terms_of(value: Any) -> tuple[Term, ...]:
     return value.terms if isinstance(value, Factored) else ()
 
 
+def gain_of(value: Any) -> Factor | None:
+    """Returns the gain of a factored value; an array has none."""
+    return value.gain if isinstance(value, Factored) else None
+
+
 def dense_value(value: Factored) -> Array:
-    """Returns base + Σ terms as an array of the base's dtype, summed in the widest one."""
+    """Returns gain ∘ (base + Σ terms) in the base's dtype, computed in the widest one."""
     total = value.base
     for term in value.terms:
         change = _dense_term(term, value.shape)
         wide = common_dtype(total.dtype, change.dtype)
         total = total.astype(wide) + change.astype(wide)
+    if value.gain is not None:
+        total = multiplied(total, value.gain.aligned.squeeze(-1))
     return total.astype(value.dtype)
+
+
+def multiplied(array: Array, gain: Array) -> Array:
+    """Returns array · gain in the wider dtype of the two."""
+    wide = common_dtype(array.dtype, gain.dtype)
+    return array.astype(wide) * gain.astype(wide)
 
 
 def without_windows(term: Term, shape: tuple[int, ...]) -> Term:

@@ -6,10 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factored, Term, dense_flops, dense_value, without_windows
+from lora_jax.transform._factored import (
+    Factor,
+    Factored,
+    Term,
+    dense_flops,
+    dense_value,
+    without_windows,
+)
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 from lora_jax.transform._report import Use
 
@@ -29,6 +37,8 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     looked_up = looked_up_axes(equation, value.shape)
     if any(_holding(term, looked_up) is None for term in terms):
         return None
+    if value.gain is not None and not _is_same_when_scaled(equation.params["fill_value"]):
+        return None
     base = evaluate_equation(equation, [value.base, indices])[0]
     picked = tuple(
         term.moved(
@@ -38,15 +48,24 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         )
         for term in terms
     )
+    gain = value.gain and Factor.of_aligned(
+        _picked(equation, value.gain.aligned, indices, looked_up, base)
+    )
+    rows = Factored(base, picked, gain)
     if all(_holding(term, looked_up) != "one" for term in terms):
-        return [Factored(base, picked)]
+        return [rows]
     source = interpreter.source_of(equation)
-    for path, part in Factored(base, picked).parts().items():
+    for path, part in rows.parts().items():
         flops = sum(2 * term.rank * base.size for term in part.terms)
         interpreter.record(Use(path, "gather", source, "factored", 0, flops, dense_flops(part)))
     with scope_of(equation), jax.named_scope("lora"):
-        rows = Factored(base, tuple(_rows_dropped_out(interpreter, term) for term in picked))
-        return [dense_value(rows)]
+        kept = tuple(_rows_dropped_out(interpreter, term) for term in picked)
+        return [dense_value(dataclasses.replace(rows, terms=kept))]
+
+
+def _is_same_when_scaled(fill_value: Any) -> bool:
+    """Says whether what an index out of bounds gives is the same times any number."""
+    return fill_value is None or bool(np.isnan(fill_value)) or bool(np.equal(fill_value, 0))
 
 
 def looked_up_axes(equation: Equation, shape: tuple[int, ...]) -> list[int]:

@@ -238,9 +238,11 @@ def _terms(values: Sequence[Any]) -> list[Term]:
 def _with_origins(values: Sequence[Any], origins: Mapping[Any, Any]) -> list[Any]:
     """Returns the values with each term's origin replaced."""
     return [
-        Factored(
-            value.base,
-            tuple(dataclasses.replace(term, origin=origins[term.origin]) for term in value.terms),
+        dataclasses.replace(
+            value,
+            terms=tuple(
+                dataclasses.replace(term, origin=origins[term.origin]) for term in value.terms
+            ),
         )
         if isinstance(value, Factored)
         else value

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factored, Term, Window, base_of, terms_of, without_windows
+from lora_jax._dtypes import common_dtype
+from lora_jax.transform._factored import (
+    Factor,
+    Factored,
+    Term,
+    Window,
+    base_of,
+    gain_of,
+    terms_of,
+    without_windows,
+)
 from lora_jax.transform._interpreter import Interpreter, Rule
 
 Windows = tuple[Window | None, ...]
@@ -52,7 +62,9 @@ def convert_element_type(
     dtype = equation.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    return [_moved(equation, value, lambda factor: factor.astype(dtype))]
+    converted = _moved(equation, value, lambda factor: factor.astype(dtype))
+    # A gain near 1 would lose in bfloat16 what it learned; it is cast with the result.
+    return [dataclasses.replace(converted, gain=value.gain)]
 
 
 def transpose(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -114,12 +126,10 @@ def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     groups = reshape_groups(value.shape, new_shape)
     regrouped = {axis for old, new in groups if (len(old), len(new)) != (1, 1) for axis in old}
     value = _without_windows_on(value, [axis in regrouped for axis in range(value.ndim)])
-    shapes = [
-        _reshaped_factor_shape(factor, new_shape, groups)
-        for term in value.terms
-        for factor in (term.lora_A, term.lora_B)
-    ]
-    if any(shape is None for shape in shapes):
+    factors = [factor for term in value.terms for factor in (term.lora_A, term.lora_B)]
+    if value.gain is not None:
+        factors.append(value.gain.aligned)
+    if any(_reshaped_factor_shape(factor, new_shape, groups) is None for factor in factors):
         return None
     moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
     return [
@@ -220,19 +230,19 @@ def dynamic_slice(
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns weights joined along an axis: each one's terms fill a window of the whole."""
     axis = equation.params["dimension"]
-    bases = [base_of(value) for value in inputs]
-    base = evaluate_equation(equation, bases)[0]
     terms: list[Term] = []
     start = 0
     for value in inputs:
         size = value.shape[axis]
-        for term in value.terms if isinstance(value, Factored) else ():
+        for term in terms_of(value):
             inner = term.window[axis] or (0, size)
             window = (start + inner[0], start + inner[1])
             windows = (*term.window[:axis], window, *term.window[axis + 1 :])
             terms.append(dataclasses.replace(term, window=windows))
         start += size
-    return [Factored(base, tuple(terms))]
+    sizes = [value.shape[axis] for value in inputs]
+    gain = _joined_gain([gain_of(value) for value in inputs], axis, sizes)
+    return [Factored(_on_bases(equation, inputs), tuple(terms), gain)]
 
 
 def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -247,14 +257,37 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
         for place, value in enumerate(inputs)
         for term in terms_of(value)
     )
-    return [Factored(_on_bases(equation, inputs), terms)]
+    gains = [
+        gain and Factor.of_aligned(jnp.expand_dims(gain.aligned, axis))
+        for gain in map(gain_of, inputs)
+    ]
+    gain = _joined_gain(gains, axis, [1] * len(inputs))
+    return [Factored(_on_bases(equation, inputs), terms, gain)]
+
+
+def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[int]) -> Factor | None:
+    """Returns the gain of weights joined along an axis; where a weight has none, it is 1."""
+    known = [gain.aligned for gain in gains if gain is not None]
+    if not known:
+        return None
+    dtype = common_dtype(*(array.dtype for array in known))
+    shapes = [[size if i != axis else 1 for i, size in enumerate(array.shape)] for array in known]
+    common = list(jnp.broadcast_shapes(*shapes))
+    parts = [
+        jnp.broadcast_to(
+            jnp.ones((), dtype) if gain is None else gain.aligned.astype(dtype),
+            (*common[:axis], size, *common[axis + 1 :]),
+        )
+        for gain, size in zip(gains, sizes, strict=True)
+    ]
+    return Factor.of_aligned(jnp.concatenate(parts, axis))
 
 
 def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the negated weight: base and scale change sign."""
     (value,) = inputs
     terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
-    return [Factored(_on_bases(equation, inputs), terms)]
+    return [Factored(_on_bases(equation, inputs), terms, value.gain)]
 
 
 def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -273,14 +306,18 @@ def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.divide)
 
 
-def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
+    if any(gain_of(value) is not None for value in inputs):
+        return None
     terms = tuple(term for value in inputs for term in terms_of(value))
     return [Factored(_on_bases(equation, inputs), terms)]
 
 
-def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
     """Returns the difference of a weight and an array or another weight."""
+    if any(gain_of(value) is not None for value in inputs):
+        return None
     first, second = inputs
     negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms_of(second))
     return [Factored(_on_bases(equation, inputs), terms_of(first) + negated)]
@@ -306,7 +343,8 @@ def _with(
         term.moved(factor_moved(term.lora_A), factor_moved(term.lora_B), windows_moved(term.window))
         for term in value.terms
     )
-    return Factored(base, terms)
+    gain = value.gain and Factor.of_aligned(factor_moved(value.gain.aligned))
+    return Factored(base, terms, gain)
 
 
 def _without_windows_on(value: Factored, axes: Sequence[bool]) -> Factored:
@@ -332,7 +370,7 @@ def _rescaled(
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
-    return [Factored(_on_bases(equation, inputs), absorbed)]
+    return [Factored(_on_bases(equation, inputs), absorbed, value.gain)]
 
 
 def _rescaled_term(

@@ -1,0 +1,191 @@
+"""What a `LoRAWeight` stands for, in numbers."""
+
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import (
+    Axes,
+    Layers,
+    aligned,
+    magnitude_places,
+    positions,
+    taken_layers,
+    with_layers,
+)
+from lora_jax._weight import LoRAWeight
+
+_LETTERS = string.ascii_lowercase[:-2]
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def lora_weight(
+    original: Array,
+    lora_A: Array,
+    lora_B: Array,
+    scale: Array,
+    axes: Axes,
+    *,
+    magnitude: Array | None = None,
+    initial_A: Array | None = None,
+    initial_B: Array | None = None,
+    layers: Layers | None = None,
+    frozen: tuple[str, ...] = (),
+) -> LoRAWeight:
+    """Returns the node with these leaves on an original weight.
+
+    What follows from the weight is computed here and nowhere else, so that adapters which are
+    restored beside the same weight find the same base and the same norms, bit for bit.
+    """
+    base = original
+    if initial_A is not None and initial_B is not None:
+        base = _shifted(original, -initial_A, initial_B, axes, layers)
+    squared_norm = None if magnitude is None else squared_norms(base, axes, layers)
+    return LoRAWeight(
+        base=base,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scale=scale,
+        axes=axes,
+        magnitude=magnitude,
+        squared_norm=squared_norm,
+        initial_A=initial_A,
+        initial_B=initial_B,
+        layers=layers,
+        frozen=frozen,
+    )
+
+
+def original(weight: LoRAWeight) -> Any:
+    """Returns the weight that was wrapped; to rounding where an initialiser changed the base."""
+    if weight.initial_A is None:
+        return weight.base
+    return _shifted(weight.base, weight.initial_A, weight.initial_B, weight.axes, weight.layers)
+
+
+def on_original(weight: LoRAWeight) -> LoRAWeight:
+    r"""Returns the same weight with its original base, and with factors of twice the rank.
+
+    An initialiser that moved $s A_0 B_0$ into the factors left $W_0 = W - s A_0 B_0$, so
+    $W_0 + s A B = W + s\,[A, A_0]\,[B; -B_0]$; here with the scale in lora_A's second half.
+    """
+    if weight.initial_A is None:
+        return weight
+    rank_axis = len(positions(weight.axes, "batch"))
+    dtype, scale = weight.lora_A.dtype, weight.scale.astype(weight.lora_A.dtype)
+    lora_A = jnp.concatenate([scale * weight.lora_A, weight.initial_A.astype(dtype)], axis=-1)
+    lora_B = jnp.concatenate([weight.lora_B, -weight.initial_B.astype(dtype)], axis=rank_axis)
+    return lora_weight(
+        original(weight),
+        lora_A,
+        lora_B,
+        jnp.ones_like(weight.scale),
+        weight.axes,
+        magnitude=weight.magnitude,
+        layers=weight.layers,
+    )
+
+
+def low_rank(lora_A: Array, lora_B: Array, axes: Axes) -> Array:
+    """Returns lora_A · lora_B with the axes of the weight."""
+    return jnp.einsum(
+        f"{_A_letters(axes)},{_B_letters(axes)}->{_LETTERS[: len(axes)]}",
+        lora_A,
+        lora_B,
+        precision=_HIGHEST,
+    )
+
+
+def dense(weight: LoRAWeight) -> Array:
+    """Returns what a weight stands for, computed in at least float32 and cast once."""
+    part = taken_layers(weight.base, weight.axes, weight.layers)
+    wide = common_dtype(part.dtype, weight.lora_A.dtype, jnp.float32)
+    lora_A, lora_B, scale = (
+        array.astype(wide) for array in (weight.lora_A, weight.lora_B, weight.scale)
+    )
+    value = part.astype(wide) + scale * low_rank(lora_A, lora_B, weight.axes)
+    if weight.magnitude is not None:
+        norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
+        gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
+        value = value * gain.squeeze(-1).astype(wide)
+    return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
+
+
+def squared_norms(base: Array, axes: Axes, layers: Layers | None = None) -> Array:
+    """Returns the squared norm of each output feature of a weight, of shape (*batch, *out)."""
+    part = taken_layers(base, axes, layers)
+    return _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
+
+
+def gain(weight: LoRAWeight) -> Array:
+    r"""Returns $m / \lVert W + s A B \rVert$, of shape (*batch, *out), the norm without gradient.
+
+    With G = AᵀA, for each output feature o:
+    ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
+    where nothing is larger than W itself, and ‖W‖² was computed once.
+
+    Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
+    """
+    axes = weight.axes
+    part = taken_layers(weight.base, axes, weight.layers)
+    wide = common_dtype(part.dtype, weight.lora_A.dtype, weight.squared_norm.dtype)
+    base, lora_A, lora_B, scale, squared_norm = jax.lax.stop_gradient(
+        tuple(
+            array.astype(wide)
+            for array in (part, weight.lora_A, weight.lora_B, weight.scale, weight.squared_norm)
+        )
+    )
+    batch = _letters(positions(axes, "batch"))
+    outputs = _letters(positions(axes, "out"))
+    A_letters, B_letters = _A_letters(axes), _B_letters(axes)
+    mixed = jnp.einsum(
+        f"{_LETTERS[: len(axes)]},{A_letters}->{B_letters}", base, lora_A, precision=_HIGHEST
+    )
+    gram = jnp.einsum(
+        f"{A_letters},{A_letters[:-1]}y->{batch}zy", lora_A, lora_A, precision=_HIGHEST
+    )
+    spread = jnp.einsum(
+        f"{batch}zy,{batch}y{outputs}->{B_letters}", gram, lora_B, precision=_HIGHEST
+    )
+    change = jnp.sum(lora_B * (2 * scale * mixed + scale**2 * spread), axis=len(batch))
+    return _over(weight.magnitude, jnp.sqrt(jnp.maximum(squared_norm + change, 0)))
+
+
+def _shifted(
+    base: Array, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
+) -> Array:
+    """Returns base + initial_A · initial_B in the base's dtype."""
+    part = taken_layers(base, axes, layers)
+    change = low_rank(initial_A, initial_B, axes)
+    wide = common_dtype(part.dtype, change.dtype)
+    return with_layers(
+        base, (part.astype(wide) + change.astype(wide)).astype(base.dtype), axes, layers
+    )
+
+
+def _over(magnitude: Array, norm: Array) -> Array:
+    """Returns magnitude / norm; an output feature that is zero stays zero."""
+    return magnitude / jnp.maximum(norm, float(np.finfo(norm.dtype).tiny)).astype(magnitude.dtype)
+
+
+def _sum_of_squares(weight: Array, axes: Axes) -> Array:
+    total = jnp.sum(weight**2, axis=positions(axes, "in"))
+    kept = [axis for axis in range(len(axes)) if axes[axis] != "in"]
+    return total.transpose([kept.index(axis) for axis in positions(axes, "batch", "out")])
+
+
+def _letters(held: tuple[int, ...]) -> str:
+    return "".join(_LETTERS[axis] for axis in held)
+
+
+def _A_letters(axes: Axes) -> str:
+    return f"{_letters(positions(axes, 'batch', 'in'))}z"
+
+
+def _B_letters(axes: Axes) -> str:
+    return f"{_letters(positions(axes, 'batch'))}z{_letters(positions(axes, 'out'))}"

@@ -1,0 +1,123 @@
+"""What `wrap` can be told of each target: the settings, their defaults and their checks."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._paths import listed
+from lora_jax.init import Initializer, initializer
+
+FREEZABLE = ("lora_A", "lora_B", "magnitude")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one weight is adapted; `wrap` says what each means."""
+
+    rank: int
+    alpha: float | None
+    rslora: bool
+    init: str | Initializer
+    dora: bool
+    layers: Sequence[int] | None
+    freeze: str | Sequence[str]
+    dtype: Any
+
+    @classmethod
+    def checked(cls, **values: Any) -> "Settings":
+        """Returns the settings that hold for every target."""
+        for name, value in values.items():
+            _CHECKS[name](f"`{name}`", value)
+        return cls(**values)
+
+    def overridden(self, path: str, overrides: Mapping[str, Any]) -> "Settings":
+        """Returns the settings with those of one target in place of the common ones."""
+        for name, value in overrides.items():
+            if name not in _CHECKS:
+                raise ValueError(
+                    f"`targets` overrides {name!r} for '{path}'; expected one of "
+                    f"{listed(tuple(_CHECKS), 20)}."
+                )
+            _CHECKS[name](f"`{name}` of '{path}'", value)
+        return dataclasses.replace(self, **overrides)
+
+    def scale(self, rank: int) -> float:
+        r"""Returns $\alpha / r$, or $\alpha / \sqrt r$ for rsLoRA."""
+        alpha = float(rank if self.alpha is None else self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The names of leaves that are not to train."""
+        return (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
+
+
+def _check_rank(subject: str, rank: Any) -> None:
+    if isinstance(rank, bool) or not hasattr(rank, "__index__"):
+        raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
+    if operator.index(rank) < 1:
+        raise ValueError(f"{subject} is {rank}; expected a whole number of at least 1.")
+
+
+def _check_alpha(subject: str, alpha: Any) -> None:
+    if alpha is None:
+        return
+    if isinstance(alpha, bool | str) or not hasattr(alpha, "__float__") or np.ndim(alpha) != 0:
+        raise TypeError(f"{subject} is {alpha!r}; expected a number.")
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"{subject} is {alpha}; expected a positive, finite number.")
+
+
+def _check_flag(subject: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{subject} is {flag!r}; expected True or False.")
+
+
+def _check_init(subject: str, init: Any) -> None:
+    del subject
+    initializer(init)
+
+
+def _check_layers(subject: str, layers: Any) -> None:
+    if layers is None:
+        return
+    is_sequence = isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str)
+    if not is_sequence or not all(hasattr(layer, "__index__") for layer in layers):
+        raise TypeError(f"{subject} is {layers!r}; expected whole numbers, such as range(4, 8).")
+    places = [operator.index(layer) for layer in layers]
+    if not places or min(places) < 0 or len(set(places)) < len(places):
+        raise ValueError(
+            f"{subject} is {layers!r}; expected at least one place, counted from 0, each once."
+        )
+
+
+def _check_freeze(subject: str, freeze: Any) -> None:
+    names = (freeze,) if isinstance(freeze, str) else freeze
+    if not isinstance(names, Sequence) or not set(names) <= set(FREEZABLE):
+        raise ValueError(f"{subject} is {freeze!r}; expected some of {listed(FREEZABLE)}.")
+
+
+def _check_dtype(subject: str, dtype: Any) -> None:
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"{subject} is {dtype!r}; expected a floating-point dtype or None.")
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+    "rank": _check_rank,
+    "alpha": _check_alpha,
+    "rslora": _check_flag,
+    "init": _check_init,
+    "dora": _check_flag,
+    "layers": _check_layers,
+    "freeze": _check_freeze,
+    "dtype": _check_dtype,
+}

@@ -1,0 +1,91 @@
+"""The kinds of adapters that the law battery runs: one row for each."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.cases import CASES, Case
+
+# A use of each kind: what differs in wrapping alone needs no more than these.
+_KINDS_OF_USE = (
+    "dense_matrix",
+    "experts_on_the_last_axis",
+    "attention_output",
+    "conv_grouped",
+    "tied_embedding",
+    "concatenated_outputs",
+    "scan_over_remat_of_a_stack",
+    "elementwise_function_of_the_weight",
+)
+_WITH_BATCH_AXIS = (
+    "experts",
+    "experts_on_the_last_axis",
+    "expert_of_each_token",
+    "ragged_dot",
+    "layer_of_a_stack",
+    "layers_by_traced_index",
+    "scan_over_a_stack",
+    "scan_over_remat_of_a_stack",
+)
+_GRADIENTS = ("vmap", "grad of remat of jit")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """A kind of adapter: how it is wrapped, what it is tested on, and which laws hold to the bit.
+
+    Attributes:
+      name: its name.
+      options: what `wrap` is told.
+      cases: the names of the cases that it is tested on; all unless given.
+      transforms: the names of the transforms that it is tested under; all unless given.
+      keeps_base: whether the base is the original weight, bit for bit.
+      exact_at_initialisation: whether the output at the start is the base's, bit for bit, in the
+        battery's programs. XLA does not optimise them, and takes another tanh for a loop that
+        differs by a product with 1; `test_magnitude` has such a variant's law for optimised ones.
+      builds: the cases in which it builds a weight that plain LoRA leaves factored, or the reverse.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    cases: Sequence[str] | None = None
+    transforms: Sequence[str] | None = None
+    keeps_base: bool = True
+    exact_at_initialisation: bool = True
+    builds: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+
+    def chosen_cases(self) -> list[Case]:
+        return [case for case in CASES if self.cases is None or case.name in self.cases]
+
+    def how(self, case: Case) -> frozenset[str]:
+        """Returns how each use must be computed."""
+        return self.builds.get(case.name, case.how)
+
+
+VARIANTS = (
+    Variant("lora", {}),
+    Variant("rslora", {"rslora": True}, _KINDS_OF_USE, _GRADIENTS),
+    Variant(
+        "dora",
+        {"dora": True},
+        transforms=("eager", "grad", *_GRADIENTS),
+        exact_at_initialisation=False,
+        # A gain on the side of the sum has to go to the other operand, which is a weight too, or
+        # has none where weights are added or joined along their inputs.
+        builds={
+            "both_operands_adapted": frozenset({"factored", "materialized"}),
+            "concatenated_inputs": frozenset({"materialized"}),
+            "sums_of_weights": frozenset({"materialized"}),
+            "the_same_weight_on_both_sides": frozenset({"factored", "materialized"}),
+        },
+    ),
+    Variant("lora_A frozen", {"freeze": "lora_A"}, _KINDS_OF_USE, _GRADIENTS),
+    Variant("some layers", {"layers": (0, 2)}, _WITH_BATCH_AXIS, _GRADIENTS),
+    Variant(
+        "some layers, dora",
+        {"layers": (1,), "dora": True},
+        _WITH_BATCH_AXIS,
+        _GRADIENTS,
+        exact_at_initialisation=False,
+    ),
+)
