@@ -3,6 +3,7 @@
 from lora_jax import init as init
 from lora_jax._axes import InferredAxes as InferredAxes
 from lora_jax._axes import WeightUse as WeightUse
+from lora_jax._moments import InputMoments as InputMoments
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary
@@ -26,3 +27,4 @@ from lora_jax.transform import Use as Use
 from lora_jax.transform import adapt as adapt
 from lora_jax.transform import explain as explain
 from lora_jax.transform import infer_axes as infer_axes
+from lora_jax.transform import input_moments as input_moments

@@ -33,6 +33,11 @@ def magnitude_places(axes: Axes) -> Places:
     return _places(positions(axes, "batch", "out"), axes)
 
 
+def batch_places(axes: Axes) -> Places:
+    """Returns where an array of the batch axes alone holds each axis of the weight."""
+    return _places(positions(axes, "batch"), axes)
+
+
 def aligned(array: Array, places: Places) -> Array:
     """Returns `array` with an axis for each of `places`, of size 1 where it holds none."""
     held = [place for place in places if place is not None]

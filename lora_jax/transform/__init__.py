@@ -5,6 +5,7 @@ from lora_jax.transform._explain import Report as Report
 from lora_jax.transform._explain import TargetReport as TargetReport
 from lora_jax.transform._explain import explain as explain
 from lora_jax.transform._infer import infer_axes as infer_axes
+from lora_jax.transform._inputs import input_moments as input_moments
 from lora_jax.transform._report import MaterializationError as MaterializationError
 from lora_jax.transform._report import MaterializationWarning as MaterializationWarning
 from lora_jax.transform._report import Use as Use

@@ -42,7 +42,7 @@ def dot_general(
     contraction plus one of three operands for each term, which is taken in the cheapest order. If
     both operands are factored, the sum is multiplied out.
     """
-    labels, output = _labels(equation, inputs)
+    labels, output = labels_of(equation, inputs)
     inputs, gains = _with_gains_outside(interpreter, equation, inputs, labels, output)
     choices = [
         _computed(interpreter, equation, position, inputs, labels, output)
@@ -139,7 +139,7 @@ def _factored_flops(
 ) -> int:
     block = dict(zip(labels[position], block_shape(term, shape), strict=True))
     size_of = {**size_of, **block}
-    rank_label = _rank_label(position, labels)
+    rank_label = rank_label_of(position, labels)
     operands = [
         tuple(label for label in labels[other] if size_of[label] != 1)
         for other in range(len(labels))
@@ -176,7 +176,7 @@ def _change(
                 array = interpreter.dropped_out(array)
             arrays.append((array, labels[position]))
         else:
-            named = (*labels[position], _rank_label(position, labels))
+            named = (*labels[position], rank_label_of(position, labels))
             arrays += [(term.lora_A, named), (term.lora_B, named)]
     dtype = common_dtype(*(array.dtype for array, _ in arrays))
     dropped = any(not isinstance(operand, Factored) for operand in operands)
@@ -314,7 +314,7 @@ def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int,
     }
 
 
-def _labels(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, Labels], Labels]:
+def labels_of(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, Labels], Labels]:
     """Returns the labels of both operands' axes and those of the output, in its order."""
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
     lhs = tuple(range(inputs[0].ndim))
@@ -325,7 +325,7 @@ def _labels(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, La
     return (lhs, rhs), (*lhs_batch, *lhs_free, *rhs_free)
 
 
-def _rank_label(position: int, labels: Sequence[Labels]) -> int:
+def rank_label_of(position: int, labels: Sequence[Labels]) -> int:
     """Returns a label for a factor's rank that no axis of any operand has."""
     return 1 + position + max((label for named in labels for label in named), default=0)
 

@@ -35,9 +35,9 @@ def conv_general_dilated(
     if isinstance(x, Factored) or equation.params["batch_group_count"] != 1:
         return None
     terms = [without_windows(term, weight.shape) for term in weight.terms]
-    found = [_kernel_and_mixer(term, _feature_axis(equation)) for term in terms]
+    found = [_kernel_and_mixer(term, feature_axis_of(equation)) for term in terms]
     factors = [pair for pair in found if pair is not None]
-    if len(factors) < len(terms) or not weight.held_by_gain <= {_feature_axis(equation)}:
+    if len(factors) < len(terms) or not weight.held_by_gain <= {feature_axis_of(equation)}:
         return None
     base_flops, factored_flops = _costs(equation, weight.shape)
     choice = interpreter.chosen(equation, weight, base_flops, factored_flops)
@@ -71,28 +71,36 @@ def _change(
     equation: Equation, x: Array, kernel: Array, mixer: Array, scale: Array, base: Array
 ) -> Array:
     """Returns scale · mix(conv(x, kernel), mixer) in the shape and dtype of `base`."""
-    feature_axis = _feature_axis(equation)
-    groups = equation.params["feature_group_count"]
-    rank = kernel.shape[-1]
+    groups, rank = equation.params["feature_group_count"], kernel.shape[-1]
     dtype = common_dtype(x.dtype, kernel.dtype, mixer.dtype)
-    # (.., 1 at the output features, .., r) -> (.., groups · r at the output features, ..)
-    kernel = jnp.moveaxis(kernel.squeeze(feature_axis), -1, feature_axis)
-    kernel = jnp.concatenate([kernel] * groups, axis=feature_axis)
-    convolved = jax.lax.conv_general_dilated(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        **{
-            **{name: equation.params[name] for name in _SAME_PARAMETERS},
-            "preferred_element_type": product_dtype(equation, dtype),
-        },
-    )
+    hidden = convolved(equation, x.astype(dtype), kernel.astype(dtype))
     out_axis = equation.params["dimension_numbers"].out_spec[1]
     precision = equation.params["precision"]
-    return _mixed(convolved, mixer.astype(dtype), scale, out_axis, groups, rank, precision, base)
+    return _mixed(hidden, mixer.astype(dtype), scale, out_axis, groups, rank, precision, base)
+
+
+def convolved(equation: Equation, x: Array, kernel: Array) -> Array:
+    """Returns the convolution with each of a factor's r kernels: groups · r channels.
+
+    Args:
+      equation: the model's convolution.
+      x: its input.
+      kernel: the factor, aligned: 1 at the output features, and the rank last.
+    """
+    feature_axis = feature_axis_of(equation)
+    kernels = jnp.moveaxis(kernel.squeeze(feature_axis), -1, feature_axis)
+    return jax.lax.conv_general_dilated(
+        x,
+        jnp.concatenate([kernels] * equation.params["feature_group_count"], axis=feature_axis),
+        **{
+            **{name: equation.params[name] for name in _SAME_PARAMETERS},
+            "preferred_element_type": product_dtype(equation, x.dtype),
+        },
+    )
 
 
 def _mixed(
-    convolved: Array,
+    hidden: Array,
     mixer: Array,
     scale: Array,
     out_axis: int,
@@ -105,7 +113,7 @@ def _mixed(
     shape = base.shape
     before, after = tuple(range(out_axis)), tuple(range(out_axis + 1, base.ndim))
     group_label, rank_label, feature_label = base.ndim, base.ndim + 1, out_axis
-    split = convolved.reshape(*shape[:out_axis], groups, rank, *shape[out_axis + 1 :])
+    split = hidden.reshape(*shape[:out_axis], groups, rank, *shape[out_axis + 1 :])
     features = mixer.reshape(groups, shape[out_axis] // groups, rank)
     joined = product(
         [
@@ -123,7 +131,7 @@ def _costs(
     equation: Equation, kernel_shape: tuple[int, ...]
 ) -> tuple[int, Callable[[Factored], int]]:
     """Returns the operations of the base op, and those of the products for a part of the kernel."""
-    features = kernel_shape[_feature_axis(equation)]
+    features = kernel_shape[feature_axis_of(equation)]
     output: Any = equation.outvars[0].aval
     size = math.prod(output.shape)
     places = size // features
@@ -136,7 +144,7 @@ def _costs(
     return 2 * size * window, factored_flops
 
 
-def _feature_axis(equation: Equation) -> int:
+def feature_axis_of(equation: Equation) -> int:
     """Returns the weight's axis of output features."""
     return equation.params["dimension_numbers"].rhs_spec[0]
 

@@ -1,0 +1,258 @@
+r"""`input_moments`: the sums of x and x xᵀ over the inputs of each weight.
+
+Backpropagation brings them out of whatever the model is made of: loops, rematerialised and jitted
+functions, branches. Each weight carries a probe $P = [I, 0]$ in the place of lora_A, with in + 1
+columns. Where the model multiplies x by the weight, $h = x P = [x, 0]$ is computed beside it, and
+what comes back to $h$ in the backward pass is set to $[x, 1]$, whatever the loss. The gradient of
+P is then $\sum x^\top [x, 1] = [\sum x^\top x, \sum x^\top]$, summed over all uses, and apart for
+each place of a batch axis. A second probe receives 1 for each row, and counts them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._moments import InputMoments
+from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._shapes import Axes, batch_places, factor_places, factor_shapes, side_size, sizes
+from lora_jax._targets import Targets
+from lora_jax._weight import LoRAWeight, is_lora_weight
+from lora_jax._wrap import wrap
+from lora_jax.transform._adapt import traced_function, with_static
+from lora_jax.transform._contraction import labels_of, rank_label_of
+from lora_jax.transform._convolution import convolved, feature_axis_of
+from lora_jax.transform._factored import Factor, Factored, Term, base_of, without_windows
+from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax.transform._product import Labels, product, without_unit_axes
+from lora_jax.transform._rules import RULES
+
+Probes = dict[str, tuple[Array, Array]]
+
+
+def input_moments(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    targets: Targets,
+    *,
+    axes: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, InputMoments]:
+    r"""Returns, for each target, the sums of its inputs $x$ and of $x x^\top$ over some batches.
+
+    They are what `lora_jax.init.eva` and `lora_jax.init.corda` start from. The model is run as it
+    is; its inputs to each weight are found by the transform, through loops, convolutions (whose
+    inputs are patches) and experts.
+
+    Args:
+      fn: a function `(params, batch)` with a differentiable output, such as a loss or logits.
+      params: plain params.
+      batches: what `fn` takes beside them, batch by batch; tuples are one argument.
+      targets: which weights, in the forms of `wrap`.
+      axes: as for `wrap`.
+
+    Returns:
+      The moments of each weight by its path; float32, of shapes (batch, in, in) and (batch, in),
+      where several input axes are flattened into one.
+
+    Raises:
+      ValueError: there is no batch; `targets` or `axes` does not fit; or no output depends on a
+        weight as a factor of its input, as for an embedding that is only looked up.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])]
+      >>> moments = lora_jax.input_moments(fn, params, batches, "kernel")["kernel"]
+      >>> moments.second.tolist(), moments.first.tolist(), moments.count.tolist()
+      ([[[10.0, 14.0], [14.0, 20.0]]], [[4.0, 6.0]], [2.0])
+    """
+    nodes = {
+        path: node
+        for path, node in leaves_with_paths(
+            wrap(params, targets, rank=1, axes=axes), is_leaf=is_lora_weight
+        )
+        if is_lora_weight(node)
+    }
+    probes = {path: _probes(node) for path, node in nodes.items()}
+
+    @jax.jit
+    def moments_of(params: Any, probes: Probes, batch: Any) -> Any:
+        return jax.grad(lambda probes: _total(fn, params, batch, nodes, probes))(probes)
+
+    total: Any = None
+    for batch in batches:
+        of_batch = moments_of(with_static(params), probes, with_static(batch))
+        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+    if total is None:
+        raise ValueError("`batches` is empty; expected at least one batch of the model's inputs.")
+    moments = {path: _moments(nodes[path], *total[path]) for path in nodes}
+    unseen = [path for path, each in moments.items() if not bool(jnp.any(each.count > 0))]
+    if unseen:
+        raise ValueError(
+            f"`targets` selects {listed(unseen)}, by which `fn` multiplies nothing that its output "
+            "depends on differentiably; leave it out, or return logits or a loss from `fn`."
+        )
+    return moments
+
+
+def _probes(node: LoRAWeight) -> tuple[Array, Array]:
+    """Returns the probes of a weight: [I, 0] for each of its matrices, and a zero to count with."""
+    inputs = side_size(node.shape, node.axes, "in")
+    shape, _ = factor_shapes(node.shape, node.axes, inputs + 1)
+    batch = sizes(node.shape, node.axes, "batch")
+    identity = jnp.eye(inputs, inputs + 1).reshape(shape[len(batch) :])
+    return jnp.broadcast_to(identity, shape), jnp.zeros(batch)
+
+
+def _moments(node: LoRAWeight, gradient: Array, count: Array) -> InputMoments:
+    inputs = side_size(node.shape, node.axes, "in")
+    sums = gradient.reshape(-1, inputs, inputs + 1)
+    return InputMoments(second=sums[..., :-1], first=sums[..., -1], count=count.reshape(-1))
+
+
+def _total(
+    fn: Callable[..., Any], params: Any, batch: Any, nodes: Mapping[str, LoRAWeight], probes: Probes
+) -> Array:
+    """Returns a number that depends on every differentiable output of `fn`."""
+    leaves, structure = jax.tree.flatten(((params, batch), {}))
+    traced = traced_function(fn, structure, leaves)
+    paths = [path for path, _ in leaves_with_paths(params)]
+    probed = [
+        _probed(path, leaf, nodes[path].axes, probes[path]) if path in nodes else leaf
+        for path, leaf in zip(paths, leaves, strict=False)
+    ]
+    values = [*probed, *leaves[len(paths) :]]
+    interpreter = Interpreter({**RULES, **_RECORDING_RULES}, "ignore", [], {})
+    outputs = [base_of(value) for value in interpreter.run(traced.closed_jaxpr, values)]
+    differentiable = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
+    return sum((jnp.sum(y.astype(jnp.float32)) for y in differentiable), jnp.zeros(()))
+
+
+def _probed(path: str, leaf: Array, axes: Axes, probes: tuple[Array, Array]) -> Factored:
+    # The scale is zero: where the weight itself is needed, it is built without the probes.
+    term = Term(
+        factor_A=Factor(probes[0], factor_places(axes)[0]),
+        factor_B=Factor(probes[1], batch_places(axes)),
+        scale=jnp.zeros(()),
+        window=(None,) * len(axes),
+        origin=path,
+    )
+    return Factored(jax.lax.stop_gradient(leaf), (term,))
+
+
+@jax.custom_vjp
+def _recorded(result: Array, hidden: Array, counter: Array) -> Array:
+    """Returns `result`; backwards, gives [x, 1] to hidden = [x, 0] and 1 for each row."""
+    del hidden, counter
+    return result
+
+
+def _recorded_forward(result: Array, hidden: Array, counter: Array) -> tuple[Array, Any]:
+    return result, (hidden.at[..., -1].set(1), jnp.ones_like(counter))
+
+
+def _recorded_backward(saved: Any, cotangent: Array) -> tuple[Array, Array, Array]:
+    return cotangent, *saved
+
+
+_recorded.defvjp(_recorded_forward, _recorded_backward)
+
+
+def _dot_general(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    labels, output = labels_of(equation, inputs)
+    result = evaluate_equation(equation, [base_of(value) for value in inputs])[0]
+    for position, value in enumerate(inputs):
+        other = inputs[1 - position]
+        if isinstance(value, Factored) and not isinstance(other, Factored):
+            for term in value.terms:
+                result = _with_rows(
+                    result,
+                    other,
+                    labels[1 - position],
+                    without_windows(term, value.shape),
+                    labels[position],
+                    output,
+                )
+    return [result]
+
+
+def _with_rows(
+    result: Array, x: Array, x_labels: Labels, probe: Term, labels: Labels, output: Labels
+) -> Array:
+    """Returns `result`, the rows of x recorded if the op sums over the weight's input axes."""
+    held = {label for label, size in zip(labels, probe.lora_A.shape, strict=False) if size != 1}
+    summed = {label for label in x_labels if label in labels and label not in output}
+    if held - set(output) != {
+        label
+        for label, size in zip(x_labels, x.shape, strict=True)
+        if label in summed and size != 1
+    }:
+        return result
+    rank_label = rank_label_of(0, (x_labels, labels))
+    x = x.astype(jnp.float32)
+    operands = [
+        without_unit_axes(array, named)
+        for array, named in ((x, x_labels), (probe.lora_A, (*labels, rank_label)))
+    ]
+    hidden = product(operands, (*output, rank_label), precision=jax.lax.Precision.HIGHEST)
+    counter = without_unit_axes(probe.lora_B, (*labels, rank_label))
+    absent = [axis for axis, name in enumerate(hidden.labels[:-1]) if name not in counter.labels]
+    rows = jnp.expand_dims(counter.array, absent)
+    return _recorded(result, hidden.array, jnp.broadcast_to(rows, hidden.array.shape[:-1]))
+
+
+def _convolution(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    x, weight = inputs
+    result = evaluate_equation(equation, [base_of(x), base_of(weight)])[0]
+    if isinstance(x, Factored):
+        return [result]
+    for term in weight.terms:
+        probe = without_windows(term, weight.shape)
+        if probe.lora_A.shape[feature_axis_of(equation)] != 1:
+            continue
+        patches = convolved(equation, x.astype(jnp.float32), probe.lora_A)
+        out_axis = equation.params["dimension_numbers"].out_spec[1]
+        hidden = jnp.moveaxis(patches, out_axis, -1)
+        hidden = hidden.reshape(*hidden.shape[:-1], -1, probe.rank)
+        counter = jnp.broadcast_to(probe.lora_B.reshape(()), hidden.shape[:-1])
+        result = _recorded(result, hidden, counter)
+    return [result]
+
+
+def _ragged_dot_general(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any]:
+    x, weight, group_sizes = inputs
+    result = evaluate_equation(equation, [base_of(value) for value in inputs])[0]
+    if isinstance(x, Factored):
+        return [result]
+    for term in weight.terms:
+        probe = without_windows(term, weight.shape)
+        experts = group_sizes.shape[0]
+        kernels = jnp.broadcast_to(
+            probe.lora_A.squeeze(2), (experts, *weight.shape[1:2], probe.rank)
+        )
+        counters = jnp.broadcast_to(probe.lora_B.reshape(-1, 1, 1), (experts, 1, 1))
+        hidden = jax.lax.ragged_dot(x.astype(jnp.float32), kernels, group_sizes)
+        rows = jax.lax.ragged_dot(jnp.ones((x.shape[0], 1)), counters, group_sizes)
+        result = _recorded(result, hidden, rows.squeeze(-1))
+    return [result]
+
+
+def _called(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a function without its own derivative rule, which knows no probes."""
+    return interpreter.within(equation).run(equation.params["call_jaxpr"], inputs)
+
+
+_RECORDING_RULES: Mapping[str, Rule] = {
+    "conv_general_dilated": _convolution,
+    "custom_jvp_call": _called,
+    "custom_vjp_call": _called,
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
+}
