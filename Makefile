@@ -13,16 +13,18 @@ ifneq ($(wildcard ../shared/mnist),)
 export MNIST_DIR ?= $(abspath ../shared/mnist)
 endif
 
-.PHONY: help mnist test check format docs lowest clean
+.PHONY: help mnist test test-peft check format docs lowest clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network on MNIST (RANK=1, ARGS=...)
 	$(bin)/python -m experiments.mnist_lora --rank $(RANK) $(ARGS)
 
 test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-peft: $(VENV)/peft.stamp ## Install PyTorch and PEFT too, with which `make test` then compares
 
 check: $(VENV)/test.stamp ## Formatting, lint and types
 	$(bin)/ruff format --check .
@@ -54,6 +56,10 @@ $(VENV)/experiments.stamp: pyproject.toml constraints.txt | $(bin)/python
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
 	$(install) --editable '.[experiments,test,peft]'
 	@touch $@ $(VENV)/experiments.stamp
+
+$(VENV)/peft.stamp: pyproject.toml constraints.txt | $(bin)/python
+	$(install) --editable '.[experiments,test,peft,test-peft]'
+	@touch $@ $(VENV)/test.stamp $(VENV)/experiments.stamp
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(bin)/python
 	$(install) --editable '.[docs]'

@@ -1,9 +1,12 @@
 """LoRA for any JAX function: pure functions over parameter pytrees."""
 
 from lora_jax import init as init
+from lora_jax import optimizers as optimizers
 from lora_jax._axes import InferredAxes as InferredAxes
 from lora_jax._axes import WeightUse as WeightUse
+from lora_jax._extract import extract as extract
 from lora_jax._moments import InputMoments as InputMoments
+from lora_jax._resize import resize as resize
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary
@@ -14,6 +17,7 @@ from lora_jax._train import split as split
 from lora_jax._weight import FullWeight as FullWeight
 from lora_jax._weight import LoRAWeight as LoRAWeight
 from lora_jax._wrap import merge as merge
+from lora_jax._wrap import on_original_base as on_original_base
 from lora_jax._wrap import unwrap as unwrap
 from lora_jax._wrap import wrap as wrap
 from lora_jax.checkpoint import CheckpointError as CheckpointError

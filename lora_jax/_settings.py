@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._paths import listed
-from lora_jax.init import Initializer, initializer
+from lora_jax.init import DataInitializer, Initializer, initializer
 
 FREEZABLE = ("lora_A", "lora_B", "magnitude")
 
@@ -22,7 +22,7 @@ class Settings:
     rank: int
     alpha: float | None
     rslora: bool
-    init: str | Initializer
+    init: str | Initializer | DataInitializer
     dora: bool
     layers: Sequence[int] | None
     freeze: str | Sequence[str]
@@ -57,7 +57,8 @@ class Settings:
         return (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
 
 
-def _check_rank(subject: str, rank: Any) -> None:
+def check_rank(subject: str, rank: Any) -> None:
+    """Raises unless `rank` is a whole number of at least 1."""
     if isinstance(rank, bool) or not hasattr(rank, "__index__"):
         raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
     if operator.index(rank) < 1:
@@ -112,7 +113,7 @@ def _check_dtype(subject: str, dtype: Any) -> None:
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
-    "rank": _check_rank,
+    "rank": check_rank,
     "alpha": _check_alpha,
     "rslora": _check_flag,
     "init": _check_init,

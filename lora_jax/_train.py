@@ -8,6 +8,7 @@ import optax
 
 from lora_jax._paths import listed
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
+from lora_jax.optimizers._extra_args import open_to_extra_args
 
 _FROZEN = "frozen"
 _FACTORS = ("lora_A", "lora_B", "magnitude")
@@ -105,6 +106,8 @@ def optimizer(
     """Returns an optimiser for wrapped trees: adapters train, everything else is set to zero.
 
     It is `optax.multi_transform` over `labels`. Its state holds arrays for trainable leaves only.
+    Transformations that take extra arguments get the whole tree as `wrapped`, so that those of
+    `lora_jax.optimizers` find what is masked.
 
     Args:
       tx: the transformation for all that trains, or a mapping from label to transformation
@@ -143,7 +146,12 @@ def optimizer(
             )
         return grouped.init(params)
 
-    return optax.GradientTransformationExtraArgs(init, grouped.update)
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.OptState]:
+        return grouped.update(updates, state, params, **{"wrapped": params, **extra_args})
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_transformations(tx: Any) -> None:
@@ -163,9 +171,10 @@ def _by_group(
     tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
 ) -> dict[Hashable, optax.GradientTransformation]:
     """Returns a group for each label; for one transformation one, so that it sees all at once."""
-    if isinstance(tx, Mapping):
-        return dict(tx.items())
-    return {"trainable": tx}
+    by_group: Mapping[str, optax.GradientTransformation] = (
+        tx if isinstance(tx, Mapping) else {"trainable": tx}
+    )
+    return {group: open_to_extra_args(each) for group, each in by_group.items()}
 
 
 def _group(label: str, by_label: Mapping[str, Any] | None) -> str:

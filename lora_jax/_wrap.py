@@ -2,16 +2,18 @@
 
 import dataclasses
 import functools
+import math
 import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import dense, lora_weight, original, squared_norms
+from lora_jax._algebra import dense, lora_weight, on_original, original, squared_norms
 from lora_jax._axes import InferredAxes
 from lora_jax._dtypes import common_dtype
 from lora_jax._paths import (
@@ -28,6 +30,7 @@ from lora_jax._shapes import (
     factor_shapes,
     layers_shape,
     side_size,
+    sizes,
     taken_layers,
     to_matrices,
 )
@@ -39,7 +42,7 @@ from lora_jax._weight import (
     is_lora_weight,
     map_adapter_nodes,
 )
-from lora_jax.init import Frozen, Initializer, initializer
+from lora_jax.init import DataInitializer, Frozen, Initializer, initializer
 
 _ROLES = ("in", "out", "batch")
 
@@ -52,7 +55,7 @@ def wrap(
     alpha: float | None = None,
     key: PRNGKeyArray | None = None,
     axes: Mapping[str, Sequence[str]] | None = None,
-    init: str | Initializer = "kaiming",
+    init: str | Initializer | DataInitializer = "kaiming",
     rslora: bool = False,
     dora: bool = False,
     layers: Sequence[int] | None = None,
@@ -83,8 +86,8 @@ def wrap(
       axes: for weights of more than two axes, and where two axes are not (in, out): a mapping from
         path or expression to each axis's role, `"in"`, `"out"` or `"batch"`; or what `infer_axes`
         returned, with which a matched module means the weights that the function uses as such.
-      init: a name or a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`; see
-        `lora_jax.init`.
+      init: a name, a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`, or what an
+        initialiser of `lora_jax.init` made of data, such as `eva(moments)`.
       rslora: whether scale is $\alpha / \sqrt r$, which keeps the adapter's learning stable at high
         ranks.
       dora: whether each output feature also trains its magnitude, while the adapter turns its
@@ -206,6 +209,33 @@ def unwrap(wrapped: Any) -> Any:
     )
 
 
+def on_original_base(wrapped: Any) -> Any:
+    r"""Returns the same model as adapters on the weights that were wrapped.
+
+    An initialiser such as `pissa` moves a part $s A_0 B_0$ of the weight into the factors. The
+    change that training made is then $s A B - s A_0 B_0 = [s A, s A_0]\,[B; -B_0]$: plain LoRA of
+    twice the rank, with a scale of 1, which leaves the weights alone. Other nodes are kept.
+
+    Args:
+      wrapped: what `wrap` returned, trained or not.
+
+    Returns:
+      A wrapped tree in which every base is the original weight, to rounding.
+
+    Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+    Language Models, 2024, appendix C.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.eye(6)}, "kernel", rank=2, init="pissa")
+      >>> lora_jax.on_original_base(wrapped)["kernel"].rank
+      4
+    """
+    return map_adapter_nodes(
+        lambda node: on_original(node) if is_lora_weight(node) else node, wrapped
+    )
+
+
 def _wrapped_weight(
     path: str, leaf: Array, axes: Axes, settings: Settings, key: PRNGKeyArray
 ) -> LoRAWeight:
@@ -213,14 +243,16 @@ def _wrapped_weight(
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
     wide = common_dtype(dtype, jnp.float32)
     scale = settings.scale(settings.rank)
+    init, statistics = _function_and_statistics(settings.init, path, leaf, axes, layers)
     initial = _initial_matrices(
-        initializer(settings.init),
+        init,
         axes,
         settings.rank,
         scale,
         dtype,
         jax.random.fold_in(key, zlib.crc32(path.encode())),
         taken_layers(leaf, axes, layers),
+        statistics,
     )
     _check_factors(path, leaf, axes, settings.rank, initial.lora_A, initial.lora_B)
     A_shape, B_shape = factor_shapes(layers_shape(leaf.shape, axes, layers), axes, settings.rank)
@@ -246,6 +278,25 @@ def _with_magnitude(weight: LoRAWeight, leaf: Array, dtype: Any) -> LoRAWeight:
     return dataclasses.replace(weight, magnitude=jnp.sqrt(whole).astype(dtype), squared_norm=norms)
 
 
+def _function_and_statistics(
+    init: str | Initializer | DataInitializer,
+    path: str,
+    leaf: Array,
+    axes: Axes,
+    layers: Layers | None,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the function that makes the factors, and what it takes beside its usual arguments."""
+    init = initializer(init)
+    if not isinstance(init, DataInitializer):
+        return init, ()
+    statistics = init.statistics_of(path, leaf.shape, axes)
+    if layers is not None:
+        batch = sizes(leaf.shape, axes, "batch")
+        places = np.arange(math.prod(batch)).reshape(batch)[list(layers)].ravel()
+        statistics = jax.tree.map(lambda array: array[places], statistics)
+    return init.function, (statistics,)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Initial:
@@ -259,18 +310,19 @@ class _Initial:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _initial_matrices(
-    init: Initializer,
+    init: Callable[..., Any],
     axes: Axes,
     rank: int,
     scale: float,
     dtype: Any,
     key: PRNGKeyArray,
     weight: Array,
+    statistics: tuple[Any, ...],
 ) -> _Initial:
     """Returns the factors as matrices; the base that they leave is computed from them."""
 
-    def of_matrix(key: PRNGKeyArray, weight2d: Array) -> _Initial:
-        base, *factors = init(key, weight2d, rank, scale)
+    def of_matrix(key: PRNGKeyArray, weight2d: Array, *statistics: Any) -> _Initial:
+        base, *factors = init(key, weight2d, rank, scale, *statistics)
         named = dict(zip(("lora_A", "lora_B"), factors, strict=True))
         return _Initial(
             **{name: _array_of(factor).astype(dtype) for name, factor in named.items()},
@@ -280,7 +332,7 @@ def _initial_matrices(
 
     matrices = to_matrices(weight, axes)
     keys = jax.random.split(key, matrices.shape[0])
-    return jax.vmap(of_matrix)(keys, matrices)
+    return jax.vmap(of_matrix)(keys, matrices, *statistics)
 
 
 def _array_of(factor: Array | Frozen) -> Array:

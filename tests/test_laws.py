@@ -65,9 +65,10 @@ def make_problem(case: Case, variant: Variant) -> Problem:
 
 
 def as_if_trained(wrapped: Any) -> Any:
-    """Returns the tree with random numbers where lora_B was zero, and other magnitudes."""
+    """Returns the tree with other numbers in what trains: as lora_B is zero, in that at least."""
     key = jax.random.key(11)
     trained = {
+        "lora_A": lambda x: x + jax.random.normal(jax.random.fold_in(key, 1), x.shape) / 4,
         "lora_B": lambda x: x + jax.random.normal(key, x.shape) / 4,
         "magnitude": lambda x: x * jax.random.uniform(key, x.shape, minval=0.5, maxval=1.5),
     }

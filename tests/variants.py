@@ -79,6 +79,27 @@ VARIANTS = (
             "the_same_weight_on_both_sides": frozenset({"factored", "materialized"}),
         },
     ),
+    *(
+        Variant(
+            name,
+            {"init": name},
+            _KINDS_OF_USE,
+            _GRADIENTS,
+            keeps_base=False,
+            exact_at_initialisation=False,
+        )
+        for name in ("pissa", "olora")
+    ),
+    Variant(
+        "pissa, dora",
+        {"init": "pissa", "dora": True},
+        _KINDS_OF_USE,
+        _GRADIENTS,
+        keeps_base=False,
+        exact_at_initialisation=False,
+    ),
+    Variant("mica", {"init": "mica"}, _KINDS_OF_USE, _GRADIENTS),
+    Variant("orthogonal", {"init": "orthogonal"}, _KINDS_OF_USE, _GRADIENTS),
     Variant("lora_A frozen", {"freeze": "lora_A"}, _KINDS_OF_USE, _GRADIENTS),
     Variant("some layers", {"layers": (0, 2)}, _WITH_BATCH_AXIS, _GRADIENTS),
     Variant(

@@ -1,7 +1,7 @@
 """What an initialiser is."""
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -10,17 +10,34 @@ from jaxtyping import Array, Float, PRNGKeyArray
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A factor that an initialiser made and that is not to train."""
+    """A factor that does not train: what an initialiser puts around lora_A or lora_B to say so.
 
-    array: Array
+    Attributes:
+      array: the factor.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> def identity_on_the_outputs(key, weight2d, rank, scale):
+      ...     inputs, outputs = weight2d.shape
+      ...     return weight2d, jnp.zeros((inputs, rank)), Frozen(jnp.eye(rank, outputs))
+    """
+
+    array: Float[Array, "..."] | Any
 
 
 class Initializer(Protocol):
     """A function that makes the frozen base and the two factors of one weight.
 
     It sees every weight as a matrix: several input axes are flattened into one, several output axes
-    likewise, and batch axes are mapped over. Returning `weight2d` itself as the base says that the
-    base does not change, and then nothing is copied.
+    likewise, and batch axes are mapped over. It is traced; `rank` and `scale` are plain numbers.
+
+    Returning `weight2d` itself as the base says that the base does not change, and then nothing is
+    copied. Any other base says that the factors start as a part of the weight, and must be
+    `weight2d - scale * lora_A @ lora_B`: `wrap` computes that itself, from the weight and the
+    factors in the dtype in which they are kept, so that `restore` can find the same base again bit
+    for bit.
+
+    A factor inside a `Frozen` does not train.
 
     Args:
       key: a key of its own for this weight.
@@ -39,4 +56,6 @@ class Initializer(Protocol):
         rank: int,
         scale: float,
         /,
-    ) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]: ...
+    ) -> tuple[
+        Float[Array, "in out"], Float[Array, "in r"] | Frozen, Float[Array, "r out"] | Frozen
+    ]: ...

@@ -1,0 +1,147 @@
+"""Adapters made from a model that was fine-tuned in full."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lora_jax._dtypes import common_dtype
+from lora_jax._paths import leaves_with_paths, listed, map_with_paths
+from lora_jax._shapes import factor_shapes, to_matrices
+from lora_jax._targets import Targets
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_lora_weight
+from lora_jax._wrap import wrap
+
+
+def extract(
+    params: Any,
+    tuned: Any,
+    targets: Targets,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    axes: Mapping[str, Sequence[str]] | None = None,
+    dtype: Any = None,
+    train: Targets | None = None,
+) -> Any:
+    r"""Returns `params` wrapped with adapters that bring them as near to `tuned` as their rank can.
+
+    With $W' - W = U \Sigma V^\top$, the factors are $A = U_r \Sigma_r^{1/2}$ and
+    $B = \Sigma_r^{1/2} V_r^\top$, with a scale of 1. The share of the change's energy that they
+    keep is $\sum_{i \le r} \sigma_i^2 / \sum_i \sigma_i^2$.
+
+    Args:
+      params: the params before fine-tuning.
+      tuned: the params after it, of the same structure and shapes.
+      targets: which weights get adapters, in the forms of `wrap`; a mapping may override `rank` and
+        `dtype`.
+      rank: the rank of every adapter; this or `energy`.
+      energy: the share of each change's energy to keep, above 0 and at most 1; each weight gets the
+        smallest rank that keeps it.
+      axes: as for `wrap`.
+      dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
+      train: which other leaves to keep in full; they become `FullWeight` nodes.
+
+    Returns:
+      The wrapped tree; `merge` of it approximates `tuned`.
+
+    Raises:
+      ValueError: the trees differ in structure or shape; or a leaf changed that neither `targets`
+        nor `train` selects, which would be lost; or not exactly one of `rank` and `energy` is
+        given.
+
+    Source: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((6, 4))}
+      >>> tuned = {"kernel": params["kernel"].at[:, 1].set(3.0)}
+      >>> wrapped = lora_jax.extract(params, tuned, "kernel", energy=0.99)
+      >>> error = abs(lora_jax.merge(wrapped)["kernel"] - tuned["kernel"]).max()
+      >>> wrapped["kernel"].rank, bool(error < 1e-5)
+      (1, True)
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError(
+            f"`rank` is {rank} and `energy` is {energy}; expected exactly one of them."
+        )
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"`energy` is {energy}; expected a share above 0 and at most 1.")
+    tuned_leaves = _matching_leaves(params, tuned)
+    wrapped = wrap(params, targets, rank=rank or 1, axes=axes, dtype=dtype, train=train)
+    lost = [
+        path
+        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
+        if not is_adapter_node(node) and not _is_same(node, tuned_leaves[path])
+    ]
+    if lost:
+        raise ValueError(
+            f"`tuned` differs from `params` at {listed(lost)}, which neither `targets` nor `train` "
+            f"selects; extract(..., train={lost[:5]}) keeps what was learned there."
+        )
+
+    def extracted(path: str, node: Any) -> Any:
+        if is_lora_weight(node):
+            return _extracted(path, node, tuned_leaves[path], energy)
+        if isinstance(node, FullWeight):
+            return FullWeight(base=node.base, value=jnp.array(tuned_leaves[path]))
+        return node
+
+    return map_with_paths(extracted, wrapped, is_leaf=is_adapter_node)
+
+
+def _extracted(path: str, node: LoRAWeight, tuned: Array, energy: float | None) -> LoRAWeight:
+    if node.layers is not None or node.magnitude is not None or node.frozen:
+        raise ValueError(
+            f"`targets` overrides more than `rank` and `dtype` for '{path}'; what is extracted is "
+            "plain LoRA on all layers."
+        )
+    wide = common_dtype(node.dtype, jnp.float32)
+    change = to_matrices(tuned.astype(wide) - node.base.astype(wide), node.axes)
+    U, S, Vt = jnp.linalg.svd(change, full_matrices=False)
+    rank = node.rank if energy is None else _rank_of_energy(S, energy)
+    root = jnp.sqrt(S[:, :rank])
+    A_shape, B_shape = factor_shapes(node.shape, node.axes, rank)
+    return dataclasses.replace(
+        node,
+        lora_A=(U[..., :rank] * root[:, None]).reshape(A_shape).astype(node.lora_A.dtype),
+        lora_B=(root[..., None] * Vt[:, :rank]).reshape(B_shape).astype(node.lora_B.dtype),
+        scale=jnp.ones_like(node.scale),
+    )
+
+
+def _rank_of_energy(singular_values: Array, energy: float) -> int:
+    """Returns the smallest rank that keeps this share in each matrix of the stack."""
+    energies = np.asarray(singular_values, np.float64) ** 2
+    kept = np.cumsum(energies, axis=-1)
+    # Relative to the last sum, so that a share of 1 is reached in spite of rounding.
+    wanted = energy * kept[:, -1:]
+    return int(np.max(np.sum(kept < wanted, axis=-1))) + 1
+
+
+def _matching_leaves(params: Any, tuned: Any) -> dict[str, Any]:
+    structure: Any = jax.tree.structure(params)
+    tuned_structure: Any = jax.tree.structure(tuned)
+    if structure != tuned_structure:
+        raise ValueError(
+            "`tuned` has another structure than `params`; expected params of the same model.\n"
+            f"`params`: {structure}\n`tuned`: {tuned_structure}"
+        )
+    before, after = dict(leaves_with_paths(params)), dict(leaves_with_paths(tuned))
+    for path, leaf in before.items():
+        if np.shape(leaf) != np.shape(after[path]):
+            raise ValueError(
+                f"`tuned` has the shape {np.shape(after[path])} at '{path}', and `params` "
+                f"{np.shape(leaf)}; expected params of the same model."
+            )
+    return after
+
+
+def _is_same(leaf: Any, other: Any) -> bool:
+    if not hasattr(leaf, "dtype"):
+        return leaf is other or bool(leaf == other)
+    return leaf is other or np.array_equal(np.asarray(leaf), np.asarray(other))

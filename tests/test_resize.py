@@ -1,0 +1,143 @@
+"""`resize`: growing changes nothing, pruning keeps the best approximation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from tests.test_laws import as_if_trained
+from tests.test_wrap import random
+
+AXES = {
+    "dense": ("in", "out"),
+    "heads": ("in", "out", "out"),
+    "stack": ("batch", "in", "out"),
+    "mixed": ("out", "batch", "in", "in"),
+}
+SHAPES = {"dense": (7, 6), "heads": (7, 2, 4), "stack": (3, 7, 6), "mixed": (6, 3, 2, 4)}
+
+
+def params() -> dict[str, jax.Array]:
+    return {name: random(*shape, seed=i) for i, (name, shape) in enumerate(SHAPES.items())}
+
+
+def trained(**options: Any) -> Any:
+    return as_if_trained(lora_jax.wrap(params(), ".*", axes=AXES, alpha=3.0, **options))
+
+
+def changes(wrapped: Any) -> dict[str, np.ndarray]:
+    """Returns each weight's change as matrices (batch, in, out), in float64."""
+    merged = lora_jax.merge(wrapped)
+    order = {"dense": (0, 1), "heads": (0, 1, 2), "stack": (0, 1, 2), "mixed": (1, 2, 3, 0)}
+    shape = {"dense": (1, 7, 6), "heads": (1, 7, 8), "stack": (3, 7, 6), "mixed": (3, 8, 6)}
+    return {
+        name: np.asarray(merged[name] - lora_jax.unwrap(wrapped)[name], np.float64)
+        .transpose(order[name])
+        .reshape(shape[name])
+        for name in SHAPES
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"dora": True}], ids=str)
+def test_growing_changes_nothing_and_can_train(options: dict[str, Any]) -> None:
+    wrapped = trained(rank=2, **options)
+    grown = lora_jax.resize(wrapped, 5)
+    for name in SHAPES:
+        assert grown[name].rank == 5
+        np.testing.assert_allclose(
+            lora_jax.merge(grown)[name], lora_jax.merge(wrapped)[name], rtol=1e-5, atol=1e-5
+        )
+        assert grown[name].scale is wrapped[name].scale
+        # Both zero would have no gradient at all.
+        new_columns = np.asarray(grown[name].lora_A)[..., 2:]
+        assert np.all(np.abs(new_columns).sum(axis=tuple(range(new_columns.ndim - 1))) > 0)
+
+
+def test_new_columns_differ_between_weights_layers_and_keys() -> None:
+    wrapped = trained(rank=2)
+    first = lora_jax.resize(wrapped, 3, key=jax.random.key(1))
+    second = lora_jax.resize(wrapped, 3, key=jax.random.key(2))
+    columns = [
+        np.asarray(each)
+        for each in (
+            first["dense"].lora_A[:, 2],
+            second["dense"].lora_A[:, 2],
+            first["stack"].lora_A[0, :, 2],
+            first["stack"].lora_A[1, :, 2],
+            first["heads"].lora_A[:, 2],
+        )
+    ]
+    assert len({column.tobytes() for column in columns}) == len(columns)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_pruning_keeps_the_best_approximation(rank: int, options: dict[str, Any]) -> None:
+    wrapped = trained(rank=4, **options)
+    pruned = lora_jax.resize(wrapped, rank)
+    for name, change in changes(wrapped).items():
+        U, S, Vt = np.linalg.svd(change, full_matrices=False)
+        best = (U[..., :rank] * S[:, None, :rank]) @ Vt[:, :rank]
+        assert pruned[name].rank == rank
+        np.testing.assert_allclose(changes(pruned)[name], best, rtol=1e-4, atol=1e-4)
+
+
+def test_pruning_what_was_grown_gives_the_same_model() -> None:
+    wrapped = trained(rank=2)
+    back = lora_jax.resize(lora_jax.resize(wrapped, 5), 2)
+    for name in SHAPES:
+        np.testing.assert_allclose(
+            lora_jax.merge(back)[name], lora_jax.merge(wrapped)[name], rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_only_chosen_layers(rank: int) -> None:
+    wrapped = as_if_trained(
+        lora_jax.wrap(params(), "stack", axes=AXES, rank=2, layers=(0, 2), dora=True)
+    )
+    resized = lora_jax.resize(wrapped, rank)["stack"]
+    assert (resized.lora_A.shape, resized.layers) == ((2, 7, rank), (0, 2))
+
+
+def test_a_mapping_names_adapters() -> None:
+    wrapped = trained(rank=2)
+    resized = lora_jax.resize(wrapped, {"dense|heads": 3, "heads": 5})
+    ranks = {name: resized[name].rank for name in SHAPES}
+    assert ranks == {"dense": 3, "heads": 3, "stack": 2, "mixed": 2}
+    assert resized["stack"] is wrapped["stack"]
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "message"),
+    [
+        (0, ValueError, "`rank` is 0"),
+        (2.0, TypeError, "`rank` is 2.0"),
+        ({"dense": True}, TypeError, "`rank` of 'dense' is True"),
+        ({"dnse": 2}, ValueError, "`rank` has 'dnse', which matches no adapter.*dense"),
+        (7, ValueError, r"`rank` is 7 for 'dense'.*at most 6.*resize"),
+    ],
+)
+def test_refuses(rank: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lora_jax.resize(trained(rank=2), rank)
+
+
+def test_plain_params_raise() -> None:
+    with pytest.raises(ValueError, match="`wrapped` has no adapters"):
+        lora_jax.resize(params(), 2)
+
+
+def test_a_resized_adapter_keeps_its_scale_under_rslora() -> None:
+    """Neither the rank nor its root comes in a second time."""
+    wrapped = trained(rank=4, rslora=True)
+    for rank in (2, 6):
+        assert float(lora_jax.resize(wrapped, rank)["dense"].scale) == 1.5
+    np.testing.assert_allclose(
+        lora_jax.merge(lora_jax.resize(wrapped, 6))["dense"],
+        jnp.asarray(lora_jax.merge(wrapped)["dense"]),
+        rtol=1e-5,
+    )
