@@ -115,13 +115,14 @@ def base_step(model: Model) -> Program:
     return _step_program(model, step, model.params, None)
 
 
-def lora_step(model: Model, forward: Forward) -> Program:
+def lora_step(model: Model, forward: Forward, **options: Any) -> Program:
     """Returns a step in which the adapters train, by `forward`, which takes wrapped parameters."""
 
     def apply(adapters: Any, frozen: Any, inputs: Any) -> Any:
         return forward(lora_jax.combine(adapters, frozen), inputs)
 
-    return _step_program(model, training_step(apply), *lora_jax.split(wrapped_params(model)))
+    adapters, frozen = lora_jax.split(wrapped_params(model, **options))
+    return _step_program(model, training_step(apply), adapters, frozen)
 
 
 def training_step(apply: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
@@ -143,12 +144,17 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def wrapped_params(model: Model) -> Any:
-    """Returns the shapes of the model's parameters with adapters at its targets."""
+def wrapped_params(model: Model, **options: Any) -> Any:
+    """Returns the shapes of the model's parameters with adapters at its targets.
+
+    Args:
+      model: the model.
+      options: what `wrap` is told beside targets, rank, alpha and axes.
+    """
     axes = lora_jax.infer_axes(base_function(model), model.params, model.inputs)
     return jax.eval_shape(
         lambda params: lora_jax.wrap(
-            params, model.targets, rank=model.rank, alpha=SCALE * model.rank, axes=axes
+            params, model.targets, rank=model.rank, alpha=SCALE * model.rank, axes=axes, **options
         ),
         model.params,
     )

@@ -79,6 +79,38 @@ def test_the_step_of_the_mlp_needs_97_million_operations():
     assert cost_of_step(MLP, built(MLP)).flops > 1.5 * cost.flops
 
 
+# --- DoRA --------------------------------------------------------------------------------------
+
+
+def dora_by_hand(wrapped, x):
+    """Returns the MLP's logits with the gain beside each product, and its norm without AB."""
+
+    def layer(params, x):
+        node = params["kernel"]
+        base, A, B, scale = jax.lax.stop_gradient((node.base, node.lora_A, node.lora_B, node.scale))
+        change = 2 * scale * (A.T @ base) + scale**2 * ((A.T @ A) @ B)
+        norm = jnp.sqrt(jnp.maximum(node.squared_norm + jnp.sum(change * B, axis=0), 0))
+        gain = node.magnitude / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
+        product = x @ base + ((x @ node.lora_A) * node.scale) @ node.lora_B
+        return product * gain + params["bias"]
+
+    for name in ("layer_0", "layer_1"):
+        x = jax.nn.relu(layer(wrapped[name], x))
+    return layer(wrapped["head"], x)
+
+
+def test_a_dora_step_costs_what_one_written_by_hand_does():
+    cost, reference, dense = (
+        Cost.of(lora_step(MLP, forward, dora=True).lowered().compile())
+        for forward in (adapted(MLP), dora_by_hand, built(MLP))
+    )
+    assert cost.flops <= 1.00 * reference.flops
+    assert cost.bytes <= 1.02 * reference.bytes
+    assert cost.temporary_bytes <= 1.05 * reference.temporary_bytes
+    assert dense.flops > 1.5 * cost.flops
+    assert dense.temporary_bytes > 10 * cost.temporary_bytes
+
+
 # --- differentiating the whole tree ------------------------------------------------------------
 
 
