@@ -19,6 +19,17 @@ from tests.test_laws import relative_error
 
 TOLERANCE = 1e-5
 
+ALSO_WITH_DORA = frozenset(
+    {
+        "equinox_attention",
+        "linen_grouped_depthwise_and_transposed_convolutions",
+        "linen_language_model_with_tied_head",
+        "linen_scan_over_remat",
+        "nnx_experts",
+        "penzai_gemma2",
+    }
+)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -46,17 +57,25 @@ class Step(NamedTuple):
 
 
 # Of module scope, so that one model's tests follow each other and share what is compiled.
-@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((model, {}) for model in MODELS),
+        *((model, {"dora": True}) for model in MODELS if model.name in ALSO_WITH_DORA),
+    ],
+    ids=lambda pair: "-".join([pair[0].name, *pair[1]]),
+)
 def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
-    with jax.numpy_dtype_promotion(request.param.promotion):
-        yield make_problem(request.param)
+    model, options = request.param
+    with jax.numpy_dtype_promotion(model.promotion):
+        yield make_problem(model, **options)
 
 
-def make_problem(model: Model) -> Problem:
+def make_problem(model: Model, **options: Any) -> Problem:
     fn, params, args = model.call()
     axes = lora_jax.infer_axes(fn, params, *args)
-    wrapped = lora_jax.wrap(params, rank=2, alpha=3.0, **targets_and_axes(model, axes))
-    return Problem(model, fn, params, args, axes, with_random_lora_b(wrapped))
+    wrapped = lora_jax.wrap(params, rank=2, alpha=3.0, **targets_and_axes(model, axes), **options)
+    return Problem(model, fn, params, args, axes, as_if_trained(wrapped))
 
 
 def targets_and_axes(model: Model, axes: lora_jax.InferredAxes) -> dict[str, Any]:
@@ -67,13 +86,16 @@ def targets_and_axes(model: Model, axes: lora_jax.InferredAxes) -> dict[str, Any
     return {"targets": [*also, *map(re.escape, model.linear)], "axes": {**axes, **by_hand}}
 
 
-def with_random_lora_b(wrapped: Any) -> Any:
+def as_if_trained(wrapped: Any) -> Any:
+    """Returns the tree with random numbers in lora_B, which was zero, and other magnitudes."""
     random = np.random.default_rng(11)
 
     def value(label: str, leaf: Any) -> Any:
-        if label != "lora_B":
-            return leaf
-        return jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype)
+        if label == "lora_B":
+            return jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype)
+        if label == "magnitude":
+            return leaf * jnp.asarray(random.uniform(0.5, 1.5, size=leaf.shape), leaf.dtype)
+        return leaf
 
     return jax.tree.map(value, lora_jax.labels(wrapped), wrapped)
 
