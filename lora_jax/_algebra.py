@@ -77,9 +77,12 @@ def on_original(weight: LoRAWeight) -> LoRAWeight:
     if weight.initial_A is None:
         return weight
     rank_axis = len(positions(weight.axes, "batch"))
-    dtype, scale = weight.lora_A.dtype, weight.scale.astype(weight.lora_A.dtype)
-    lora_A = jnp.concatenate([scale * weight.lora_A, weight.initial_A.astype(dtype)], axis=-1)
-    lora_B = jnp.concatenate([weight.lora_B, -weight.initial_B.astype(dtype)], axis=rank_axis)
+    wide = common_dtype(weight.lora_A.dtype, weight.initial_A.dtype)
+    scaled_A = weight.scale.astype(wide) * weight.lora_A.astype(wide)
+    lora_A = jnp.concatenate([scaled_A, weight.initial_A.astype(wide)], axis=-1)
+    lora_B = jnp.concatenate(
+        [weight.lora_B.astype(wide), -weight.initial_B.astype(wide)], axis=rank_axis
+    )
     return lora_weight(
         original(weight),
         lora_A,
@@ -161,11 +164,9 @@ def _shifted(
 ) -> Array:
     """Returns base + initial_A · initial_B in the base's dtype."""
     part = taken_layers(base, axes, layers)
-    change = low_rank(initial_A, initial_B, axes)
-    wide = common_dtype(part.dtype, change.dtype)
-    return with_layers(
-        base, (part.astype(wide) + change.astype(wide)).astype(base.dtype), axes, layers
-    )
+    wide = common_dtype(part.dtype, initial_A.dtype, jnp.float32)
+    shifted = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)
+    return with_layers(base, shifted.astype(base.dtype), axes, layers)
 
 
 def _over(magnitude: Array, norm: Array) -> Array:

@@ -257,13 +257,14 @@ def _wrapped_weight(
     _check_factors(path, leaf, axes, settings.rank, initial.lora_A, initial.lora_B)
     A_shape, B_shape = factor_shapes(layers_shape(leaf.shape, axes, layers), axes, settings.rank)
     lora_A, lora_B = initial.lora_A.reshape(A_shape), initial.lora_B.reshape(B_shape)
+    scale_array = jnp.asarray(scale, wide)
     weight = lora_weight(
         leaf,
         lora_A,
         lora_B,
-        jnp.asarray(scale, wide),
+        scale_array,
         axes,
-        initial_A=None if initial.keeps_base else jnp.asarray(scale, dtype) * lora_A,
+        initial_A=None if initial.keeps_base else scale_array * lora_A.astype(wide),
         initial_B=None if initial.keeps_base else jnp.copy(lora_B),
         layers=layers,
         frozen=tuple(dict.fromkeys((*initial.frozen, *settings.frozen))),

@@ -648,3 +648,18 @@ def test_the_errors_name_every_initialiser() -> None:
     public = {name for name in vars(lora_jax.init) if re.fullmatch("[a-z][a-z_]*", name)}
     for name in public - {"eva_ranks", "initializer"}:
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_bfloat16_factors_lose_nothing_of_the_weight(name: str) -> None:
+    """The base is what the rounded factors leave."""
+    params = {"kernel": jax.random.normal(KEY, (12, 10))}
+    wrapped = lora_jax.wrap(params, "kernel", rank=3, alpha=5, dtype=jnp.bfloat16, init=name)
+    assert wrapped["kernel"].lora_A.dtype == jnp.bfloat16
+    for restored in (
+        lora_jax.merge(wrapped),
+        lora_jax.unwrap(wrapped),
+        lora_jax.merge(lora_jax.on_original_base(wrapped)),
+        lora_jax.unwrap(lora_jax.on_original_base(wrapped)),
+    ):
+        np.testing.assert_allclose(restored["kernel"], params["kernel"], atol=1e-5)
