@@ -2,9 +2,11 @@
 
 from lora_jax import init as init
 from lora_jax import optimizers as optimizers
+from lora_jax import peft as peft
 from lora_jax._axes import InferredAxes as InferredAxes
 from lora_jax._axes import WeightUse as WeightUse
 from lora_jax._extract import extract as extract
+from lora_jax._folders import CheckpointError as CheckpointError
 from lora_jax._moments import InputMoments as InputMoments
 from lora_jax._resize import resize as resize
 from lora_jax._summary import ParameterCounts as ParameterCounts
@@ -20,7 +22,6 @@ from lora_jax._wrap import merge as merge
 from lora_jax._wrap import on_original_base as on_original_base
 from lora_jax._wrap import unwrap as unwrap
 from lora_jax._wrap import wrap as wrap
-from lora_jax.checkpoint import CheckpointError as CheckpointError
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.transform import MaterializationError as MaterializationError

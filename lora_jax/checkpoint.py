@@ -4,13 +4,11 @@ A checkpoint is a folder with the arrays, written by Orbax, and `adapters.json`,
 adapted path what was trained there. Orbax is imported on first use.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._algebra import lora_weight
+from lora_jax._folders import (
+    CheckpointError,
+    as_checkpoint_error,
+    cannot_write,
+    complete_folder,
+    interruption_hint,
+    is_free,
+)
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths, nearest_paths
 from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, sizes
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
@@ -35,10 +41,6 @@ ArraysByName = dict[str, np.ndarray]
 
 # What `restore` finds in the params or computes from them.
 _OF_THE_BASE = frozenset({"base", "squared_norm"})
-
-
-class CheckpointError(ValueError):
-    """A checkpoint can't be written where it should be, can't be read, or does not fit."""
 
 
 def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = False) -> None:
@@ -69,17 +71,12 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     nodes = _adapter_nodes(wrapped)
     arrays = {key: _host_arrays(key, node) for key, node in nodes.items()}
     metadata = {key: _WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
-    cannot_write = f"`path` {destination} can't be written"
-    with _as_checkpoint_error(cannot_write):
+    with as_checkpoint_error(cannot_write(destination)):
         _check_destination(destination, overwrite)
-    unfinished = _sibling(destination, "unfinished")
-    with _removed_on_failure(unfinished), _as_checkpoint_error(cannot_write):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write_arrays(unfinished / _ARRAYS_FOLDER, arrays)
-        text = _metadata_text(metadata, _checksums(unfinished))
-        (unfinished / _METADATA_FILE).write_text(text, encoding="utf-8")
-        _put_in_place(unfinished, destination)
+    with complete_folder(destination) as folder:
+        _write_arrays(folder / _ARRAYS_FOLDER, arrays)
+        text = _metadata_text(metadata, _checksums(folder))
+        (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
 
 
 def restore(path: str | os.PathLike[str], params: PyTree) -> PyTree:
@@ -265,11 +262,10 @@ def _checksums(folder: Path) -> dict[str, int]:
 
 
 def _check_destination(destination: Path, overwrite: bool) -> None:
-    is_folder = destination.is_dir()
-    if not destination.exists() or (is_folder and not any(destination.iterdir())):
+    if is_free(destination):
         return
     # Replacing deletes, so it must not reach a folder that holds anything else.
-    if not (is_folder and (destination / _METADATA_FILE).is_file()):
+    if not (destination / _METADATA_FILE).is_file():
         raise CheckpointError(
             f"`path` {destination} exists and is no adapter checkpoint; choose another folder."
         )
@@ -278,24 +274,6 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
             f"`path` {destination} holds a checkpoint; "
             "save(path, wrapped, overwrite=True) replaces it."
         )
-
-
-def _sibling(destination: Path, state: str) -> Path:
-    return destination.with_name(f".{destination.name}.{state}")
-
-
-def _put_in_place(unfinished: Path, destination: Path) -> None:
-    previous = _sibling(destination, "previous")
-    if destination.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        destination.rename(previous)
-    try:
-        unfinished.rename(destination)
-    except OSError:
-        if previous.exists():
-            previous.rename(destination)
-        raise
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _write_arrays(folder: Path, arrays: Mapping[str, ArraysByName]) -> None:
@@ -311,7 +289,7 @@ def _read_arrays(
     import orbax.checkpoint as ocp
 
     with (
-        _as_checkpoint_error(_damaged(source)),
+        as_checkpoint_error(_damaged(source)),
         ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
     ):
         stored = checkpointer.restore(source / _ARRAYS_FOLDER)
@@ -351,9 +329,9 @@ def _checked_array(
 
 
 def _read_metadata(source: Path) -> tuple[dict[str, _WeightMetadata], dict[str, int]]:
-    with _as_checkpoint_error(f"`path` {source} can't be read"):
+    with as_checkpoint_error(f"`path` {source} can't be read"):
         _check_source(source)
-    with _as_checkpoint_error(_damaged(source)):
+    with as_checkpoint_error(_damaged(source)):
         content = json.loads((source / _METADATA_FILE).read_text(encoding="utf-8"))
         stored_format, version = content["format"], int(content["version"])
     if stored_format != _FORMAT:
@@ -365,14 +343,14 @@ def _read_metadata(source: Path) -> tuple[dict[str, _WeightMetadata], dict[str, 
             f"the checkpoint {source} has format version {version}, and this lora_jax reads "
             f"versions up to {FORMAT_VERSION}: upgrade lora_jax."
         )
-    with _as_checkpoint_error(_damaged(source)):
+    with as_checkpoint_error(_damaged(source)):
         weights = {path: _WeightMetadata.from_json(x) for path, x in content["weights"].items()}
         return weights, dict(content["crc32"])
 
 
 def _check_undamaged(source: Path, checksums: Mapping[str, int]) -> None:
     # Before Orbax reads: it would leave threads and event loops behind on the way out.
-    with _as_checkpoint_error(_damaged(source)):
+    with as_checkpoint_error(_damaged(source)):
         for name, checksum in checksums.items():
             if zlib.crc32((source / name).read_bytes()) != checksum:
                 raise CheckpointError(f"{_damaged(source)}: {name} is not as it was saved.")
@@ -382,14 +360,9 @@ def _check_source(source: Path) -> None:
     if (source / _METADATA_FILE).is_file():
         return
     if not source.exists():
-        previous = _sibling(source, "previous")
-        hint = (
-            f" An interrupted save left the one before at {previous}: rename it to {source.name}."
-            if previous.exists()
-            else ""
-        )
         raise CheckpointError(
-            f"`path` {source} does not exist; expected a folder that save wrote.{hint}"
+            f"`path` {source} does not exist; expected a folder that save wrote."
+            f"{interruption_hint(source)}"
         )
     raise CheckpointError(
         f"`path` {source} is no adapter checkpoint, having no {_METADATA_FILE}; expected a folder "
@@ -458,23 +431,3 @@ def _factor_misfit(weight: _WeightMetadata) -> str | None:
 
 def _damaged(source: Path) -> str:
     return f"the checkpoint {source} is damaged, restore another copy or save it again"
-
-
-@contextlib.contextmanager
-def _as_checkpoint_error(message: str) -> Iterator[None]:
-    """Turns whatever the file system, JSON or Orbax raises into a `CheckpointError`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{message}: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import lora_jax
-from lora_jax import checkpoint
+from lora_jax import _folders, checkpoint
 from lora_jax import init as lora_init
 from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError
 
@@ -296,14 +296,21 @@ class TestSaveRefuses:
 
 class TestInterruptedSave:
     @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
-    @pytest.mark.parametrize("step", ["_write_arrays", "_metadata_text", "_put_in_place"])
-    def test_the_old_checkpoint_survives(self, saved, wrapped, monkeypatch, step, failure):
+    @pytest.mark.parametrize(
+        ("module", "step"),
+        [
+            (checkpoint, "_write_arrays"),
+            (checkpoint, "_metadata_text"),
+            (_folders, "_put_in_place"),
+        ],
+    )
+    def test_the_old_checkpoint_survives(self, saved, wrapped, monkeypatch, module, step, failure):
         before = contents(saved)
 
         def fail(*args):
             raise failure
 
-        monkeypatch.setattr(checkpoint, step, fail)
+        monkeypatch.setattr(module, step, fail)
         expected = CheckpointError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected):
             lora_jax.save(saved, trained(wrapped, seed=2), overwrite=True)

@@ -25,6 +25,7 @@ PUBLIC = {
     **public_names(lora_jax),
     **public_names(lora_jax.init),
     **public_names(lora_jax.optimizers),
+    **public_names(lora_jax.peft),
     **public_names(lora_jax.transform),
 }
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
