@@ -13,13 +13,16 @@ ifneq ($(wildcard ../shared/mnist),)
 export MNIST_DIR ?= $(abspath ../shared/mnist)
 endif
 
-.PHONY: help mnist test test-peft check format docs lowest clean
+.PHONY: help mnist rank-study test test-peft check format docs lowest clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network on MNIST (RANK=1, ARGS=...)
 	$(bin)/python -m experiments.mnist_lora --rank $(RANK) $(ARGS)
+
+rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on that task (ARGS=...)
+	$(bin)/python -m experiments.rank_study $(ARGS)
 
 test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lora_jax
 from experiments.data import Split, epoch_batches
-from experiments.mnist_lora import NETWORK, initial_params
+from experiments.mnist_task import LAYERS, NETWORK, initial_params
 from experiments.models import normalised
-from experiments.training import training_step
+from experiments.training import Training
 
 _BATCH_SIZE = 10
-_LAYERS = ("hidden_1", "hidden_2", "output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,40 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class Kind:
-    """A training step with the parameters and the optimiser state that it has reached."""
-
-    def __init__(self, apply_fn: Callable[..., Any], params: Any, tx: Any) -> None:
-        self._step = training_step(apply_fn, tx)
-        self._params = jax.tree.map(jnp.copy, params)
-        self._state = tx.init(self._params)
+class Kind(Training):
+    """One of the trainings, and what its steps take."""
 
     def run(self, batches: Sequence[Any]) -> float:
         """Takes a step on each batch and returns the seconds that one took."""
         start = time.perf_counter()
         for inputs, labels in batches:
-            self._take(inputs, labels)
-        jax.block_until_ready(self._params)
+            self.take_step(inputs, labels)
+        jax.block_until_ready(self.params)
         return (time.perf_counter() - start) / len(batches)
 
     def seconds_to_dispatch(self, batch: Any) -> float:
         """Returns the time until a call returns, the device being idle before."""
         times = []
         for _ in range(200):
-            jax.block_until_ready(self._params)
+            jax.block_until_ready(self.params)
             start = time.perf_counter()
-            self._take(*batch)
+            self.take_step(*batch)
             times.append(time.perf_counter() - start)
         return float(np.median(times))
-
-    def _take(self, inputs: Any, labels: Any) -> None:
-        self._params, self._state, _ = self._step(self._params, self._state, inputs, labels)
 
 
 def _steps() -> dict[str, tuple[Callable[..., Any], Any, Any]]:
     params = initial_params(0)
     init = functools.partial(lora_jax.init.gaussian, standard_deviation=1.0)
-    wrapped = lora_jax.wrap(params, _LAYERS, rank=1, init=init)
+    wrapped = lora_jax.wrap(params, LAYERS, rank=1, init=init)
     adam = optax.adam(1e-3)
     return {
         "all weights": (NETWORK.apply, params, adam),
@@ -99,12 +89,12 @@ def _steps() -> dict[str, tuple[Callable[..., Any], Any, Any]]:
 def _by_hand(variables: Any, images: jax.Array) -> jax.Array:
     """Returns what the study's network gives, with LoRA written into it."""
     x = normalised(images)
-    for name in _LAYERS:
+    for name in LAYERS:
         layer = variables["params"][name]
         weight = layer["kernel"]
         base, scale = jax.lax.stop_gradient((weight.base, weight.scale))
         x = x @ base + scale * (x @ weight.lora_A) @ weight.lora_B + layer["bias"]
-        x = x if name == _LAYERS[-1] else jax.nn.relu(x)
+        x = x if name == LAYERS[-1] else jax.nn.relu(x)
     return x
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from experiments.errors import InputError
+from experiments.interrupts import remembered_interrupts
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -19,10 +20,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         help_text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS):
-            return help_text
         default = action.default
-        shown = " ".join(default) if isinstance(default, list) else default
+        if default is None or default is False or default == argparse.SUPPRESS:
+            return help_text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         return f"{help_text} (default: {shown})"
 
 
@@ -36,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 def exit_code(study: Callable[[], None]) -> int:
     """Runs the study and returns the exit code of the process."""
     try:
-        study()
+        with remembered_interrupts():
+            study()
     except SystemExit as exit_request:  # argparse: bad arguments, or --help
         return exit_request.code if isinstance(exit_request.code, int) else EXIT_FAILURE
     except InputError as error:

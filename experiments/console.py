@@ -1,6 +1,7 @@
 """What the reader of a study sees: tables, progress bars, and lines that can't be missed."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -19,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from experiments.interrupts import raise_if_interrupted
+
 _REDRAWS_PER_SECOND = 4
 _UPDATES = 500
 # Where output is a file, a table must not be folded to the width of a screen that isn't there.
@@ -35,6 +38,7 @@ class Steps:
         self._done = 0
 
     def advance(self) -> None:
+        raise_if_interrupted()
         self._done += 1
         if self._done % self._stride == 0:
             self._bar.update(self._task, completed=self._done)
@@ -59,6 +63,13 @@ class Console:
         self._rich = RichConsole(stderr=to_stderr, highlight=False)
         if not self._rich.is_terminal:
             self._rich.width = max(self._rich.width, _FILE_WIDTH)
+        self._shows_progress = True
+
+    def without_progress(self) -> "Console":
+        """Returns a console that shows no progress: that of a part of what has a bar already."""
+        console = copy.copy(self)
+        console._shows_progress = False
+        return console
 
     @property
     def is_terminal(self) -> bool:
@@ -94,13 +105,13 @@ class Console:
             TextColumn("{task.fields[note]}"),
             console=self._rich,
             refresh_per_second=_REDRAWS_PER_SECOND,
-            disable=not self.is_terminal,
+            disable=not (self.is_terminal and self._shows_progress),
         )
         with bar:
             steps = Steps(bar, bar.add_task(description, total=total, note=""), total)
             yield steps
             steps.finish()
-        if not self.is_terminal:
+        if self._shows_progress and not self.is_terminal:
             self.note(str(steps))
 
 

@@ -22,7 +22,7 @@ from experiments.command import (
 )
 from experiments.console import Console, device_line, device_name
 from experiments.data import Dataset, Split, epoch_batches
-from experiments.errors import InputError
+from experiments.errors import as_input_error
 from experiments.evaluation import evaluate
 from experiments.models import MLP
 from experiments.training import ApplyFn, train
@@ -100,7 +100,7 @@ def random_data(random: np.random.Generator) -> Dataset:
 
 def with_adapters(params: Any, options: argparse.Namespace) -> Any:
     """Returns `params` with adapters on the targets, and with one layer to train in full."""
-    try:
+    with as_input_error():
         return lora_jax.wrap(
             params,
             options.targets,
@@ -109,8 +109,6 @@ def with_adapters(params: Any, options: argparse.Namespace) -> Any:
             key=jax.random.key(options.seed),
             train=options.train,
         )
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
 
 
 def parameter_rows(wrapped: Any) -> list[list[str]]:

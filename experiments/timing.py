@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.console import Console
 
@@ -13,16 +14,32 @@ _WARM_UP_ROUNDS = 5
 
 
 def milliseconds(
-    computations: Mapping[str, Callable[[], Any]], rounds: int, *, console: Console
+    computations: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    console: Console,
+    description: str = "Timing",
 ) -> dict[str, float]:
-    """Returns each computation's median time.
+    """Returns each computation's median time; see `rounds_of_milliseconds`."""
+    times = rounds_of_milliseconds(computations, rounds, console=console, description=description)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def rounds_of_milliseconds(
+    computations: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    console: Console,
+    description: str,
+) -> dict[str, NDArray[np.float64]]:
+    """Returns each computation's time in each round, after some rounds to warm up.
 
     They take turns, and each round starts with another one, so that a machine that slows down or
     a cache that one leaves behind for the next favours none of them.
     """
     names = list(computations)
     times: dict[str, list[float]] = {name: [] for name in names}
-    with console.progress("Timing inference", rounds + _WARM_UP_ROUNDS) as progress:
+    with console.progress(description, rounds + _WARM_UP_ROUNDS) as progress:
         for round_number in range(rounds + _WARM_UP_ROUNDS):
             first = round_number % len(names)
             for name in names[first:] + names[:first]:
@@ -30,7 +47,7 @@ def milliseconds(
                 jax.block_until_ready(computations[name]())
                 times[name].append(1000 * (time.perf_counter() - start))
             progress.advance()
-    return {name: float(np.median(times[name][_WARM_UP_ROUNDS:])) for name in names}
+    return {name: np.array(times[name][_WARM_UP_ROUNDS:]) for name in names}
 
 
 class Stopwatch:

@@ -6,6 +6,7 @@ wrapped tree with `lora_jax.optimizer(optax.adam(...))` and `lora_jax.adapt(mode
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Array) -> Float
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+# The same function jitted anew is compiled anew; a study of many trainings compiles each kind once.
+@lru_cache(maxsize=8)
 def training_step(apply_fn: ApplyFn, tx: optax.GradientTransformation) -> Step:
     """Returns the compiled step; it reuses the memory of the params and state that it is given."""
 
@@ -53,6 +56,23 @@ def training_step(apply_fn: ApplyFn, tx: optax.GradientTransformation) -> Step:
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+class Training:
+    """A training step, and the params and the optimiser state that it has reached.
+
+    The params that it is given stay as they are.
+    """
+
+    def __init__(self, apply_fn: ApplyFn, params: Any, tx: optax.GradientTransformation) -> None:
+        self._step = training_step(apply_fn, tx)
+        self.params = jax.tree.map(jnp.copy, params)
+        self._state = tx.init(self.params)
+
+    def take_step(self, inputs: Any, labels: Any) -> Float[Array, ""]:
+        """Takes a step on one batch and returns its loss, perhaps before the device is done."""
+        self.params, self._state, loss = self._step(self.params, self._state, inputs, labels)
+        return loss
+
+
 def train(
     apply_fn: ApplyFn,
     params: Any,
@@ -63,17 +83,14 @@ def train(
     description: str,
 ) -> Trained:
     """Returns the params after one step on each batch; those passed in stay as they are."""
-    step = training_step(apply_fn, tx)
-    params = jax.tree.map(jnp.copy, params)
-    state = tx.init(params)
+    training = Training(apply_fn, params, tx)
     losses: list[Array] = []
     with console.progress(description, len(batches)) as progress:
         for inputs, labels in batches:
-            params, state, loss = step(params, state, inputs, labels)
-            losses.append(loss)
+            losses.append(training.take_step(inputs, labels))
             progress.advance()
             if len(losses) % _STEPS_PER_LOSS_SHOWN == 0:
                 recent = jax.device_get(losses[-_STEPS_PER_LOSS_SHOWN:])
                 progress.show(f"loss {np.mean(recent):.4f}")
         all_losses = np.array(jax.device_get(losses), np.float32)
-    return Trained(params, all_losses)
+    return Trained(training.params, all_losses)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from experiments.command import Parser, exit_code, fraction, positive_float, positive_int, seed
+from experiments.command import (
+    HelpFormatter,
+    Parser,
+    exit_code,
+    fraction,
+    positive_float,
+    positive_int,
+    seed,
+)
 from experiments.errors import InputError
 
 
@@ -57,3 +65,14 @@ def test_argument_types_name_what_came_and_what_was_expected(kind, good, bad, ca
         assert shown.startswith("error: argument --value: ")
         assert repr(text) in shown
         assert shown.count("\n") == 1
+
+
+def test_help_tells_every_default_that_is_a_value():
+    parser = Parser(prog="study", formatter_class=HelpFormatter)
+    parser.add_argument("--seed", default=0, help="the seed")
+    parser.add_argument("--ranks", default=[1, 2], help="the ranks")
+    parser.add_argument("--digit", default=None, help="the digit")
+    parser.add_argument("--json", action="store_true", help="the format")
+    shown = parser.format_help()
+    for line in ("the seed (default: 0)\n", "the ranks (default: 1 2)\n", "digit\n", "format\n"):
+        assert line in shown

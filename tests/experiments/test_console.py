@@ -15,6 +15,17 @@ def test_a_file_gets_one_line_for_a_thousand_steps(capsys):
     assert "\x1b" not in shown
 
 
+def test_a_part_of_a_longer_progress_shows_none_of_its_own(capsys):
+    console = Console()
+    with console.without_progress().progress("Training", 10) as progress:
+        progress.advance()
+        progress.show("loss 0.5")
+    assert capsys.readouterr().out == ""
+    with console.progress("Training", 10):
+        pass
+    assert capsys.readouterr().out.startswith("Training: ")
+
+
 def test_standard_output_can_be_left_alone(capsys):
     console = Console(to_stderr=True)
     console.note("note")

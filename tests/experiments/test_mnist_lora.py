@@ -10,8 +10,9 @@ import pytest
 
 import lora_jax
 from experiments import mnist_lora
-from experiments.mnist_lora import initial_params, main, with_adapters
+from experiments.mnist_lora import main, with_adapters
 from experiments.mnist_options import parsed
+from experiments.mnist_task import initial_params
 
 SMALL = ("--data", "digits", "--batch-size", "50", "--finetune-batches", "6")
 
@@ -154,7 +155,7 @@ def test_interrupting_keeps_the_finished_base_and_leaves_nothing_half_written(
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mnist_lora, "_finetuned", interrupted)
+    monkeypatch.setattr(mnist_lora, "finetuned", interrupted)
     assert main([*SMALL, "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "error: interrupted; what was finished is kept\n"
     assert [path.name for path in tmp_path.iterdir()] == ["base_checkpoint"]

@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 from experiments.data import epoch_batches
-from experiments.mnist_lora import NETWORK, initial_params
+from experiments.mnist_task import NETWORK, initial_params
 from experiments.models import normalised
 from experiments.training import cross_entropy, train, training_step
 

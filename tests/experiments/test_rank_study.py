@@ -1,0 +1,301 @@
+"""The study of ranks: its grid, what it reuses and what it refuses, and how it goes on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import rank_cells
+from experiments.cell_store import CellStore
+from experiments.rank_cells import FineTuning, StepTimes, grid
+from experiments.rank_methods import METHODS, optimizer
+from experiments.rank_options import parsed
+from experiments.rank_study import main
+
+DIGITS = ("--data", "digits", "--batch-size", "50", "--finetune-batches", "2", "--no-plots")
+GRID = ("--ranks", "1", "12", "--methods", "lora", "lora_plus", "--repeats", "2")
+# A fine-tuning for each rank, method and repetition, and the step times of each rank.
+GRID_CELLS = 2 * 2 * 2 + 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_timing_rounds():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rank_cells, "_TIMING_ROUNDS", 1)
+        patched.setattr(rank_cells, "_STEPS_TIMED_AT_ONCE", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(few_timing_rounds, tmp_path_factory) -> Path:
+    """Returns the base network of a run that trained it, and tried every method once."""
+    out = tmp_path_factory.mktemp("first") / "out"
+    assert run(out, "--ranks", "2", "--repeats", "1", "--base", out / "none") == 0
+    return out / "base_checkpoint"
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    """Returns the folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run(out, *GRID, "--base", base) == 0
+    return out
+
+
+def run(out, *arguments) -> int:
+    return main([*DIGITS, "--out", str(out), *map(str, arguments)])
+
+
+def metrics_in(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def cells_in(out: Path) -> list[Path]:
+    return sorted((out / "cells").glob("*.json"))
+
+
+def numbers_of(metrics: dict) -> dict:
+    """Returns the metrics without what the clock says."""
+    times = ("milliseconds", "relative_time")
+    cells = [{key: cell[key] for key in cell if key not in times} for cell in metrics["cells"]]
+    return {**{key: metrics[key] for key in metrics if key != "seconds"}, "cells": cells}
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list:
+    """Returns the list of cells that are computed from now on."""
+    cells = []
+    for kind in (FineTuning, StepTimes):
+
+        def result(cell, task, original=kind.result):
+            cells.append(cell)
+            return original(cell, task)
+
+        monkeypatch.setattr(kind, "result", result)
+    return cells
+
+
+def test_every_method_gives_all_its_numbers(base):
+    metrics = metrics_in(base.parent)
+    assert [cell["method"] for cell in metrics["cells"]] == list(METHODS)
+    assert metrics["base"]["wrong_counts"][metrics["digit"]] == max(metrics["base"]["wrong_counts"])
+    for cell in metrics["cells"]:
+        assert cell["rank"] == 2
+        assert len(cell["wrong"]) == len(cell["accuracy"]) == 1
+        assert 0 <= cell["wrong"][0] <= metrics["test_images_of_digit"]
+        assert 0 < cell["accuracy"][0] <= 1
+        assert cell["milliseconds"] > 0
+        assert cell["relative_time"] > 0
+    by_method = {cell["method"]: cell for cell in metrics["cells"]}
+    assert by_method["lora"]["trainable"] == 2 * (784 + 1000 + 1000 + 2000 + 2000 + 10)
+    assert by_method["dora"]["trainable"] == by_method["lora"]["trainable"] + 1000 + 2000 + 10
+
+
+def test_the_grid_is_complete_and_the_output_layer_has_no_more_rank_than_columns(whole):
+    metrics = metrics_in(whole)
+    assert [(cell["rank"], cell["method"]) for cell in metrics["cells"]] == [
+        (1, "lora"),
+        (1, "lora_plus"),
+        (12, "lora"),
+        (12, "lora_plus"),
+    ]
+    at_twelve = metrics["cells"][2]
+    assert at_twelve["trainable"] == 12 * (784 + 1000 + 1000 + 2000) + 10 * (2000 + 10)
+    assert all(len(cell["accuracy"]) == 2 for cell in metrics["cells"])
+    assert len(cells_in(whole)) == GRID_CELLS
+
+
+def test_the_base_of_another_run_is_used_where_settings_agree(base, tmp_path, capsys):
+    small = ("--ranks", "1", "--methods", "lora", "--repeats", "1", "--base", base)
+    assert run(tmp_path / "same", *small) == 0
+    assert f"reused from {base}" in capsys.readouterr().out
+    assert not (tmp_path / "same" / "base_checkpoint").exists()
+    assert run(tmp_path / "other", *small, "--seed", "1") == 0
+    assert "Base network: reused" not in capsys.readouterr().out
+    assert (tmp_path / "other" / "base_checkpoint").is_dir()
+
+
+def test_a_second_run_computes_nothing_and_says_so(whole, base, computed, capsys):
+    before = metrics_in(whole)
+    assert run(whole, *GRID, "--base", base) == 0
+    assert computed == []
+    assert f"{GRID_CELLS} of {GRID_CELLS} reused" in capsys.readouterr().out
+    again = metrics_in(whole)
+    del before["seconds"], again["seconds"]
+    assert again == before
+
+
+@pytest.mark.parametrize("finished", range(GRID_CELLS))
+def test_an_interruption_loses_no_finished_cell(
+    finished, whole, base, computed, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    store_save = CellStore.save
+
+    def save(store, settings, result):
+        if len(computed) > finished:
+            raise KeyboardInterrupt
+        store_save(store, settings, result)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CellStore, "save", save)
+        assert run(out, *GRID, "--base", base) == 130
+    assert capsys.readouterr().err == "error: interrupted; what was finished is kept\n"
+    assert len(cells_in(out)) == finished
+    assert not (out / "metrics.json").exists()
+    computed.clear()
+    assert run(out, *GRID, "--base", base) == 0
+    assert len(computed) == GRID_CELLS - finished
+    assert numbers_of(metrics_in(out)) == numbers_of(metrics_in(whole))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(whole, base, computed, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.rank_study", *DIGITS, *GRID]
+    with subprocess.Popen(
+        [*command, "--base", str(base), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        # As the tests themselves run, to the last bit.
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"},
+    ) as process:
+        while len(cells_in(out)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    finished = len(cells_in(out))
+    assert 2 <= finished < GRID_CELLS
+    assert run(out, *GRID, "--base", base) == 0
+    fine_tunings = [cell for cell in computed if isinstance(cell, FineTuning)]
+    assert len(fine_tunings) <= 8 - 2
+    assert numbers_of(metrics_in(out)) == numbers_of(metrics_in(whole))
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        (["--alpha", "2"], 8),
+        (["--lora-plus-ratio", "8"], 4),
+        (["--replay", "0.25"], 8),
+        (["--digit", "0"], 8),
+        (["--learning-rate", "0.01"], GRID_CELLS),
+        (["--repeats", "3"], 4),
+        (["--ranks", "1", "2"], 5),
+        (["--methods", "lora", "rslora"], 4 + 2),
+        (["--fresh"], GRID_CELLS),
+    ],
+)
+def test_only_cells_of_the_same_settings_are_reused(
+    changed, again, whole, base, computed, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    assert run(out, *GRID, "--base", base, *changed) == 0
+    assert len(computed) == again
+    computed.clear()
+    assert run(out, *GRID, "--base", base) == 0
+    assert computed == []
+
+
+@pytest.mark.slow
+def test_from_the_shell_standard_output_is_json_alone_and_the_picture_is_drawn(base, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "error", "-m", "experiments.rank_study", *DIGITS[:-1]]
+    options = ["--ranks", "1", "--methods", "lora", "--repeats", "1", "--json"]
+    places = ["--base", str(base), "--out", str(out)]
+    done = subprocess.run(
+        [*command, *options, *places], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == metrics_in(out)
+    assert done.stderr.startswith("JAX ")
+    assert "Wrong answers on digit" in done.stderr
+    assert "\x1b" not in done.stderr
+    names = {path.name for path in out.iterdir()}
+    assert names == {"metrics.json", "rank_study.png", "cells"}
+
+
+def test_a_damaged_cell_is_told_and_computed_again(whole, base, computed, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    cells_in(out)[0].write_text('{"settings"')
+    assert run(out, *GRID, "--base", base) == 0
+    assert "can't be read" in capsys.readouterr().out
+    assert len(computed) == 1
+    assert numbers_of(metrics_in(out)) == numbers_of(metrics_in(whole))
+
+
+def test_the_methods_differ_in_scale_and_in_the_learning_rate_of_lora_b():
+    assert optimizer(1e-3, None) is optimizer(1e-3, None)
+    assert optimizer(1e-3, None) is not optimizer(1e-3, 16.0)
+    assert METHODS["rslora"].settings == {"rslora": True}
+    assert [name for name, method in METHODS.items() if method.faster_B] == ["lora_plus"]
+
+
+def test_the_grid_has_each_rank_once_in_order_and_times_all_methods_together():
+    options = parsed(["--ranks", "4", "2", "4", "--methods", "dora", "lora", "--repeats", "1"])
+    assert grid(options) == [
+        FineTuning(2, "lora", 0),
+        FineTuning(2, "dora", 0),
+        StepTimes(2, ("lora", "dora")),
+        FineTuning(4, "lora", 0),
+        FineTuning(4, "dora", 0),
+        StepTimes(4, ("lora", "dora")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0"], "argument --ranks"),
+        (["--ranks", "1.5"], "argument --ranks"),
+        (["--ranks"], "argument --ranks"),
+        (["--ranks", "1", "785"], "hidden_1/kernel"),
+        (["--methods", "qlora"], "argument --methods"),
+        (["--repeats", "0"], "argument --repeats"),
+        (["--alpha", "0"], "argument --alpha"),
+        (["--lora-plus-ratio", "nan"], "argument --lora-plus-ratio"),
+        (["--replay", "1.5"], "argument --replay"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--batch-size", "5000"], "--batch-size 5000"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", "digits", "--out", "out", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+    assert message in shown
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--data", "digits", "--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_failure_is_one_line_and_exit_code_1(base, tmp_path, monkeypatch, capsys):
+    def full(store, settings, result):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(CellStore, "save", full)
+    small = ("--ranks", "1", "--methods", "lora", "--repeats", "1", "--base", base)
+    assert run(tmp_path / "out", *small) == 1
+    assert capsys.readouterr().err == "error: OSError: disk full\n"
+
+
+def test_help_explains_every_option_and_method(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("--ranks", "--alpha", "--replay", "--fresh", "--base", "examples:", *METHODS):
+        assert text in shown
+    assert "default: 1 2 4 8 16 32" in shown
