@@ -1,5 +1,6 @@
 """LoRA for any JAX function: pure functions over parameter pytrees."""
 
+from lora_jax import checkpoint as checkpoint
 from lora_jax import init as init
 from lora_jax import optimizers as optimizers
 from lora_jax import peft as peft

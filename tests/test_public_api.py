@@ -10,7 +10,7 @@ import pytest
 import lora_jax
 import lora_jax.optimizers
 import lora_jax.transform
-from lora_jax import checkpoint
+from lora_jax.checkpoint import TrainingCheckpoints, TrainingState
 
 
 def public_names(module: types.ModuleType) -> dict[str, Any]:
@@ -27,6 +27,8 @@ PUBLIC = {
     **public_names(lora_jax.optimizers),
     **public_names(lora_jax.peft),
     **public_names(lora_jax.transform),
+    "lora_jax.checkpoint.TrainingCheckpoints": TrainingCheckpoints,
+    "lora_jax.checkpoint.TrainingState": TrainingState,
 }
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
@@ -34,6 +36,7 @@ CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(valu
 CONTRACT = [
     "LoRAWeight",
     "adapt",
+    "checkpoint",
     "combine",
     "explain",
     "infer_axes",
@@ -91,6 +94,15 @@ def test_classes_are_documented(cls: type) -> None:
             assert member.__doc__
 
 
+@pytest.mark.parametrize("name", ["close", "delete_after", "restore", "save", "wait"])
+def test_methods_are_documented(name: str) -> None:
+    method = getattr(TrainingCheckpoints, name)
+    doc = inspect.getdoc(method) or ""
+    for parameter in inspect.signature(method).parameters:
+        assert parameter == "self" or f"{parameter}: " in doc.partition("Args:")[2]
+    assert "Raises:" in doc
+
+
 def test_options_are_keyword_only() -> None:
     """A position says little of a rank or a path; two positions are what a reader can hold."""
     for name, function in FUNCTIONS.items():
@@ -107,5 +119,5 @@ def test_options_are_keyword_only() -> None:
 
 
 def test_what_the_package_offers_is_what_its_modules_define() -> None:
-    assert lora_jax.save is checkpoint.save
+    assert lora_jax.save is lora_jax.checkpoint.save
     assert lora_jax.adapt is lora_jax.transform.adapt

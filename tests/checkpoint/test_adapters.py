@@ -2,21 +2,21 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import equinox as eqx
 import flax.core
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 import lora_jax
-from lora_jax import _folders, checkpoint
+from lora_jax import _folders
 from lora_jax import init as lora_init
-from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError
+from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError, _adapters
+from lora_jax.checkpoint._signed import signed_text
+from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
 
 
 def a_dict(dtype=jnp.float32):
@@ -55,33 +55,13 @@ CONTAINERS = {
 }
 
 
-def trained(wrapped, seed=1):
-    """Returns `wrapped` with random numbers in all that trains, as after some steps."""
-    adapters, frozen = lora_jax.split(wrapped)
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    return lora_jax.combine(jax.tree.unflatten(treedef, noise), frozen)
-
-
-def assert_identical(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-        assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
-
-
-def contents(folder):
-    """Returns every file below `folder` with its bytes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
 def edit_metadata(folder, change):
+    """Rewrites `adapters.json` as a program might that also writes the right checksum of it."""
     file = folder / "adapters.json"
-    metadata = json.loads(file.read_text())
-    change(metadata)
-    file.write_text(json.dumps(metadata))
+    content = json.loads(file.read_text())
+    change(content)
+    del content["own_crc32"]
+    file.write_text(signed_text(content.pop("format"), content.pop("version"), content))
 
 
 def test_what_distinguishes_a_variant_is_restored(tmp_path):
@@ -206,11 +186,10 @@ class TestRoundTrip:
         assert_identical(lora_jax.restore("runs/adapters", params), wrapped)
 
     def test_leaves_no_output_and_no_thread(self, tmp_path, params, wrapped, capfd):
-        threads = threading.active_count()
-        lora_jax.save(tmp_path / "adapters", wrapped)
-        lora_jax.restore(tmp_path / "adapters", params)
+        with no_new_threads():
+            lora_jax.save(tmp_path / "adapters", wrapped)
+            lora_jax.restore(tmp_path / "adapters", params)
         assert capfd.readouterr() == ("", "")
-        assert threading.active_count() == threads
 
 
 class TestContents:
@@ -298,11 +277,7 @@ class TestInterruptedSave:
     @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
     @pytest.mark.parametrize(
         ("module", "step"),
-        [
-            (checkpoint, "_write_arrays"),
-            (checkpoint, "_metadata_text"),
-            (_folders, "_put_in_place"),
-        ],
+        [(_adapters, "_write_arrays"), (_adapters, "_metadata_text"), (_folders, "_put_in_place")],
     )
     def test_the_old_checkpoint_survives(self, saved, wrapped, monkeypatch, module, step, failure):
         before = contents(saved)
@@ -317,7 +292,7 @@ class TestInterruptedSave:
         assert contents(saved.parent) == {f"{saved.name}/{file}": x for file, x in before.items()}
 
     def test_nothing_is_left_at_a_new_path(self, tmp_path, wrapped, monkeypatch):
-        monkeypatch.setattr(checkpoint, "_metadata_text", lambda *args: 1 / 0)
+        monkeypatch.setattr(_adapters, "_metadata_text", lambda *args: 1 / 0)
         with pytest.raises(CheckpointError, match="can't be written.*ZeroDivisionError"):
             lora_jax.save(tmp_path / "adapters", wrapped)
         assert list(tmp_path.iterdir()) == []
@@ -442,6 +417,46 @@ class TestRestoreRefuses:
         with pytest.raises(CheckpointError, match="damaged"):
             lora_jax.restore(saved, params)
 
+    @pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+    def test_a_changed_digit_in_the_metadata(self, saved, params, place):
+        file = saved / "adapters.json"
+        text = file.read_text()
+        digit = next(i for i in range(int(place * len(text)), len(text)) if text[i] in "123456")
+        file.write_text(f"{text[:digit]}{int(text[digit]) + 1}{text[digit + 1 :]}")
+        with pytest.raises(CheckpointError, match=r"damaged.*adapters\.json is not as it was"):
+            lora_jax.restore(saved, params)
+
+    def test_metadata_of_a_version_without_a_checksum_of_them(self, saved, params, wrapped):
+        file = saved / "adapters.json"
+        metadata = json.loads(file.read_text())
+        del metadata["own_crc32"]
+        file.write_text(json.dumps(metadata))
+        assert_identical(lora_jax.restore(saved, params), wrapped)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../outside",
+            "arrays/../../outside",
+            "{}/outside",
+            r"arrays\..\..\outside",
+            r"C:\outside",
+        ],
+    )
+    def test_a_file_outside_of_the_folder_is_not_read(self, saved, params, name, monkeypatch):
+        (saved.parent / "outside").write_text("a secret")
+        name = name.format(saved.parent)
+        edit_metadata(saved, lambda it: it["crc32"].update({name: 0}))
+        opened, original = [], Path.open
+        monkeypatch.setattr(
+            Path,
+            "open",
+            lambda self, *args, **options: opened.append(self) or original(self, *args, **options),
+        )
+        with pytest.raises(CheckpointError, match="names the file .*outside.* nothing was read"):
+            lora_jax.restore(saved, params)
+        assert opened == [saved / "adapters.json"]
+
     def test_arrays_of_another_checkpoint(self, saved, params, wrapped):
         other = saved.with_name("other")
         lora_jax.save(other, trained(wrapped, seed=2))
@@ -471,7 +486,7 @@ class TestRestoreRefuses:
         del files["adapters.json"]  # its damages have tests of their own
         for name, original in files.items():
             file = saved / name
-            _damage(file, original, damage)
+            damage_file(file, original, damage)
             with pytest.raises(CheckpointError, match=f"{saved} is damaged.*{name}"):
                 lora_jax.restore(saved, params)
             file.write_bytes(original)
@@ -483,16 +498,3 @@ class TestRestoreRefuses:
         with pytest.raises(CheckpointError):
             lora_jax.restore(saved, params)
         assert_identical(params, before)
-
-
-def _damage(file, original, damage):
-    middle = len(original) // 2
-    if damage == "deleted":
-        file.unlink()
-    elif damage == "emptied":
-        file.write_bytes(b"")
-    elif damage == "truncated":
-        file.write_bytes(original[:middle])
-    else:
-        flipped = bytes([original[middle] ^ 0x55])
-        file.write_bytes(original[:middle] + flipped + original[middle + 1 :])

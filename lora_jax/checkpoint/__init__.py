@@ -1,0 +1,12 @@
+"""Checkpoints: adapters to use, and runs to resume; never the frozen base.
+
+`save` and `restore` are for adapters that are done, `TrainingCheckpoints` is for the run that makes
+them. Orbax is imported on first use.
+"""
+
+from lora_jax._folders import CheckpointError as CheckpointError
+from lora_jax.checkpoint._adapters import FORMAT_VERSION as FORMAT_VERSION
+from lora_jax.checkpoint._adapters import restore as restore
+from lora_jax.checkpoint._adapters import save as save
+from lora_jax.checkpoint._training import TrainingCheckpoints as TrainingCheckpoints
+from lora_jax.checkpoint._training_state import TrainingState as TrainingState

@@ -1,0 +1,224 @@
+"""Checkpoints of adapters: what was trained and what it belongs to, without the base weights.
+
+A checkpoint is a folder with the arrays, written by Orbax, and `adapters.json`, which says for each
+adapted path what was trained there.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from lora_jax._folders import (
+    CheckpointError,
+    as_checkpoint_error,
+    cannot_write,
+    complete_folder,
+    interruption_hint,
+    is_free,
+)
+from lora_jax._paths import map_with_paths
+from lora_jax.checkpoint._checksums import check_files, file_checksums
+from lora_jax.checkpoint._fit import check_fits, shardings_of
+from lora_jax.checkpoint._metadata import ArrayMetadata, WeightMetadata
+from lora_jax.checkpoint._nodes import adapter_nodes, saved_arrays
+from lora_jax.checkpoint._placement import placed
+from lora_jax.checkpoint._signed import read_signed, signed_text
+
+FORMAT_VERSION = 2
+
+_FORMAT = "lora_jax adapters"
+_METADATA_FILE = "adapters.json"
+_ARRAYS_FOLDER = "arrays"
+
+ArraysByName = dict[str, np.ndarray]
+
+
+def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = False) -> None:
+    """Writes the adapters of `wrapped`, and nothing of the frozen base, into the folder `path`.
+
+    The folder appears when it is complete. One that is overwritten stays until then.
+
+    Args:
+      path: the folder to write; what is above it is created.
+      wrapped: what `wrap` returned, trained or not; sharded in any way over the devices of this
+        process.
+      overwrite: whether a checkpoint that is at `path` already may be replaced.
+
+    Raises:
+      CheckpointError: `wrapped` has no adapters or is half a tree; `path` is taken or can't be
+        written.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax, tempfile
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lora_jax.save(f"{folder}/adapters", wrapped)
+      ...     restored = lora_jax.restore(f"{folder}/adapters", params)
+      >>> bool((restored["kernel"].lora_A == wrapped["kernel"].lora_A).all())
+      True
+    """
+    destination = Path(path).resolve()
+    nodes = adapter_nodes(wrapped)
+    arrays = {key: _host_arrays(saved_arrays(key, node)) for key, node in nodes.items()}
+    metadata = {key: WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
+    with as_checkpoint_error(cannot_write(destination)):
+        _check_destination(destination, overwrite)
+    with complete_folder(destination) as folder:
+        _write_arrays(folder / _ARRAYS_FOLDER, arrays)
+        text = _metadata_text(metadata, file_checksums(folder, _ARRAYS_FOLDER))
+        (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
+
+
+def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None = None) -> PyTree:
+    """Returns `params` wrapped with the adapters that `save` wrote into the folder `path`.
+
+    What was saved comes back bit for bit, numbers that are not finite included: whether a run that
+    diverged is of use is not for a file format to say.
+
+    Args:
+      path: the folder that `save` wrote.
+      params: plain params of the model that the adapters belong to. Their containers and the
+        weights' dtypes may differ from those at saving; paths and shapes may not.
+      like: a tree that is wrapped in the same way, of arrays or of `jax.ShapeDtypeStruct`, whose
+        factors have the shardings that the restored ones get. Unless given they are on JAX's
+        default device and not committed to it, and a compiled function moves them to the mesh of
+        the weights.
+
+    Returns:
+      A wrapped tree with the factors, scales and weights trained in full exactly as they were
+      saved, whatever they were sharded over then.
+
+    Raises:
+      CheckpointError: there is no adapter checkpoint, it is damaged or of a newer format, or a
+        path, a shape or a rank does not fit `params` or `like`.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax, tempfile
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     lora_jax.save(folder, lora_jax.wrap(params, "kernel", rank=2))
+      ...     lora_jax.restore(folder, params)["kernel"].rank
+      2
+    """
+    source = Path(path).resolve()
+    metadata, checksums = _read_metadata(source)
+    check_fits(source, metadata, params)
+    shardings = {} if like is None else shardings_of(source, metadata, like)
+    check_files(source, checksums, damaged=_damaged(source))
+    arrays = {
+        key: {name: placed(array, shardings.get((key, name))) for name, array in by_name.items()}
+        for key, by_name in _read_arrays(source, metadata).items()
+    }
+    return map_with_paths(
+        lambda key, leaf: metadata[key].node(leaf, arrays[key]) if key in arrays else leaf, params
+    )
+
+
+def _host_arrays(arrays: Mapping[str, Any]) -> ArraysByName:
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _metadata_text(metadata: Mapping[str, WeightMetadata], checksums: Mapping[str, int]) -> str:
+    weights = {path: dataclasses.asdict(weight) for path, weight in metadata.items()}
+    return signed_text(_FORMAT, FORMAT_VERSION, {"weights": weights, "crc32": checksums})
+
+
+def _check_destination(destination: Path, overwrite: bool) -> None:
+    if is_free(destination):
+        return
+    # Replacing deletes, so it must not reach a folder that holds anything else.
+    if not (destination / _METADATA_FILE).is_file():
+        raise CheckpointError(
+            f"`path` {destination} exists and is no adapter checkpoint; choose another folder."
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"`path` {destination} holds a checkpoint; "
+            "save(path, wrapped, overwrite=True) replaces it."
+        )
+
+
+def _write_arrays(folder: Path, arrays: Mapping[str, ArraysByName]) -> None:
+    import orbax.checkpoint as ocp
+
+    flat = {
+        _array_key(path, name): array
+        for path, by_name in arrays.items()
+        for name, array in by_name.items()
+    }
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.StandardSave(flat))
+
+
+def _read_arrays(
+    source: Path, metadata: Mapping[str, WeightMetadata]
+) -> dict[str, dict[str, jax.Array]]:
+    import orbax.checkpoint as ocp
+
+    with (
+        as_checkpoint_error(_damaged(source)),
+        ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+    ):
+        stored = checkpointer.restore(source / _ARRAYS_FOLDER)
+    return {
+        path: {
+            name: _checked_array(source, _array_key(path, name), stored, expected)
+            for name, expected in weight.arrays.items()
+        }
+        for path, weight in metadata.items()
+    }
+
+
+def _array_key(path: str, name: str) -> str:
+    return f"{path}/{name}"
+
+
+def _checked_array(
+    source: Path, key: str, stored: Mapping[str, Any], expected: ArrayMetadata
+) -> jax.Array:
+    if key not in stored or ArrayMetadata.of(stored[key]) != expected:
+        raise CheckpointError(f"{_damaged(source)}: it has no array '{key}' like {expected}.")
+    array = jnp.asarray(stored[key])
+    if array.dtype != expected.dtype:
+        raise CheckpointError(
+            f"the checkpoint {source} holds '{key}' in {expected.dtype}, which JAX would cut to "
+            f'{array.dtype}; call jax.config.update("jax_enable_x64", True) before restore.'
+        )
+    return array
+
+
+def _read_metadata(source: Path) -> tuple[dict[str, WeightMetadata], dict[str, int]]:
+    with as_checkpoint_error(f"`path` {source} can't be read"):
+        _check_source(source)
+    content = read_signed(
+        source / _METADATA_FILE, _FORMAT, FORMAT_VERSION, damaged=_damaged(source)
+    )
+    with as_checkpoint_error(_damaged(source)):
+        weights = {path: WeightMetadata.from_json(x) for path, x in content["weights"].items()}
+        return weights, dict(content["crc32"])
+
+
+def _check_source(source: Path) -> None:
+    if (source / _METADATA_FILE).is_file():
+        return
+    if not source.exists():
+        raise CheckpointError(
+            f"`path` {source} does not exist; expected a folder that save wrote."
+            f"{interruption_hint(source)}"
+        )
+    raise CheckpointError(
+        f"`path` {source} is no adapter checkpoint, having no {_METADATA_FILE}; expected a folder "
+        "that save wrote."
+    )
+
+
+def _damaged(source: Path) -> str:
+    return f"the checkpoint {source} is damaged, restore another copy or save it again"
