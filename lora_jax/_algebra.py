@@ -91,6 +91,7 @@ def on_original(weight: LoRAWeight) -> LoRAWeight:
         weight.axes,
         magnitude=weight.magnitude,
         layers=weight.layers,
+        frozen=weight.frozen,
     )
 
 
@@ -155,8 +156,13 @@ def gain(weight: LoRAWeight) -> Array:
     spread = jnp.einsum(
         f"{batch}zy,{batch}y{outputs}->{B_letters}", gram, lora_B, precision=_HIGHEST
     )
-    change = jnp.sum(lora_B * (2 * scale * mixed + scale**2 * spread), axis=len(batch))
-    return _over(weight.magnitude, jnp.sqrt(jnp.maximum(squared_norm + change, 0)))
+    cross = 2 * scale * jnp.sum(lora_B * mixed, axis=len(batch))
+    squared_change = scale**2 * jnp.sum(lora_B * spread, axis=len(batch))
+    # What is left where the change all but cancels the weight is rounding: below it the norm means
+    # nothing, and a gain of any size could come of it.
+    rounding = 4 * float(np.finfo(wide).eps) * (squared_norm + squared_change)
+    squared = jnp.maximum(squared_norm + cross + squared_change, rounding)
+    return _over(weight.magnitude, jnp.sqrt(squared))
 
 
 def _shifted(

@@ -1,6 +1,7 @@
 """Adapters made from a model that was fine-tuned in full."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
+from lora_jax._resize import balanced_factors
 from lora_jax._shapes import factor_shapes, to_matrices
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_lora_weight
@@ -37,8 +39,8 @@ def extract(
     Args:
       params: the params before fine-tuning.
       tuned: the params after it, of the same structure and shapes.
-      targets: which weights get adapters, in the forms of `wrap`; a mapping may override `rank` and
-        `dtype`.
+      targets: which weights get adapters, in the forms of `wrap`; a mapping may override `dtype`,
+        and `rank` where `energy` is not given.
       rank: the rank of every adapter; this or `energy`.
       energy: the share of each change's energy to keep, above 0 and at most 1; each weight gets the
         smallest rank that keeps it.
@@ -71,8 +73,11 @@ def extract(
         )
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"`energy` is {energy}; expected a share above 0 and at most 1.")
+    _check_overrides(targets, ("dtype",) if rank is None else ("rank", "dtype"))
     tuned_leaves = _matching_leaves(params, tuned)
-    wrapped = wrap(params, targets, rank=rank or 1, axes=axes, dtype=dtype, train=train)
+    wrapped = wrap(
+        params, targets, rank=1 if rank is None else rank, axes=axes, dtype=dtype, train=train
+    )
     lost = [
         path
         for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
@@ -86,7 +91,7 @@ def extract(
 
     def extracted(path: str, node: Any) -> Any:
         if is_lora_weight(node):
-            return _extracted(path, node, tuned_leaves[path], energy)
+            return _extracted(path, node, jnp.asarray(tuned_leaves[path]), energy)
         if isinstance(node, FullWeight):
             return FullWeight(base=node.base, value=jnp.array(tuned_leaves[path]))
         return node
@@ -95,23 +100,29 @@ def extract(
 
 
 def _extracted(path: str, node: LoRAWeight, tuned: Array, energy: float | None) -> LoRAWeight:
-    if node.layers is not None or node.magnitude is not None or node.frozen:
-        raise ValueError(
-            f"`targets` overrides more than `rank` and `dtype` for '{path}'; what is extracted is "
-            "plain LoRA on all layers."
-        )
     wide = common_dtype(node.dtype, jnp.float32)
     change = to_matrices(tuned.astype(wide) - node.base.astype(wide), node.axes)
     U, S, Vt = jnp.linalg.svd(change, full_matrices=False)
     rank = node.rank if energy is None else _rank_of_energy(S, energy)
-    root = jnp.sqrt(S[:, :rank])
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
+    lora_A, lora_B = balanced_factors(U[..., :rank], S[:, :rank], Vt[:, :rank], key)
     A_shape, B_shape = factor_shapes(node.shape, node.axes, rank)
     return dataclasses.replace(
         node,
-        lora_A=(U[..., :rank] * root[:, None]).reshape(A_shape).astype(node.lora_A.dtype),
-        lora_B=(root[..., None] * Vt[:, :rank]).reshape(B_shape).astype(node.lora_B.dtype),
+        lora_A=lora_A.reshape(A_shape).astype(node.lora_A.dtype),
+        lora_B=lora_B.reshape(B_shape).astype(node.lora_B.dtype),
         scale=jnp.ones_like(node.scale),
     )
+
+
+def _check_overrides(targets: Targets, allowed: Sequence[str]) -> None:
+    for expression, overrides in targets.items() if isinstance(targets, Mapping) else ():
+        others = [name for name in overrides if name not in allowed]
+        if others:
+            raise ValueError(
+                f"`targets` overrides {listed(others)} for '{expression}'; expected nothing but "
+                f"{listed(allowed)} here."
+            )
 
 
 def _rank_of_energy(singular_values: Array, energy: float) -> int:

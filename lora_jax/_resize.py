@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._algebra import on_original
+from lora_jax._dtypes import common_dtype
 from lora_jax._paths import (
     compile_expression,
     leaves_with_paths,
@@ -25,7 +27,7 @@ from lora_jax.init import kaiming
 
 
 def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | None = None) -> Any:
-    r"""Returns the tree with adapters of another rank, and the same scale.
+    r"""Returns the tree with adapters of another rank.
 
     A larger rank changes no number that the model computes: the new rows of lora_B are zero, and
     the new columns of lora_A are drawn as for a new adapter, without which they would never train.
@@ -33,7 +35,9 @@ def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | N
     singular value decomposition: with $A = Q_A R_A$, $B^\top = Q_B R_B$ and
     $R_A R_B^\top = U \Sigma V^\top$, the new factors are $Q_A U_r \Sigma_r^{1/2}$ and
     $\Sigma_r^{1/2} V_r^\top Q_B^\top$; $A B$ is never built. What an initialiser had moved from the
-    weight into the factors is moved back before, so that the change alone is cut.
+    weight into the factors is moved back before, as by `on_original_base`, so that the change alone
+    is cut. Directions in which a weight has not changed start anew. The scale stays, whatever the
+    rank.
 
     Args:
       wrapped: what `wrap` returned, trained or not.
@@ -45,7 +49,8 @@ def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | N
       The resized tree.
 
     Raises:
-      ValueError: the rank does not fit a weight, or an expression matches no adapter.
+      ValueError: the rank does not fit a weight, an expression matches no adapter, or the new rows
+        of a lora_B that is frozen would never train.
       TypeError: a rank is not a whole number.
 
     Source: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
@@ -59,43 +64,26 @@ def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | N
     ranks = _ranks(wrapped, rank)
     key = jax.random.key(0) if key is None else key
 
-    def resized(path: str, node: Any) -> Any:
+    def with_new_rank(path: str, node: Any) -> Any:
         if path not in ranks or ranks[path] == node.rank:
             return node
-        if ranks[path] > node.rank:
-            own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return _grown(node, ranks[path], own_key)
-        return _pruned(node, ranks[path])
+        # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
+        own_key = jax.random.fold_in(key, zlib.crc32(f"{path} beyond {node.rank}".encode()))
+        resized = _grown if ranks[path] > node.rank else _pruned
+        return resized(node, ranks[path], own_key)
 
-    return map_with_paths(resized, wrapped, is_leaf=is_adapter_node)
-
-
-def truncated(lora_A: Array, lora_B: Array, rank: int) -> tuple[Array, Array]:
-    """Returns the factors of the best approximation of lora_A · lora_B of a lower rank.
-
-    Args:
-      lora_A: matrices (batch, in, r).
-      lora_B: matrices (batch, r, out).
-      rank: the new rank.
-    """
-    Q_A, R_A = jnp.linalg.qr(lora_A)
-    Q_B, R_B = jnp.linalg.qr(lora_B.mT)
-    highest = jax.lax.Precision.HIGHEST
-    U, S, Vt = jnp.linalg.svd(jnp.matmul(R_A, R_B.mT, precision=highest), full_matrices=False)
-    root = jnp.sqrt(S[:, :rank])
-    new_A = jnp.matmul(Q_A, U[..., :rank] * root[:, None, :], precision=highest)
-    new_B = jnp.matmul(root[..., None] * Vt[:, :rank], Q_B.mT, precision=highest)
-    return new_A, new_B
+    return map_with_paths(with_new_rank, wrapped, is_leaf=is_adapter_node)
 
 
-def _pruned(node: LoRAWeight, rank: int) -> LoRAWeight:
+def _pruned(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
     node = on_original(node)
     inputs, outputs = (side_size(node.shape, node.axes, role) for role in ("in", "out"))
-    wide = jnp.promote_types(node.lora_A.dtype, jnp.float32)
-    lora_A, lora_B = truncated(
-        node.lora_A.reshape(-1, inputs, node.rank).astype(wide),
-        node.lora_B.reshape(-1, node.rank, outputs).astype(wide),
-        rank,
+    wide = common_dtype(node.lora_A.dtype, jnp.float32)
+    Q_A, R_A = jnp.linalg.qr(node.lora_A.reshape(-1, inputs, node.rank).astype(wide))
+    Q_B, R_B = jnp.linalg.qr(node.lora_B.reshape(-1, node.rank, outputs).astype(wide).mT)
+    U, S, Vt = jnp.linalg.svd(_product(R_A, R_B.mT), full_matrices=False)
+    lora_A, lora_B = balanced_factors(
+        _product(Q_A, U[..., :rank]), S[:, :rank], _product(Vt[:, :rank], Q_B.mT), key
     )
     A_shape, B_shape = factor_shapes(
         layers_shape(node.shape, node.axes, node.layers), node.axes, rank
@@ -107,22 +95,52 @@ def _pruned(node: LoRAWeight, rank: int) -> LoRAWeight:
     )
 
 
+def balanced_factors(U: Array, S: Array, Vt: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+    r"""Returns $U \Sigma^{1/2}$ and $\Sigma^{1/2} V^\top$, so that both factors have one norm.
+
+    Where a singular value is zero to rounding, both would be zero and never train: there lora_A
+    gets a column as a new adapter does, and lora_B a row of zeros.
+
+    Args:
+      U: left singular vectors (batch, in, r).
+      S: singular values (batch, r), descending.
+      Vt: right singular vectors (batch, r, out).
+      key: a random key for new columns.
+    """
+    batch, inputs, rank = U.shape
+    rounding = max(inputs, Vt.shape[-1]) * float(np.finfo(S.dtype).eps) * S[:, :1]
+    is_zero = jnp.maximum(rounding, float(np.finfo(S.dtype).tiny)) >= S
+    root = jnp.sqrt(S)
+    fresh = _new_columns(key, batch, inputs, rank, U.dtype)
+    lora_A = jnp.where(is_zero[:, None, :], fresh, U * root[:, None, :])
+    lora_B = jnp.where(is_zero[..., None], 0, root[..., None] * Vt)
+    return lora_A, lora_B
+
+
 def _grown(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
     added = rank - node.rank
-    inputs, outputs = (side_size(node.shape, node.axes, role) for role in ("in", "out"))
+    inputs = side_size(node.shape, node.axes, "in")
     adapted = layers_shape(node.shape, node.axes, node.layers)
-    keys = jax.random.split(key, side_size(adapted, node.axes, "batch"))
-    like = jnp.zeros((inputs, outputs), node.lora_A.dtype)
-    columns = jax.vmap(lambda key: kaiming(key, like, added, 1.0)[1])(keys)
+    batch = side_size(adapted, node.axes, "batch")
+    columns = _new_columns(key, batch, inputs, added, node.lora_A.dtype)
     A_shape, B_shape = factor_shapes(adapted, node.axes, added)
     rank_axis = node.axes.count("batch")
     return dataclasses.replace(
         node,
-        lora_A=jnp.concatenate(
-            [node.lora_A, columns.reshape(A_shape).astype(node.lora_A.dtype)], axis=-1
-        ),
+        lora_A=jnp.concatenate([node.lora_A, columns.reshape(A_shape)], axis=-1),
         lora_B=jnp.concatenate([node.lora_B, jnp.zeros(B_shape, node.lora_B.dtype)], rank_axis),
     )
+
+
+def _new_columns(key: PRNGKeyArray, batch: int, inputs: int, count: int, dtype: Any) -> Array:
+    """Returns columns of lora_A as a new adapter has them, of shape (batch, in, count)."""
+    like = jnp.zeros((inputs, 1), dtype)
+    keys = jax.random.split(key, batch)
+    return jax.vmap(lambda key: kaiming(key, like, count, 1.0)[1])(keys).astype(dtype)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _ranks(wrapped: Any, rank: int | Mapping[str, int]) -> dict[str, int]:
@@ -148,6 +166,11 @@ def _ranks(wrapped: Any, rank: int | Mapping[str, int]) -> dict[str, int]:
             ranks.setdefault(path, operator.index(each))
     for path, each in ranks.items():
         _check_fits(path, nodes[path], each)
+        if each > nodes[path].rank and "lora_B" in nodes[path].frozen:
+            raise ValueError(
+                f"`rank` is {each} for '{path}', whose lora_B is frozen: new rows of it would stay "
+                f"zero. Expected at most its rank, {nodes[path].rank}."
+            )
     return ranks
 
 

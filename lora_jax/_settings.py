@@ -88,7 +88,7 @@ def _check_layers(subject: str, layers: Any) -> None:
     if layers is None:
         return
     is_sequence = isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str)
-    if not is_sequence or not all(hasattr(layer, "__index__") for layer in layers):
+    if not is_sequence or not all(_is_place(layer) for layer in layers):
         raise TypeError(f"{subject} is {layers!r}; expected whole numbers, such as range(4, 8).")
     places = [operator.index(layer) for layer in layers]
     if not places or min(places) < 0 or len(set(places)) < len(places):
@@ -97,10 +97,16 @@ def _check_layers(subject: str, layers: Any) -> None:
         )
 
 
+def _is_place(layer: Any) -> bool:
+    return hasattr(layer, "__index__") and not isinstance(layer, bool | np.bool_)
+
+
 def _check_freeze(subject: str, freeze: Any) -> None:
     names = (freeze,) if isinstance(freeze, str) else freeze
-    if not isinstance(names, Sequence) or not set(names) <= set(FREEZABLE):
-        raise ValueError(f"{subject} is {freeze!r}; expected some of {listed(FREEZABLE)}.")
+    if not isinstance(names, tuple | list) or not all(name in FREEZABLE for name in names):
+        raise ValueError(
+            f"{subject} is {freeze!r}; expected one of {listed(FREEZABLE)}, or a list of them."
+        )
 
 
 def _check_dtype(subject: str, dtype: Any) -> None:

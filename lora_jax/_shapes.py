@@ -96,7 +96,7 @@ def with_layers(weight: Array, part: Array, axes: Axes, layers: Layers | None) -
     """Returns `weight` with `part` in place of what `layers` selects."""
     if layers is None:
         return part
-    return weight.at[_index(axes.index("batch"), layers)].set(part)
+    return jnp.asarray(weight).at[_index(axes.index("batch"), layers)].set(part)
 
 
 def spread_layers(

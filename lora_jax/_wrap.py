@@ -15,6 +15,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._algebra import dense, lora_weight, on_original, original, squared_norms
 from lora_jax._axes import InferredAxes
+from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._paths import (
     compile_expression,
@@ -257,6 +258,8 @@ def _wrapped_weight(
     _check_factors(path, leaf, axes, settings.rank, initial.lora_A, initial.lora_B)
     A_shape, B_shape = factor_shapes(layers_shape(leaf.shape, axes, layers), axes, settings.rank)
     lora_A, lora_B = initial.lora_A.reshape(A_shape), initial.lora_B.reshape(B_shape)
+    frozen = tuple(dict.fromkeys((*initial.frozen, *settings.frozen)))
+    _check_trains(path, frozen, lora_B, dora=settings.dora)
     scale_array = jnp.asarray(scale, wide)
     weight = lora_weight(
         leaf,
@@ -267,7 +270,7 @@ def _wrapped_weight(
         initial_A=None if initial.keeps_base else scale_array * lora_A.astype(wide),
         initial_B=None if initial.keeps_base else jnp.copy(lora_B),
         layers=layers,
-        frozen=tuple(dict.fromkeys((*initial.frozen, *settings.frozen))),
+        frozen=frozen,
     )
     return _with_magnitude(weight, leaf, wide) if settings.dora else weight
 
@@ -277,6 +280,23 @@ def _with_magnitude(weight: LoRAWeight, leaf: Array, dtype: Any) -> LoRAWeight:
     norms = squared_norms(weight.base, weight.axes, weight.layers)
     whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
     return dataclasses.replace(weight, magnitude=jnp.sqrt(whole).astype(dtype), squared_norm=norms)
+
+
+def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bool) -> None:
+    """Raises if what is frozen keeps the rest from ever training."""
+    if "magnitude" in frozen and not dora:
+        raise ValueError(
+            f"`freeze` names the magnitude of '{path}', which only dora=True gives it."
+        )
+    if dora and "magnitude" not in frozen:
+        return
+    if {"lora_A", "lora_B"} <= set(frozen):
+        raise ValueError(f"`freeze` leaves nothing of '{path}' that trains: {listed(frozen)}.")
+    if "lora_B" in frozen and not is_tracer(lora_B) and not np.any(np.asarray(lora_B)):
+        raise ValueError(
+            f"`freeze` keeps lora_B of '{path}' at zero, where lora_A has no gradient; freeze "
+            "'lora_A', or choose an `init` whose lora_B is not zero, such as 'mica' or 'pissa'."
+        )
 
 
 def _function_and_statistics(
@@ -468,8 +488,8 @@ def _fitting_layers(
     if "batch" not in axes:
         raise ValueError(
             f"`layers` is {layers!r} for '{path}' of shape {leaf.shape}, whose axes are {axes}; "
-            "expected a weight with a batch axis. Say which one is with "
-            f"wrap(..., axes={{'{path}': {('batch', *axes[1:])}}})."
+            "expected a weight with a batch axis"
+            + (f": wrap(..., axes={{'{path}': {('batch', *axes[1:])}}})." if leaf.ndim > 2 else ".")
         )
     count = leaf.shape[axes.index("batch")]
     places = tuple(sorted(operator.index(layer) for layer in layers))

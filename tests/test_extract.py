@@ -98,6 +98,23 @@ def test_refuses(change: Any, options: dict[str, Any], message: str) -> None:
         lora_jax.extract(params(), change(params()), "dense", **options)
 
 
-def test_refuses_other_settings() -> None:
-    with pytest.raises(ValueError, match="`targets` overrides more than `rank` and `dtype`"):
-        lora_jax.extract(params(), tuned(1), {"dense": {"dora": True}}, rank=1, train="stack")
+@pytest.mark.parametrize(
+    ("override", "options"),
+    [
+        ({"dora": True}, {"rank": 1}),
+        ({"init": "pissa"}, {"rank": 1}),
+        ({"rank": 2}, {"energy": 0.9}),
+    ],
+)
+def test_refuses_other_settings(override: dict[str, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="`targets` overrides .* for 'dense'; expected nothing but"
+    ):
+        lora_jax.extract(params(), tuned(1), {"dense": override}, train="stack", **options)
+
+
+def test_a_weight_that_did_not_change_can_still_train() -> None:
+    wrapped = lora_jax.extract(params(), params(), "dense", rank=2)
+    node = wrapped["dense"]["kernel"]
+    assert np.all(np.any(np.asarray(node.lora_A), axis=0))
+    assert not np.any(np.asarray(node.lora_B))

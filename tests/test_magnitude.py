@@ -1,5 +1,6 @@
 """DoRA: magnitudes, norms without AB, and the output against its definition in float64."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -138,3 +139,16 @@ def test_the_label_of_a_magnitude() -> None:
     adapters, frozen = lora_jax.split(wrapped)
     assert adapters["kernel"].magnitude is wrapped["kernel"].magnitude
     assert frozen["kernel"].squared_norm is wrapped["kernel"].squared_norm
+
+
+def test_a_change_that_cancels_the_weight_keeps_the_gain_bounded() -> None:
+    """What is left of the norm is rounding; it must not become a gain of any size."""
+    base = random(6, 4)
+    U, _, _ = jnp.linalg.svd(base, full_matrices=False)
+    wrapped = lora_jax.wrap({"kernel": base}, "kernel", rank=4, dora=True)
+    for left, tolerance in ((0.1, 1e-3), (1e-4, None), (0.0, None)):
+        lora_B = (left - 1) * U.T @ base
+        gains = np.asarray(gain(dataclasses.replace(wrapped["kernel"], lora_A=U, lora_B=lora_B)))
+        assert np.all(gains < 1e4)
+        if tolerance is not None:
+            np.testing.assert_allclose(gains * left, 1, rtol=tolerance)

@@ -141,3 +141,48 @@ def test_a_resized_adapter_keeps_its_scale_under_rslora() -> None:
         jnp.asarray(lora_jax.merge(wrapped)["dense"]),
         rtol=1e-5,
     )
+
+
+def rank_of(matrix: Any) -> int:
+    return int(np.linalg.matrix_rank(np.asarray(matrix, np.float64), tol=1e-5))
+
+
+def test_new_columns_are_new() -> None:
+    """Also where as many are added as there were, and where the same number is added twice."""
+    wrapped = lora_jax.wrap({"kernel": random(32, 24)}, "kernel", rank=4)
+    twice = lora_jax.resize(lora_jax.resize(wrapped, 8), 12)
+    assert rank_of(twice["kernel"].lora_A) == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}], ids=str)
+def test_an_adapter_that_is_pruned_before_it_changed_can_train(options: dict[str, Any]) -> None:
+    wrapped = lora_jax.wrap({"kernel": random(16, 12)}, "kernel", rank=4, **options)
+    pruned = lora_jax.resize(wrapped, 2)
+    np.testing.assert_allclose(
+        lora_jax.merge(pruned)["kernel"], lora_jax.unwrap(wrapped)["kernel"], atol=1e-5
+    )
+    assert np.all(np.any(np.asarray(pruned["kernel"].lora_A), axis=0))
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    wrapped = lora_jax.wrap(
+        {"kernel": random(16, 12)},
+        "kernel",
+        rank=4,
+        init="pissa",
+        dora=True,
+        freeze=("lora_A", "magnitude"),
+    )
+    assert lora_jax.resize(wrapped, 2)["kernel"].frozen == ("lora_A", "magnitude")
+    assert lora_jax.on_original_base(wrapped)["kernel"].frozen == ("lora_A", "magnitude")
+
+
+def test_rows_that_would_never_train_are_refused() -> None:
+    wrapped = lora_jax.wrap({"kernel": random(16, 12)}, "kernel", rank=2, init="mica")
+    with pytest.raises(ValueError, match="whose lora_B is frozen"):
+        lora_jax.resize(wrapped, 3)
+
+
+def test_bfloat16_factors_are_pruned() -> None:
+    wrapped = lora_jax.wrap({"kernel": random(16, 12)}, "kernel", rank=4, dtype=jnp.bfloat16)
+    assert lora_jax.resize(wrapped, 2)["kernel"].lora_A.dtype == jnp.bfloat16

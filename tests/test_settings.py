@@ -83,7 +83,12 @@ class TestLayers:
         with pytest.raises(ValueError, match=message):
             lora_jax.wrap(params(), options.pop("targets"), **options)
 
-    @pytest.mark.parametrize("layers", ["0", 3, [0.5]])
+    def test_numpy_weights(self) -> None:
+        stack = {"stack": np.asarray(random(4, 6, 5))}
+        wrapped = lora_jax.wrap(stack, "stack", rank=2, axes=STACK, layers=[1, 3], init="pissa")
+        np.testing.assert_allclose(lora_jax.merge(wrapped)["stack"], stack["stack"], atol=1e-5)
+
+    @pytest.mark.parametrize("layers", ["0", 3, [0.5], [False, True]])
     def test_refuses_what_are_no_places(self, layers: Any) -> None:
         with pytest.raises(TypeError, match="`layers`"):
             lora_jax.wrap(params(), "stack", axes=STACK, rank=2, layers=layers)
@@ -111,7 +116,20 @@ class TestFreeze:
 
         assert flops() - flops(freeze="lora_A") >= 2 * 32 * 64 * 4
 
-    @pytest.mark.parametrize("freeze", ["base", ["lora_A", "scale"], 3])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"freeze": "lora_B"}, "keeps lora_B of 'query/kernel' at zero.*'lora_A'"),
+            ({"freeze": ["lora_A", "lora_B"]}, "leaves nothing of 'query/kernel' that trains"),
+            ({"freeze": "lora_A", "init": "mica"}, "leaves nothing of 'query/kernel'"),
+            ({"freeze": "magnitude"}, "names the magnitude.*dora=True"),
+        ],
+    )
+    def test_what_could_never_train_is_refused(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            lora_jax.wrap(params(), "query", rank=2, **options)
+
+    @pytest.mark.parametrize("freeze", ["base", ["lora_A", "scale"], 3, {"lora_A"}, [["lora_A"]]])
     def test_refuses(self, freeze: Any) -> None:
         with pytest.raises(ValueError, match="`freeze`.*lora_A"):
             lora_jax.wrap(params(), "query", rank=2, freeze=freeze)

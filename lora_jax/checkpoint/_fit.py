@@ -82,7 +82,12 @@ def _factor_misfit(weight: WeightMetadata) -> str | None:
         return f"it adapts the layers {weight.layers} of a weight with the axes {axes}."
     adapted = layers_shape(weight.shape, axes, weight.layers)
     A_shape, B_shape = factor_shapes(adapted, axes, rank)
-    by_name = {"lora_A": A_shape, "lora_B": B_shape, "initial_A": A_shape, "initial_B": B_shape}
+    by_name = {"lora_A": A_shape, "lora_B": B_shape}
+    if "initial_A" in weight.arrays:
+        # `resize` may have given the adapter another rank since.
+        initial_rank = weight.arrays["initial_A"].shape[-1]
+        initial_shapes = factor_shapes(adapted, axes, initial_rank)
+        by_name["initial_A"], by_name["initial_B"] = initial_shapes
     by_name["magnitude"] = sizes(adapted, axes, "batch", "out")
     for name, array in weight.arrays.items():
         if name == "scale":

@@ -37,6 +37,10 @@ def conv_general_dilated(
     terms = [without_windows(term, weight.shape) for term in weight.terms]
     found = [_kernel_and_mixer(term, feature_axis_of(equation)) for term in terms]
     factors = [pair for pair in found if pair is not None]
+    features = weight.shape[feature_axis_of(equation)]
+    # A kernel that was repeated along its features has factors that don't depend on them.
+    if any(mixer.shape[feature_axis_of(equation)] != features for _, mixer in factors):
+        return None
     if len(factors) < len(terms) or not weight.held_by_gain <= {feature_axis_of(equation)}:
         return None
     base_flops, factored_flops = _costs(equation, weight.shape)

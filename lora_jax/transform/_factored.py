@@ -240,7 +240,7 @@ def dense_value(value: Factored) -> Array:
     """Returns gain ∘ (base + Σ terms) in the base's dtype, computed in the widest one."""
     total = value.base
     for term in value.terms:
-        change = _dense_term(term, value.shape)
+        change = _dense_term(term, value.shape, value.dtype)
         wide = common_dtype(total.dtype, change.dtype)
         total = total.astype(wide) + change.astype(wide)
     if value.gain is not None:
@@ -285,12 +285,16 @@ def dense_flops(value: Factored) -> int:
     )
 
 
-def _dense_term(term: Term, shape: tuple[int, ...]) -> Array:
-    """Returns scale · Σ_r lora_A · lora_B in the weight's shape."""
+def _dense_term(term: Term, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Returns scale · Σ_r lora_A · lora_B in the weight's shape, in its dtype if that is wider."""
     axes = range(len(shape))
     rank_label = len(shape)
+    wide = common_dtype(dtype, term.lora_A.dtype, term.lora_B.dtype)
     joined = product(
-        [without_unit_axes(factor, (*axes, rank_label)) for factor in (term.lora_A, term.lora_B)],
+        [
+            without_unit_axes(factor.astype(wide), (*axes, rank_label))
+            for factor in (term.lora_A, term.lora_B)
+        ],
         axes,
         scale=term.scale,
         precision=jax.lax.Precision.HIGHEST,

@@ -5,9 +5,12 @@ functions, branches. Each weight carries a probe $P = [I, 0]$ in the place of lo
 columns. Where the model multiplies x by the weight, $h = x P = [x, 0]$ is computed beside it, and
 what comes back to $h$ in the backward pass is set to $[x, 1]$, whatever the loss. The gradient of
 P is then $\sum x^\top [x, 1] = [\sum x^\top x, \sum x^\top]$, summed over all uses, and apart for
-each place of a batch axis. A second probe receives 1 for each row, and counts them.
+each place of a batch axis. A second probe of ones in the place of lora_B receives 1 for each row,
+and counts them. Where weights are joined, it also says which rows are a weight's own, being 0
+outside of the term's window.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -101,12 +104,12 @@ def input_moments(
 
 
 def _probes(node: LoRAWeight) -> tuple[Array, Array]:
-    """Returns the probes of a weight: [I, 0] for each of its matrices, and a zero to count with."""
+    """Returns the probes of a weight: [I, 0] for each of its matrices, and a one to count with."""
     inputs = side_size(node.shape, node.axes, "in")
     shape, _ = factor_shapes(node.shape, node.axes, inputs + 1)
     batch = sizes(node.shape, node.axes, "batch")
     identity = jnp.eye(inputs, inputs + 1).reshape(shape[len(batch) :])
-    return jnp.broadcast_to(identity, shape), jnp.zeros(batch)
+    return jnp.broadcast_to(identity, shape), jnp.ones(batch)
 
 
 def _moments(node: LoRAWeight, gradient: Array, count: Array) -> InputMoments:
@@ -147,13 +150,17 @@ def _probed(path: str, leaf: Array, axes: Axes, probes: tuple[Array, Array]) -> 
 
 @jax.custom_vjp
 def _recorded(result: Array, hidden: Array, counter: Array) -> Array:
-    """Returns `result`; backwards, gives [x, 1] to hidden = [x, 0] and 1 for each row."""
+    """Returns `result`; backwards, gives [x, 1] to hidden = [x, 0] and 1 for each row.
+
+    A row that isn't the weight's own has a counter of 0, and gives nothing.
+    """
     del hidden, counter
     return result
 
 
 def _recorded_forward(result: Array, hidden: Array, counter: Array) -> tuple[Array, Any]:
-    return result, (hidden.at[..., -1].set(1), jnp.ones_like(counter))
+    rows = (hidden * counter[..., None]).at[..., -1].set(counter)
+    return result, (rows, counter)
 
 
 def _recorded_backward(saved: Any, cotangent: Array) -> tuple[Array, Array, Array]:
@@ -201,9 +208,16 @@ def _with_rows(
     ]
     hidden = product(operands, (*output, rank_label), precision=jax.lax.Precision.HIGHEST)
     counter = without_unit_axes(probe.lora_B, (*labels, rank_label))
-    absent = [axis for axis, name in enumerate(hidden.labels[:-1]) if name not in counter.labels]
-    rows = jnp.expand_dims(counter.array, absent)
-    return _recorded(result, hidden.array, jnp.broadcast_to(rows, hidden.array.shape[:-1]))
+    # Along the weight's outputs any place will do: a row is multiplied by all of them.
+    outputs = [axis for axis, name in enumerate(counter.labels) if name not in hidden.labels]
+    held_labels = [name for name in counter.labels if name in hidden.labels]
+    order = [name for name in hidden.labels[:-1] if name in held_labels]
+    rows = jnp.max(counter.array, axis=tuple(outputs)).transpose(
+        [held_labels.index(name) for name in order]
+    )
+    absent = [axis for axis, name in enumerate(hidden.labels[:-1]) if name not in order]
+    rows = jnp.broadcast_to(jnp.expand_dims(rows, absent), hidden.array.shape[:-1])
+    return _recorded(result, hidden.array, rows)
 
 
 def _convolution(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -219,7 +233,7 @@ def _convolution(interpreter: Interpreter, equation: Equation, inputs: list[Any]
         out_axis = equation.params["dimension_numbers"].out_spec[1]
         hidden = jnp.moveaxis(patches, out_axis, -1)
         hidden = hidden.reshape(*hidden.shape[:-1], -1, probe.rank)
-        counter = jnp.broadcast_to(probe.lora_B.reshape(()), hidden.shape[:-1])
+        counter = jnp.broadcast_to(jnp.max(probe.lora_B), hidden.shape[:-1])
         result = _recorded(result, hidden, counter)
     return [result]
 
@@ -237,11 +251,39 @@ def _ragged_dot_general(
         kernels = jnp.broadcast_to(
             probe.lora_A.squeeze(2), (experts, *weight.shape[1:2], probe.rank)
         )
-        counters = jnp.broadcast_to(probe.lora_B.reshape(-1, 1, 1), (experts, 1, 1))
+        counters = jnp.broadcast_to(
+            jnp.max(probe.lora_B, axis=(1, 2)).reshape(-1, 1, 1), (experts, 1, 1)
+        )
         hidden = jax.lax.ragged_dot(x.astype(jnp.float32), kernels, group_sizes)
         rows = jax.lax.ragged_dot(jnp.ones((x.shape[0], 1)), counters, group_sizes)
         result = _recorded(result, hidden, rows.squeeze(-1))
     return [result]
+
+
+def _converted(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any] | None:
+    """Returns the weight in another dtype, its probes in float32: they hold sums."""
+    (value,) = inputs
+    if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        return None
+    base = evaluate_equation(equation, [value.base])[0]
+    return [dataclasses.replace(value, base=base)]
+
+
+def _multiplied(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> Sequence[Any] | None:
+    """Returns the weight times an array; along its outputs that changes nothing of its inputs."""
+    weights = [value for value in inputs if isinstance(value, Factored)]
+    others = [value for value in inputs if not isinstance(value, Factored)]
+    is_linear = equation.primitive.name == "mul" or isinstance(inputs[0], Factored)
+    if is_linear and len(weights) == 1 and jnp.ndim(others[0]) == weights[0].ndim:
+        held = [axis for axis, size in enumerate(others[0].shape) if size != 1]
+        if all(term.lora_A.shape[axis] == 1 for term in weights[0].terms for axis in held):
+            base = evaluate_equation(equation, [base_of(value) for value in inputs])[0]
+            return [dataclasses.replace(weights[0], base=base)]
+    return RULES[equation.primitive.name](interpreter, equation, inputs)
 
 
 def _called(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -251,8 +293,11 @@ def _called(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
 
 _RECORDING_RULES: Mapping[str, Rule] = {
     "conv_general_dilated": _convolution,
+    "convert_element_type": _converted,
     "custom_jvp_call": _called,
     "custom_vjp_call": _called,
+    "div": _multiplied,
     "dot_general": _dot_general,
+    "mul": _multiplied,
     "ragged_dot_general": _ragged_dot_general,
 }

@@ -273,6 +273,13 @@ class TestSaveRefuses:
         assert_identical(lora_jax.restore(tmp_path, params), wrapped)
 
 
+def test_an_adapter_that_grew_is_restored(tmp_path):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (12, 10))}
+    wrapped = lora_jax.resize(lora_jax.wrap(params, "kernel", rank=2, init="pissa"), 4)
+    lora_jax.save(tmp_path / "adapters", wrapped)
+    assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
+
+
 class TestInterruptedSave:
     @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
     @pytest.mark.parametrize(

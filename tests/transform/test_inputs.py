@@ -180,6 +180,77 @@ def test_the_model_runs_as_it_is() -> None:
     assert_moments(moments["second"], (X @ (jnp.sin(params["first"]) + params["first"]))[None])
 
 
+A, B = random(5, 4, seed=21), random(5, 4, seed=22)
+SQUARE_A, SQUARE_B = random(5, 5, seed=23), random(5, 5, seed=24)
+
+JOINED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
+    "outputs": (
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1),
+        {"a": A, "b": B},
+        {"a": X, "b": X},
+    ),
+    "inputs": (
+        lambda p, x: jnp.concatenate([x, 2 * x], 1) @ jnp.concatenate([p["a"], p["b"]]),
+        {"a": A, "b": B},
+        {"a": X, "b": 2 * X},
+    ),
+    "stack in a scan": (
+        lambda p, x: jax.lax.scan(
+            lambda c, w: (jnp.tanh(c @ w), None), x, jnp.stack([p["a"], p["b"]])
+        )[0],
+        {"a": SQUARE_A, "b": SQUARE_B},
+        {"a": X, "b": jnp.tanh(X @ SQUARE_A)},
+    ),
+    "stack in one product": (
+        lambda p, x: jnp.einsum("bi,kio->kbo", x, jnp.stack([p["a"], p["b"]])),
+        {"a": A, "b": B},
+        {"a": X, "b": X},
+    ),
+    "scaled along the outputs": (
+        lambda p, x: (x @ (p["a"] * jnp.arange(1.0, 5.0)), x @ (p["b"] / jnp.ones((1, 4)))),
+        {"a": A, "b": B},
+        {"a": X, "b": X},
+    ),
+    "scaled along the inputs": (
+        lambda p, x: (x @ (p["a"] * jnp.arange(1.0, 6.0)[:, None]), x @ p["b"]),
+        {"a": A, "b": B},
+        {"a": X * jnp.arange(1.0, 6.0), "b": X},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_each_of_several_weights_has_its_own_inputs(name: str) -> None:
+    fn, params, rows = JOINED[name]
+    moments = lora_jax.input_moments(fn, params, [X], "a|b")
+    for path in params:
+        assert_moments(moments[path], np.asarray(rows[path])[None])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_are_in_float32_whatever_the_model_computes_in(dtype: Any) -> None:
+    x = (10 * random(900, 5)).astype(dtype)
+    moments = lora_jax.input_moments(
+        lambda p, x: x @ p["W"].astype(dtype), {"W": random(5, 4)}, [x], "W"
+    )["W"]
+    rows = np.asarray(x, np.float64)
+    np.testing.assert_allclose(moments.second[0], rows.T @ rows, rtol=1e-4, atol=1)
+    np.testing.assert_allclose(moments.first[0], rows.sum(0), rtol=1e-4, atol=1e-2)
+    assert moments.count.tolist() == [900]
+
+
+def test_a_convolution_in_bfloat16() -> None:
+    images = IMAGES.astype(jnp.bfloat16)
+    moments = lora_jax.input_moments(
+        lambda p, x: convolved(x, p["W"].astype(jnp.bfloat16)),
+        {"W": random(3, 3, 4, 2)},
+        [images],
+        "W",
+        axes={"W": ("in", "in", "in", "out")},
+    )
+    assert_moments(moments["W"], patches(images.astype(jnp.float32), 3)[None])
+
+
 @pytest.mark.parametrize(
     ("fn", "batches", "message"),
     [

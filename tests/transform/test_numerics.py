@@ -182,3 +182,17 @@ def test_the_scale_of_a_dropout_mask_is_exact_in_bfloat16() -> None:
     # Each kept input adds rank · 1 / 0.9, so the sum is a whole multiple of that.
     kept = float(actual[0, 0]) * 0.9 / 4
     assert kept == pytest.approx(round(kept), abs=1e-3)
+
+
+def test_building_the_weight_is_as_exact_as_its_factors() -> None:
+    """bfloat16 factors over a float32 weight: whether W + AB is built does not show."""
+    params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+    x = jax.random.normal(jax.random.key(1), (64, 64))
+    fn = lambda params, x: x @ params["kernel"]  # noqa: E731
+    for rank, how in ((2, "factored"), (48, "dense")):
+        wrapped = lora_jax.wrap(params, "kernel", rank=rank, init="pissa", dtype=jnp.bfloat16)
+        (target,) = lora_jax.explain(fn, wrapped, x).targets
+        assert {use.how for use in target.uses} == {how}
+        np.testing.assert_allclose(
+            lora_jax.adapt(fn)(wrapped, x), fn(lora_jax.merge(wrapped), x), rtol=1e-4, atol=1e-4
+        )
