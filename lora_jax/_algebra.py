@@ -1,5 +1,6 @@
 """What a `LoRAWeight` stands for, in numbers."""
 
+import dataclasses
 import string
 from typing import Any
 
@@ -46,7 +47,7 @@ def lora_weight(
     if initial_A is not None and initial_B is not None:
         base = _shifted(original, -initial_A, initial_B, axes, layers)
     squared_norm = None if magnitude is None else squared_norms(base, axes, layers)
-    return LoRAWeight(
+    weight = LoRAWeight(
         base=base,
         lora_A=lora_A,
         lora_B=lora_B,
@@ -59,6 +60,24 @@ def lora_weight(
         layers=layers,
         frozen=frozen,
     )
+    return with_norm(weight) if weight.is_stacked else weight
+
+
+def with_norm(weight: LoRAWeight) -> LoRAWeight:
+    """Returns a weight whose factors change no more with its norm, if it has a magnitude.
+
+    Those of a stack are computed one after the other, each by the same program, so that they are
+    those of the single adapters, bit for bit.
+    """
+    if weight.magnitude is None:
+        return weight
+    if not weight.is_stacked:
+        return dataclasses.replace(weight, norm=_compiled_norms(weight))
+    singles = [
+        dataclasses.replace(weight, lora_A=lora_A, lora_B=lora_B, scale=scale, norm=None)
+        for lora_A, lora_B, scale in zip(weight.lora_A, weight.lora_B, weight.scale, strict=True)
+    ]
+    return dataclasses.replace(weight, norm=jnp.stack([_compiled_norms(each) for each in singles]))
 
 
 def original(weight: LoRAWeight) -> Any:
@@ -129,11 +148,18 @@ def squared_norms(base: Array, axes: Axes, layers: Layers | None = None) -> Arra
 def gain(weight: LoRAWeight) -> Array:
     r"""Returns $m / \lVert W + s A B \rVert$, of shape (*batch, *out), the norm without gradient.
 
+    Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
+    """
+    norm = norms(weight) if weight.norm is None else weight.norm
+    return _over(weight.magnitude, jax.lax.stop_gradient(norm))
+
+
+def norms(weight: LoRAWeight) -> Array:
+    r"""Returns $\lVert W + s A B \rVert$, of shape (*batch, *out), without gradient.
+
     With G = AᵀA, for each output feature o:
     ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
     where nothing is larger than W itself, and ‖W‖² was computed once.
-
-    Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
     """
     axes = weight.axes
     part = taken_layers(weight.base, axes, weight.layers)
@@ -161,8 +187,12 @@ def gain(weight: LoRAWeight) -> Array:
     # What is left where the change all but cancels the weight is rounding: below it the norm means
     # nothing, and a gain of any size could come of it.
     rounding = 4 * float(np.finfo(wide).eps) * (squared_norm + squared_change)
-    squared = jnp.maximum(squared_norm + cross + squared_change, rounding)
-    return _over(weight.magnitude, jnp.sqrt(squared))
+    return jnp.sqrt(jnp.maximum(squared_norm + cross + squared_change, rounding))
+
+
+@jax.jit
+def _compiled_norms(weight: LoRAWeight) -> Array:
+    return norms(weight)
 
 
 def _shifted(

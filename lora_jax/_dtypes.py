@@ -14,3 +14,9 @@ def common_dtype(*dtypes: Any) -> Any:
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def epsilon(dtype: Any) -> float:
+    """Returns the distance from 1 to the next number of this dtype."""
+    limits: Any = jnp.finfo
+    return float(limits(dtype).eps)

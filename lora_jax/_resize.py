@@ -79,11 +79,11 @@ def _pruned(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
     node = on_original(node)
     inputs, outputs = (side_size(node.shape, node.axes, role) for role in ("in", "out"))
     wide = common_dtype(node.lora_A.dtype, jnp.float32)
-    Q_A, R_A = jnp.linalg.qr(node.lora_A.reshape(-1, inputs, node.rank).astype(wide))
-    Q_B, R_B = jnp.linalg.qr(node.lora_B.reshape(-1, node.rank, outputs).astype(wide).mT)
-    U, S, Vt = jnp.linalg.svd(_product(R_A, R_B.mT), full_matrices=False)
-    lora_A, lora_B = balanced_factors(
-        _product(Q_A, U[..., :rank]), S[:, :rank], _product(Vt[:, :rank], Q_B.mT), key
+    lora_A, lora_B = truncated(
+        node.lora_A.reshape(-1, inputs, node.rank).astype(wide),
+        node.lora_B.reshape(-1, node.rank, outputs).astype(wide),
+        rank,
+        key,
     )
     A_shape, B_shape = factor_shapes(
         layers_shape(node.shape, node.axes, node.layers), node.axes, rank
@@ -92,6 +92,23 @@ def _pruned(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
         node,
         lora_A=lora_A.reshape(A_shape).astype(node.lora_A.dtype),
         lora_B=lora_B.reshape(B_shape).astype(node.lora_B.dtype),
+    )
+
+
+def truncated(lora_A: Array, lora_B: Array, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """Returns the factors of the best approximation of lora_A · lora_B of a lower rank.
+
+    Args:
+      lora_A: matrices (batch, in, r).
+      lora_B: matrices (batch, r, out).
+      rank: the new rank.
+      key: a random key for directions in which the product is zero.
+    """
+    Q_A, R_A = jnp.linalg.qr(lora_A)
+    Q_B, R_B = jnp.linalg.qr(lora_B.mT)
+    U, S, Vt = jnp.linalg.svd(_product(R_A, R_B.mT), full_matrices=False)
+    return balanced_factors(
+        _product(Q_A, U[..., :rank]), S[:, :rank], _product(Vt[:, :rank], Q_B.mT), key
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from lora_jax._shapes import Axes, Layers
@@ -38,6 +39,11 @@ class LoRAWeight:
       layers: which places of the first batch axis are adapted; None for all. All of the above but
         `base` hold these places only.
       frozen: the names of leaves that don't train although they could, such as `"lora_A"`.
+      norm: $\lVert W + s A B \rVert$ for each output feature, in a stack of adapters, whose factors
+        change no more; else None, and it is computed where it is needed.
+
+    In a stack of adapters `lora_A`, `lora_B`, `scale`, `magnitude` and `norm` have one more axis in
+    front, and the rest is shared.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; Liu et
     al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, equation 5.
@@ -61,6 +67,12 @@ class LoRAWeight:
     initial_B: Float[Array, "..."] | Any = None
     layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    norm: Float[Array, "..."] | Any = None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it holds several adapters, as `stack` makes them."""
+        return np.ndim(self.scale) > 0
 
     @property
     def rank(self) -> int:
@@ -119,3 +131,12 @@ def map_adapter_nodes(function: Callable[[Any], Any], tree: Any) -> Any:
         tree,
         is_leaf=is_adapter_node,
     )
+
+
+def check_single(path: str, node: LoRAWeight) -> None:
+    """Raises if a node holds several adapters."""
+    if node.is_stacked:
+        raise ValueError(
+            f"'{path}' holds {node.scale.shape[0]} adapters; expected one. adapt_batched(fn) "
+            "computes with them all, and select(stacked, id) gives one of them."
+        )

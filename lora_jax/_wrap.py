@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import dense, lora_weight, on_original, original, squared_norms
+from lora_jax._algebra import lora_weight, on_original, original, squared_norms
 from lora_jax._axes import InferredAxes
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
@@ -160,31 +160,6 @@ def wrap(
         return leaf
 
     return map_with_paths(node, params)
-
-
-def merge(wrapped: Any) -> Any:
-    r"""Returns plain params with $W + s \cdot A B$ in place of each adapted weight.
-
-    The sum is taken in at least float32, in the widest of the dtypes, and cast once, so that
-    structure, shapes and dtypes are those of the tree that was wrapped.
-
-    Args:
-      wrapped: what `wrap` returned, trained or not.
-
-    Returns:
-      Plain params, the original structure.
-
-    Source: Hu et al. 2021, section 4.1, "No additional inference latency".
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
-      >>> lora_jax.merge(wrapped)["kernel"].shape
-      (4, 3)
-    """
-    return map_adapter_nodes(
-        lambda node: dense(node) if is_lora_weight(node) else node.value, wrapped
-    )
 
 
 def unwrap(wrapped: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax
 import lora_jax.optimizers
+import lora_jax.serving
 import lora_jax.transform
 from lora_jax.checkpoint import TrainingCheckpoints, TrainingState
 
@@ -26,6 +27,7 @@ PUBLIC = {
     **public_names(lora_jax.init),
     **public_names(lora_jax.optimizers),
     **public_names(lora_jax.peft),
+    **public_names(lora_jax.serving),
     **public_names(lora_jax.transform),
     "lora_jax.checkpoint.TrainingCheckpoints": TrainingCheckpoints,
     "lora_jax.checkpoint.TrainingState": TrainingState,
@@ -37,7 +39,9 @@ CONTRACT = [
     "LoRAWeight",
     "adapt",
     "checkpoint",
+    "adapt_batched",
     "combine",
+    "combine_adapters",
     "explain",
     "infer_axes",
     "init",
@@ -47,8 +51,11 @@ CONTRACT = [
     "optimizers",
     "restore",
     "save",
+    "select",
     "split",
+    "stack",
     "summary",
+    "unmerge",
     "unwrap",
     "wrap",
 ]
@@ -113,7 +120,7 @@ def test_options_are_keyword_only() -> None:
         ]
         # An initialiser is called by position, with all that it needs. The others named here take
         # more than one thing by itself, and then `targets` as `wrap` does.
-        limits = {"extract": 3, "input_moments": 4}
+        limits = {"combine_adapters": 3, "extract": 3, "input_moments": 4}
         limit = 4 if name.startswith("lora_jax.init.") else limits.get(name.rpartition(".")[2], 2)
         assert len(positional) <= limit, name
 
@@ -121,3 +128,4 @@ def test_options_are_keyword_only() -> None:
 def test_what_the_package_offers_is_what_its_modules_define() -> None:
     assert lora_jax.save is lora_jax.checkpoint.save
     assert lora_jax.adapt is lora_jax.transform.adapt
+    assert lora_jax.stack is lora_jax.serving.stack

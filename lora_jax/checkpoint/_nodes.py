@@ -12,7 +12,7 @@ from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
 AdapterNode = LoRAWeight | FullWeight
 
 # What restoring finds in the params or computes from them.
-_OF_THE_BASE = frozenset({"base", "squared_norm"})
+_OF_THE_BASE = frozenset({"base", "squared_norm", "norm"})
 
 
 def adapter_nodes(wrapped: PyTree, argument: str = "wrapped") -> dict[str, AdapterNode]:

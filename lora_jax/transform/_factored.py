@@ -13,7 +13,7 @@ from jaxtyping import Array
 from lora_jax._algebra import gain
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Places, aligned, factor_places, magnitude_places, spread_layers
-from lora_jax._weight import LoRAWeight
+from lora_jax._weight import LoRAWeight, check_single
 from lora_jax.transform._product import product, without_unit_axes
 
 Window = tuple[int, int]
@@ -187,6 +187,7 @@ class Factored:
 
 def factored_weight(weight: LoRAWeight, path: str) -> Factored:
     """Returns the symbolic value of an adapted weight; nothing frozen receives a gradient."""
+    check_single(path, weight)
     weight = _with_gradients_stopped(weight)
     A_places, B_places = factor_places(weight.axes)
     term = Term(

@@ -1,0 +1,27 @@
+"""Finding values that are not finite."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from lora_jax._compat import is_tracer
+
+
+def not_finite(arrays: Iterable[tuple[str, Any]]) -> list[str]:
+    """Returns the names of those arrays that hold NaN or infinity; traced ones are passed over."""
+    concrete = [(name, array) for name, array in arrays if not is_tracer(array)]
+    if not concrete:
+        return []
+    # One transfer for all of them; also where a function that is being traced holds the arrays.
+    with jax.ensure_compile_time_eval():
+        finite = np.asarray(jnp.stack([_is_finite(array) for _, array in concrete]))
+    return [name for (name, _), each in zip(concrete, finite, strict=True) if not each]
+
+
+@jax.jit
+def _is_finite(array: Array) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(array))

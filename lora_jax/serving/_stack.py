@@ -1,0 +1,243 @@
+"""Several adapters of one model in one tree, and one of them out of it."""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from lora_jax._algebra import on_original, with_norm
+from lora_jax._compat import is_tracer
+from lora_jax._dtypes import common_dtype
+from lora_jax._settings import check_rank
+from lora_jax._weight import LoRAWeight
+from lora_jax.serving._alike import (
+    checked_adapters,
+    common_layers,
+    lora_nodes,
+    map_lora_weights,
+    map_together,
+    numbers_of,
+    spread,
+    with_rank,
+    without_change,
+)
+
+
+def stack(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | None = None) -> Any:
+    r"""Returns one tree with all adapters, which share the base.
+
+    In each `LoRAWeight`, `lora_A`, `lora_B`, `scale` and `magnitude` get an axis of adapters in
+    front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter i is
+    still $W + s_i A_i B_i$. What an initialiser had moved from the weight into the factors is moved
+    back first, as by `on_original_base`, which doubles that adapter's rank. An adapter of some
+    layers gets places for those of the others, at which it changes nothing.
+
+    With `capacity` the tree is a bank: `add_adapter`, `replace_adapter` and `remove_adapter` change
+    its numbers and none of its shapes, so that compiled functions of it stay valid. A bank is for
+    inference; to train an adapter further, `select` it.
+
+    Args:
+      adapters: wrapped trees of the same params with the same targets.
+      capacity: how many adapters there is room for; as many as there are unless given.
+      rank: the rank that there is room for, in every weight; the largest one of the adapters, by
+        weight, unless given.
+
+    Returns:
+      The stacked tree, for `adapt_batched`, `select` and `activate`.
+
+    Raises:
+      ValueError: the adapters differ in base, structure, targets, axes or kind, one of them trains
+        weights in full or holds values that are not finite, or there is no room for one.
+      TypeError: `adapters` is no list, or `capacity` or `rank` no whole number.
+
+    Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> adapters = [lora_jax.wrap(params, "kernel", rank=rank) for rank in (1, 2)]
+      >>> stacked = lora_jax.stack(adapters, capacity=8)
+      >>> stacked["kernel"].lora_A.shape, stacked["kernel"].lora_B.shape
+      ((8, 4, 2), (8, 2, 3))
+    """
+    trees = checked_adapters(adapters)
+    places = _checked_capacity(capacity, len(trees))
+    if rank is not None:
+        check_rank("`rank`", rank)
+    return map_together(lambda path, nodes: _stacked(path, nodes, places, rank), trees)
+
+
+def select(stacked: Any, adapter_id: int | Array) -> Any:
+    """Returns one adapter of a stack, as an ordinary wrapped tree of the stack's rank.
+
+    Args:
+      stacked: what `stack` returned.
+      adapter_id: its place; -1 for an adapter that changes nothing. Where it is traced, an unknown
+        one gives this too.
+
+    Returns:
+      The wrapped tree.
+
+    Raises:
+      ValueError: there is no such adapter.
+      TypeError: `adapter_id` is no whole number.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> stacked = lora_jax.stack([lora_jax.wrap(params, "kernel", rank=2)])
+      >>> lora_jax.select(stacked, 0)["kernel"].rank
+      2
+    """
+    check_stacked(stacked)
+    if not is_tracer(adapter_id):
+        check_known(stacked, [checked_id(adapter_id)])
+
+    def selected(node: LoRAWeight) -> LoRAWeight:
+        return dataclasses.replace(slot(node, adapter_id), norm=None)
+
+    return map_lora_weights(selected, stacked)
+
+
+def adapter_ids(stacked: Any) -> tuple[int, ...]:
+    """Returns the places of a stack that hold an adapter; the others compute what the base does.
+
+    A place is empty where all factors and scales are zero.
+
+    Args:
+      stacked: what `stack` returned.
+
+    Returns:
+      The ids, in order.
+
+    Raises:
+      ValueError: `stacked` is no stack, or is traced.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
+      >>> lora_jax.adapter_ids(lora_jax.stack([wrapped, wrapped], capacity=5))
+      (0, 1)
+    """
+    check_stacked(stacked)
+    numbers = [[node.lora_A, node.lora_B, node.scale] for _, node in lora_nodes(stacked)]
+    if any(map(is_tracer, jax.tree.leaves(numbers))):
+        raise ValueError(
+            "`stacked` is traced, so that its places can't be looked at; call this outside of "
+            "jax.jit, or replace_adapter(stacked, wrapped, adapter_id=...) with an id."
+        )
+    with jax.ensure_compile_time_eval():
+        return tuple(np.flatnonzero(_occupied(numbers)).tolist())
+
+
+def slot(node: LoRAWeight, adapter_id: int | Array) -> LoRAWeight:
+    """Returns one adapter of a stacked weight; the base's where there is no such place."""
+    count = node.scale.shape[0]
+    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
+    is_known = (adapter_id >= 0) & (adapter_id < count)
+    place = jnp.clip(adapter_id, 0, count - 1)
+    held: dict[str, Any] = {
+        name: jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
+        for name, array in numbers_of(node).items()
+    }
+    single = dataclasses.replace(node, **held)
+    # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
+    chosen: dict[str, Any] = {
+        name: jnp.where(is_known, held[name], base) for name, base in without_change(single).items()
+    }
+    return dataclasses.replace(single, **chosen)
+
+
+def check_stacked(stacked: Any) -> None:
+    """Raises unless `stacked` is what `stack` returned."""
+    nodes = lora_nodes(stacked)
+    if not nodes or not all(node.is_stacked for _, node in nodes):
+        raise ValueError(
+            "`stacked` is no stack of adapters; expected what stack([wrapped, ...]) returned."
+        )
+
+
+def capacity_of(stacked: Any) -> int:
+    """Returns how many places a stack has."""
+    return lora_nodes(stacked)[0][1].scale.shape[0]
+
+
+def checked_id(adapter_id: Any) -> int:
+    """Returns an id as an int."""
+    if isinstance(adapter_id, bool) or not hasattr(adapter_id, "__index__"):
+        raise TypeError(f"`adapter_id` is {adapter_id!r}; expected a whole number.")
+    return operator.index(adapter_id)
+
+
+def check_known(stacked: Any, ids: Sequence[int]) -> None:
+    """Raises if one of `ids` is neither -1 nor that of an adapter."""
+    if any(is_tracer(node.scale) for _, node in lora_nodes(stacked)):
+        known: Sequence[int] = range(capacity_of(stacked))
+    else:
+        known = adapter_ids(stacked)
+    unknown = sorted(set(ids) - {-1, *known})
+    if unknown:
+        raise ValueError(
+            f"There is no adapter with the id {', '.join(map(str, unknown))}; expected one of "
+            f"{', '.join(map(str, known)) or 'none'}, or -1 for the base model. "
+            "adapter_ids(stacked) lists them."
+        )
+
+
+def _stacked(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | None) -> LoRAWeight:
+    untouched = next((node for node in nodes if node.initial_A is None), nodes[0])
+    nodes = [on_original(node) for node in nodes]
+    largest = max(node.rank for node in nodes)
+    if rank is not None and largest > rank:
+        raise ValueError(
+            f"`rank` is {rank}, and an adapter has the rank {largest} at '{path}'; expected at "
+            f"least that: stack(..., rank={largest})."
+        )
+    layers = common_layers(nodes)
+    base = on_original(untouched).base
+    alike = [
+        with_norm(with_rank(spread(dataclasses.replace(node, base=base), layers), rank or largest))
+        for node in nodes
+    ]
+    frozen = {node.frozen for node in nodes}
+    null = without_change(alike[0])
+    numbers: dict[str, Any] = {
+        name: _filled_up([numbers_of(node)[name] for node in alike], array, capacity)
+        for name, array in null.items()
+    }
+    return dataclasses.replace(alike[0], **numbers, frozen=frozen.pop() if len(frozen) == 1 else ())
+
+
+def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
+    """Returns the arrays as one, of the dtype that holds all, with `empty` in the other places."""
+    dtype = common_dtype(*(array.dtype for array in arrays))
+    rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
+    return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])
+
+
+@jax.jit
+def _occupied(numbers: Sequence[Sequence[Array]]) -> Bool[Array, "capacity"]:
+    holds = [
+        jnp.any(array.reshape(array.shape[0], -1) != 0, axis=1)
+        for arrays in numbers
+        for array in arrays
+    ]
+    return jnp.any(jnp.stack(holds), axis=0)
+
+
+def _checked_capacity(capacity: Any, count: int) -> int:
+    if capacity is None:
+        return count
+    if isinstance(capacity, bool) or not hasattr(capacity, "__index__"):
+        raise TypeError(f"`capacity` is {capacity!r}; expected a whole number.")
+    if operator.index(capacity) < count:
+        raise ValueError(
+            f"`capacity` is {capacity}, and there are {count} adapters; expected at least as many."
+        )
+    return operator.index(capacity)

@@ -1,0 +1,131 @@
+"""Small models of a batch that use their weights in different ways, and adapters of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+
+BATCH = 7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A function of (params, x), where x has its batch axis in front, and what it takes."""
+
+    name: str
+    fn: Callable[[Any, jax.Array], jax.Array]
+    shapes: Mapping[str, tuple[int, ...]]
+    x_shape: tuple[int, ...]
+    axes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    targets: str = "W.*"
+    integer_x: bool = False
+
+    @functools.cached_property
+    def params(self) -> dict[str, jax.Array]:
+        random = np.random.default_rng(0)
+        # They are kept, so a function that is being traced must not make tracers of them.
+        with jax.ensure_compile_time_eval():
+            return {
+                name: jnp.asarray(random.normal(size=shape).astype(np.float32) / 3)
+                for name, shape in self.shapes.items()
+            }
+
+    @functools.cached_property
+    def x(self) -> jax.Array:
+        random, shape = np.random.default_rng(1), (BATCH, *self.x_shape)
+        with jax.ensure_compile_time_eval():
+            if self.integer_x:
+                return jnp.asarray(random.integers(0, 20, shape, np.int32))
+            return jnp.asarray(random.normal(size=shape).astype(np.float32))
+
+    def adapter(self, seed: int, **options: Any) -> Any:
+        """Returns an adapter with numbers as if it had been trained."""
+        settings = {"rank": 2, "alpha": 3.0, "axes": self.axes, **options}
+        wrapped = lora_jax.wrap(self.params, self.targets, **settings)
+        return as_if_trained(wrapped, seed)
+
+
+def as_if_trained(wrapped: Any, seed: int) -> Any:
+    """Returns the tree with other numbers in what trains."""
+    random = np.random.default_rng(seed)
+
+    def trained(label: str, leaf: Any) -> Any:
+        if label == "frozen":
+            return leaf
+        numbers = np.asarray(leaf, np.float64)
+        if label == "magnitude":
+            numbers = numbers * random.uniform(0.5, 1.5, numbers.shape)
+        else:
+            numbers = numbers + random.normal(size=numbers.shape) / 3
+        return jnp.asarray(numbers.astype(leaf.dtype))
+
+    return jax.tree.map(trained, lora_jax.labels(wrapped), wrapped)
+
+
+def dense(params, x):
+    return jnp.tanh(x @ params["W1"] + params["b"]) @ params["W2"]
+
+
+def heads(params, x):
+    mixed = jnp.einsum("bte,ehd->bthd", x, params["W1"])
+    return jnp.einsum("bthd,hde->bte", jnp.tanh(mixed), params["W2"])
+
+
+def convolution(params, x):
+    return jax.lax.conv_general_dilated(
+        x, params["W"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def tied_embedding(params, ids):
+    return jnp.tanh(params["W"][ids]) @ params["W"].T
+
+
+def scanned(params, x):
+    def layer(x, kernel):
+        return jnp.tanh(x @ kernel), None
+
+    return jax.lax.scan(layer, x, params["W"])[0]
+
+
+MODELS = [
+    Model("dense", dense, {"W1": (12, 9), "W2": (9, 8), "b": (9,)}, (12,)),
+    Model(
+        "heads",
+        heads,
+        {"W1": (12, 3, 4), "W2": (3, 4, 12)},
+        (5, 12),
+        {"W1": ("in", "out", "out"), "W2": ("in", "in", "out")},
+    ),
+    Model(
+        "convolution", convolution, {"W": (3, 3, 4, 8)}, (6, 6, 4), {"W": ("in", "in", "in", "out")}
+    ),
+    Model("tied embedding", tied_embedding, {"W": (20, 8)}, (5,), integer_x=True),
+    Model("scanned", scanned, {"W": (3, 10, 10)}, (4, 10), {"W": ("batch", "in", "out")}),
+]
+DENSE, HEADS, CONVOLUTION, EMBEDDING, SCANNED = MODELS
+
+
+def in_float64(tree: Any) -> Any:
+    """Returns the tree with its floats in float64, where JAX is allowed that."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)) if leaf.dtype.kind == "f" else leaf,
+        tree,
+    )
+
+
+def one_by_one(model: Model, wrappeds: list[Any], x: jax.Array) -> np.ndarray:
+    """Returns what each example's own merged weights give, in float64."""
+    merged = jax.jit(lambda wrapped, x: model.fn(lora_jax.merge(wrapped), x))
+    with jax.enable_x64(True):
+        rows = [
+            merged(in_float64(wrapped), in_float64(np.asarray(x[place : place + 1])))
+            for place, wrapped in enumerate(wrappeds)
+        ]
+        return np.concatenate([np.asarray(row) for row in rows])

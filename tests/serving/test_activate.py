@@ -1,0 +1,111 @@
+"""`activate`: the exact sum of several adapters, with weights that may be traced."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from tests.serving.models import DENSE, MODELS, Model, in_float64
+
+WEIGHTS = [1.0, 0.0, -0.5]
+
+
+def summed(model: Model, wrappeds: list[Any], weights: Any) -> dict[str, np.ndarray]:
+    """Returns the params plus the weighted changes, in float64."""
+    with jax.enable_x64(True):
+        params = in_float64(model.params)
+        merged = [lora_jax.merge(in_float64(wrapped)) for wrapped in wrappeds]
+        return {
+            name: np.asarray(
+                leaf
+                + sum(
+                    weight * (each[name] - leaf)
+                    for weight, each in zip(weights, merged, strict=True)
+                )
+            )
+            for name, leaf in params.items()
+        }
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_the_sum_is_exact(model: Model) -> None:
+    wrappeds = [model.adapter(seed, rank=seed + 1, alpha=2.0) for seed in range(3)]
+    stacked = lora_jax.stack(wrappeds)
+    active = lora_jax.activate(stacked, WEIGHTS)
+    expected = summed(model, wrappeds, WEIGHTS)
+    for name, leaf in lora_jax.merge(active).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        reference = model.fn(jax.tree.map(jnp.asarray, expected), in_float64(model.x))
+    actual = jax.jit(lora_jax.adapt(model.fn, on_materialize="error"))(active, model.x)
+    np.testing.assert_allclose(actual, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_switching_compiles_nothing_again() -> None:
+    traces = []
+
+    @jax.jit
+    def apply(stacked: Any, weights: jax.Array, x: jax.Array) -> jax.Array:
+        traces.append(1)
+        return lora_jax.adapt(DENSE.fn)(lora_jax.activate(stacked, weights), x)
+
+    wrappeds = [DENSE.adapter(seed) for seed in range(3)]
+    stacked = lora_jax.stack(wrappeds)
+    for weights in np.eye(3, dtype=np.float32):
+        expected = DENSE.fn(lora_jax.merge(wrappeds[int(weights.argmax())]), DENSE.x)
+        np.testing.assert_allclose(apply(stacked, weights, DENSE.x), expected, rtol=1e-5, atol=1e-5)
+    off = apply(stacked, np.zeros(3, np.float32), DENSE.x)
+    np.testing.assert_allclose(off, DENSE.fn(DENSE.params, DENSE.x), rtol=1e-6)
+    assert len(traces) == 1
+    faded = jax.jit(lambda share: lora_jax.activate(stacked, [share, 1 - share, 0.0]))
+    np.testing.assert_allclose(
+        faded(0.25)["W1"].lora_B, lora_jax.activate(stacked, [0.25, 0.75, 0.0])["W1"].lora_B
+    )
+
+
+def test_each_example_with_its_own_sum() -> None:
+    wrappeds = [DENSE.adapter(seed) for seed in range(2)]
+    stacked = lora_jax.stack(wrappeds)
+    weights = np.random.default_rng(0).normal(size=(len(DENSE.x), 2)).astype(np.float32)
+
+    def one(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return lora_jax.adapt(DENSE.fn)(lora_jax.activate(stacked, weights), x)
+
+    actual = jax.jit(jax.vmap(one))(weights, DENSE.x)
+    for place, x in enumerate(DENSE.x):
+        merged = jax.tree.map(
+            lambda leaf: leaf.astype(np.float32), summed(DENSE, wrappeds, weights[place].tolist())
+        )
+        np.testing.assert_allclose(actual[place], DENSE.fn(merged, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"`weights` has the shape \(1,\); expected a number for each of the 2"),
+        ([1.0, float("nan")], "`weights` is .*; expected finite numbers"),
+    ],
+)
+def test_weights_that_do_not_fit(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lora_jax.activate(lora_jax.stack([DENSE.adapter(0)] * 2), weights)
+
+
+def test_whole_numbers_are_weights() -> None:
+    stacked = lora_jax.stack([DENSE.adapter(0)])
+    np.testing.assert_allclose(
+        lora_jax.merge(lora_jax.activate(stacked, jnp.array([1])))["W1"],
+        lora_jax.merge(DENSE.adapter(0))["W1"],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_magnitudes_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match=r"`stacked` has a magnitude \(DoRA\) at 'W1'.*extract"):
+        lora_jax.activate(lora_jax.stack([DENSE.adapter(0, dora=True)]), [1.0])
+    with pytest.raises(ValueError, match="`stacked` is no stack"):
+        lora_jax.activate(DENSE.adapter(0), [1.0])
