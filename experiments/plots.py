@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from experiments.output import atomic_path
 
 # Told apart by colour-blind readers too (Okabe and Ito).
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DOTS_PER_INCH = 150
 _BAR_GROUP_WIDTH = 0.8
@@ -44,7 +44,7 @@ def save_wrong_counts(
     for index, (name, values) in enumerate(counts.items()):
         offset = (index - (len(counts) - 1) / 2) * width
         bars = axes.bar(
-            np.arange(len(values)) + offset, values, width, label=name, color=_COLOURS[index]
+            np.arange(len(values)) + offset, values, width, label=name, color=COLOURS[index]
         )
         axes.bar_label(bars, fontsize=8, padding=1)
     axes.set_xticks(range(10))
@@ -52,7 +52,7 @@ def save_wrong_counts(
     axes.set(xlabel="digit (shaded: the one fine-tuned on)", ylabel="wrong answers", title=title)
     axes.margins(y=0.1)
     axes.legend(frameon=False)
-    _save(figure, axes, path=path)
+    save_figure(figure, axes, path=path)
 
 
 def save_losses(path: Path, losses: Mapping[str, NDArray[np.float32]], title: str) -> None:
@@ -62,14 +62,14 @@ def save_losses(path: Path, losses: Mapping[str, NDArray[np.float32]], title: st
     for index, (axes, (name, values)) in enumerate(zip(panels, losses.items(), strict=True)):
         window = min(len(values), max(_LEAST_WINDOW, len(values) // 50))
         average = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(values, ".", color=_COLOURS[index], alpha=0.3, markersize=2)
-        axes.plot(np.arange(len(average)) + window - 1, average, color=_COLOURS[index])
+        axes.plot(values, ".", color=COLOURS[index], alpha=0.3, markersize=2)
+        axes.plot(np.arange(len(average)) + window - 1, average, color=COLOURS[index])
         axes.set(xlabel="step", title=f"{name} (line: mean of {window} steps)")
         # Single steps far above would flatten the average, which is what there is to see.
         axes.set_ylim(0, 1.5 * float(average.max()))
     panels[0].set_ylabel("cross-entropy")
     figure.suptitle(title)
-    _save(figure, *panels, path=path)
+    save_figure(figure, *panels, path=path)
 
 
 def save_rank_curves(path: Path, ranks: Sequence[int], panels: Sequence[Panel], title: str) -> None:
@@ -81,7 +81,7 @@ def save_rank_curves(path: Path, ranks: Sequence[int], panels: Sequence[Panel], 
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title)
-    _save(figure, *all_axes, path=path)
+    save_figure(figure, *all_axes, path=path)
 
 
 def _draw_rank_curves(axes: Axes, ranks: Sequence[int], panel: Panel) -> None:
@@ -96,7 +96,7 @@ def _draw_rank_curves(axes: Axes, ranks: Sequence[int], panel: Panel) -> None:
             means,
             yerr=reach,
             label=name,
-            color=_COLOURS[index],
+            color=COLOURS[index],
             marker=_MARKERS[index],
             markersize=5,
             linewidth=1.5,
@@ -107,7 +107,8 @@ def _draw_rank_curves(axes: Axes, ranks: Sequence[int], panel: Panel) -> None:
     axes.grid(axis="y", color="0.9")
 
 
-def _save(figure: Figure, *panels: Axes, path: Path) -> None:
+def save_figure(figure: Figure, *panels: Axes, path: Path) -> None:
+    """Writes the picture, whole or not at all."""
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:

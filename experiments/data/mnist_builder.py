@@ -6,24 +6,17 @@ any that it prepared itself. Importing this module takes a second; a run that ha
 memory already doesn't need it.
 """
 
-import contextlib
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from experiments.console import Console
+from experiments.data import prepared
 from experiments.data.dataset import MNIST_COUNTS
 from experiments.data.idx import FILES, check_originals, read_idx
-from experiments.data.tfrecord import tfrecords
-from experiments.errors import InputError
-
-_PROBE_SECONDS = 5
 
 
 class MNIST(tfds.image_classification.MNIST, skip_registration=True):
@@ -49,10 +42,7 @@ class MNIST(tfds.image_classification.MNIST, skip_registration=True):
 
 def mnist_builder(data_dir: Path) -> MNIST:
     """Returns the builder of `mnist` in this folder, prepared or not."""
-    as_prepared = MNIST(data_dir=data_dir)
-    if as_prepared.is_prepared():
-        return as_prepared
-    return MNIST(data_dir=data_dir, file_format="array_record")
+    return prepared.builder_in(MNIST, data_dir)
 
 
 def prepare_from_files(builder: MNIST, mnist_dir: Path, console: Console) -> None:
@@ -60,42 +50,14 @@ def prepare_from_files(builder: MNIST, mnist_dir: Path, console: Console) -> Non
     originals: Any = builder.url_infos
     registered = {url.rsplit("/", 1)[-1]: info.checksum for url, info in originals.items()}
     check_originals(mnist_dir, registered)
-    _prepare(builder, mnist_dir, f"the files in {mnist_dir}", console)
+    prepared.prepare(builder, mnist_dir, f"the files in {mnist_dir}", console)
 
 
 def prepare_from_network(builder: MNIST, console: Console) -> None:
     """Downloads and prepares MNIST; raises OSError within seconds where there is no network."""
-    # TFDS itself waits without a limit for a server that doesn't answer.
-    probe = urllib.request.Request(builder.URL + FILES[0], method="HEAD")
-    urllib.request.urlopen(probe, timeout=_PROBE_SECONDS).close()
-    try:
-        _prepare(builder, None, builder.URL, console)
-    except (tfds.download.DownloadError, NonMatchingChecksumError) as error:
-        raise OSError(f"the download failed: {error}") from error
+    prepared.prepare_from_network(builder, builder.URL + FILES[0], console)
 
 
 def examples(builder: MNIST, split: str) -> Iterator[Any]:
     """Yields the examples of a prepared split, their images still encoded as PNG."""
-    prepared: Any = tfds.builder_from_directory(builder.data_dir)
-    encoded = {"image": tfds.decode.SkipDecoding()}
-    if prepared.info.file_format is tfds.core.FileFormat.TFRECORD:
-        for path in prepared.info.splits[split].filepaths:
-            for record in tfrecords(Path(path)):
-                yield prepared.info.features.deserialize_example_np(record, decoders=encoded)
-    else:
-        yield from prepared.as_data_source(split, decoders=encoded)
-
-
-def _prepare(builder: MNIST, manual_dir: Path | None, source: str, console: Console) -> None:
-    console.note(f"Preparing MNIST, once, from {source} in {builder.data_dir}")
-    if not console.is_terminal:
-        tfds.disable_progress_bar()
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    # TFDS prints what it does; standard output belongs to the study's results.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            builder.download_and_prepare(download_config=config)
-        except PermissionError as error:
-            raise InputError(
-                f"--data-dir {builder.data_dir} can't be written ({error}); pass another folder"
-            ) from error
+    return prepared.examples(builder, split, {"image": tfds.decode.SkipDecoding()})

@@ -1,0 +1,71 @@
+"""Data sets that TensorFlow Datasets prepares and reads, without TensorFlow.
+
+Importing this module takes a second.
+"""
+
+import contextlib
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+from experiments.console import Console
+from experiments.data.tfrecord import tfrecords
+from experiments.errors import InputError
+
+_PROBE_SECONDS = 5
+
+
+def builder_in(make: Callable[..., Any], data_dir: Path) -> Any:
+    """Returns the builder of what is prepared in this folder, in whatever format, or of a new one.
+
+    Args:
+      make: the builder's class, its other arguments bound.
+      data_dir: where prepared data sets are.
+    """
+    as_prepared = make(data_dir=data_dir)
+    if as_prepared.is_prepared():
+        return as_prepared
+    return make(data_dir=data_dir, file_format="array_record")
+
+
+def prepare_from_network(builder: Any, url: str, console: Console) -> None:
+    """Downloads and prepares; raises OSError within seconds where `url` can't be reached."""
+    # TFDS itself waits without a limit for a server that doesn't answer.
+    probe = urllib.request.Request(url, method="HEAD")
+    urllib.request.urlopen(probe, timeout=_PROBE_SECONDS).close()
+    try:
+        prepare(builder, None, url, console)
+    except (tfds.download.DownloadError, NonMatchingChecksumError) as error:
+        raise OSError(f"the download failed: {error}") from error
+
+
+def prepare(builder: Any, manual_dir: Path | None, source: str, console: Console) -> None:
+    """Prepares a data set from the files in a folder, or from the network."""
+    console.note(f"Preparing {builder.name}, once, from {source} in {builder.data_dir}")
+    if not console.is_terminal:
+        tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
+    # TFDS prints what it does; standard output belongs to the study's results.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            builder.download_and_prepare(download_config=config)
+        except PermissionError as error:
+            raise InputError(
+                f"--data-dir {builder.data_dir} can't be written ({error}); pass another folder"
+            ) from error
+
+
+def examples(builder: Any, split: str, decoders: Any = None) -> Iterator[Any]:
+    """Yields the examples of a prepared split."""
+    prepared: Any = tfds.builder_from_directory(builder.data_dir)
+    if prepared.info.file_format is tfds.core.FileFormat.TFRECORD:
+        for path in prepared.info.splits[split].filepaths:
+            for record in tfrecords(Path(path)):
+                yield prepared.info.features.deserialize_example_np(record, decoders=decoders)
+    else:
+        yield from prepared.as_data_source(split, decoders=decoders)

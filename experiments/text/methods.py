@@ -1,0 +1,86 @@
+"""Which weights train: adapters and the head, every weight, or the head alone.
+
+All methods give a tree of the same kind, so that one training loop, one checkpoint and one file
+format serve them all: what trains in full is a `FullWeight`, beside adapters or without any.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+import lora_jax
+from experiments.errors import as_input_error
+
+METHODS = ("lora", "dora", "full", "head")
+
+_HEAD = "classifier"
+_ALL_LINEAR = "all-linear"
+_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "head": "head alone"}
+_LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4, "head": 1e-2}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune; the rank is that of the adapters, or None where there are none."""
+
+    name: str
+    rank: int | None
+
+    def __str__(self) -> str:
+        name = _NAMES[self.name]
+        return name if self.rank is None else f"{name}, rank {self.rank}"
+
+    @property
+    def learning_rate(self) -> float:
+        """The greatest learning rate, unless one is chosen."""
+        return _LEARNING_RATES[self.name]
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.rank is not None
+
+    def wrapped(
+        self,
+        params: Any,
+        apply_fn: Callable[..., Any],
+        *,
+        targets: Sequence[str],
+        alpha: float | None,
+        key: PRNGKeyArray,
+    ) -> Any:
+        """Returns `params` with what this method trains; raises what `wrap` has against it."""
+        if self.rank is None:
+            return _trained_in_full(params, "" if self.name == "full" else _HEAD)
+        is_linear = _ALL_LINEAR in targets
+        with as_input_error():
+            return lora_jax.wrap(
+                params,
+                _ALL_LINEAR if list(targets) == [_ALL_LINEAR] else tuple(targets),
+                rank=self.rank,
+                alpha=alpha,
+                key=key,
+                axes=_axes(apply_fn, params) if is_linear else None,
+                dora=self.name == "dora",
+                exclude=_HEAD if is_linear else None,
+                train=_HEAD,
+            )
+
+
+def without_adapters(wrapped: Any) -> Any:
+    """Returns plain params with the adapters off and the head as it was trained."""
+    return {**lora_jax.unwrap(wrapped), _HEAD: lora_jax.merge(wrapped)[_HEAD]}
+
+
+def _trained_in_full(params: Any, module: str) -> Any:
+    if module:
+        return {**params, module: _trained_in_full(params[module], "")}
+    return jax.tree.map(lambda leaf: lora_jax.FullWeight(base=leaf, value=leaf), params)
+
+
+def _axes(apply_fn: Callable[..., Any], params: Any) -> Any:
+    tokens, mask = np.zeros((1, 2), np.int32), np.ones((1, 2), np.bool_)
+    return lora_jax.infer_axes(lambda params: apply_fn({"params": params}, tokens, mask), params)

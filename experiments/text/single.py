@@ -1,0 +1,124 @@
+"""One training on sentences, tested in every way."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+import lora_jax
+from experiments.claims import frozen_unchanged
+from experiments.console import Console
+from experiments.memory import peak_bytes
+from experiments.output import bytes_in
+from experiments.text.adapter_folder import AdapterFolder, Card, file_hash
+from experiments.text.evaluation import Examination
+from experiments.text.methods import without_adapters
+from experiments.text.options import Options
+from experiments.text.report import Findings, present
+from experiments.text.task import (
+    Encoder,
+    TextTask,
+    adapted_apply,
+    describe,
+    loaded_texts,
+    shapes_line,
+    text_task,
+)
+from experiments.text.training import Training
+from experiments.timing import Stopwatch
+from lora_jax.checkpoint import TrainingCheckpoints
+
+_CHECKPOINTS = "checkpoints"
+_ADAPTER = "adapter"
+
+
+def run_once(options: Options, console: Console) -> None:
+    """Trains, keeps the best adapter, tests it and reports."""
+    watch = Stopwatch()
+    seed, method = options.seeds[0], options.methods[0]
+    encoder = Encoder.read(options.data.model)
+    task = text_task(loaded_texts(options.data, console), encoder, options.data, seed=seed)
+    describe(task, console)
+    params = task.initial_params(seed)
+    training = Training(task, method, options.training, seed=seed)
+    watch.phase_ended("data")
+
+    folder = AdapterFolder(options.out / _ADAPTER)
+    _train(training, task, folder, options, watch, console)
+    best = folder.restore(params)
+    merge_seconds, merged = _timed(lambda: lora_jax.merge(best))
+    test = Examination(task.test, max_length=task.max_length)
+    evaluations = {
+        "on": test(adapted_apply(task.apply), best),
+        "off": test(task.apply, without_adapters(best)),
+        "merged": test(task.apply, merged),
+    }
+    watch.phase_ended("testing")
+    sizes = {"adapter": bytes_in(folder.weights), "model": encoder.weights_file.stat().st_size}
+    findings = Findings(
+        task=task,
+        method=method,
+        wrapped=best,
+        evaluations=evaluations,
+        history=training.history,
+        bytes=sizes,
+        peak_bytes=peak_bytes(),
+        step_bytes=training.steps.bytes,
+        merge_seconds=merge_seconds,
+        frozen_unchanged=frozen_unchanged(params, training.wrapped),
+    )
+    present(findings, options, watch, console)
+
+
+def _train(
+    training: Training,
+    task: TextTask,
+    folder: AdapterFolder,
+    options: Options,
+    watch: Stopwatch,
+    console: Console,
+) -> None:
+    """Takes the steps that are left, and puts the best adapter into the folder."""
+    with TrainingCheckpoints(options.out / _CHECKPOINTS, keep=1) as checkpoints:
+        _begin(training, checkpoints, options, console)
+        console.note(lora_jax.summary(training.wrapped))
+        console.note(shapes_line(training.shapes(), options.training.batch_size))
+        training.compile(console)
+        watch.phase_ended("compiling")
+        card = Card(
+            classes=task.classes,
+            max_length=task.max_length,
+            model=str(options.data.model.resolve()) if options.data.model else None,
+            model_sha256=file_hash(task.encoder.weights_file),
+            method=str(options.methods[0]),
+        )
+        examine = Examination(task.validation, max_length=task.max_length)
+        adapted = adapted_apply(task.apply)
+        training.run(
+            lambda wrapped: examine(adapted, wrapped),
+            lambda wrapped: folder.save(wrapped, card),
+            console=console,
+            checkpoints=checkpoints,
+        )
+    watch.phase_ended("training")
+
+
+def _begin(
+    training: Training, checkpoints: TrainingCheckpoints, options: Options, console: Console
+) -> None:
+    """Takes up the training that was left, or makes way for a new one."""
+    if options.resume:
+        training.resume(checkpoints)
+        console.note(f"Going on from step {training.step}")
+    elif checkpoints.latest_step is not None:
+        console.note(f"Training anew: the checkpoint of step {checkpoints.latest_step} goes")
+        checkpoints.delete_after(-1)
+
+
+def _timed(computation: Callable[[], Any]) -> tuple[float, Any]:
+    """Returns the seconds of a computation that is compiled already, and its result."""
+    jax.block_until_ready(computation())
+    start = time.perf_counter()
+    result = jax.block_until_ready(computation())
+    return time.perf_counter() - start, result
