@@ -88,8 +88,10 @@ def dora_by_hand(wrapped, x):
     def layer(params, x):
         node = params["kernel"]
         base, A, B, scale = jax.lax.stop_gradient((node.base, node.lora_A, node.lora_B, node.scale))
-        change = 2 * scale * (A.T @ base) + scale**2 * ((A.T @ A) @ B)
-        norm = jnp.sqrt(jnp.maximum(node.squared_norm + jnp.sum(change * B, axis=0), 0))
+        cross = 2 * scale * jnp.sum(B * (A.T @ base), axis=0)
+        change = scale**2 * jnp.sum(B * ((A.T @ A) @ B), axis=0)
+        rounding = 4 * jnp.finfo(base.dtype).eps * (node.squared_norm + change)
+        norm = jnp.sqrt(jnp.maximum(node.squared_norm + cross + change, rounding))
         gain = node.magnitude / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
         product = x @ base + ((x @ node.lora_A) * node.scale) @ node.lora_B
         return product * gain + params["bias"]

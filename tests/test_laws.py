@@ -207,7 +207,7 @@ def test_adapted_is_dense(case: Case, variant: Variant, name: str) -> None:
         pytest.skip("JAX has no batching rule for this function")
     actual = transform.apply(lora_jax.adapt(problem.case.fn))(problem.trained, problem.xs)
     expected = transform.expected(dense_results(problem, transform.differentiates))
-    assert relative_error(actual, expected) < TOLERANCE
+    assert relative_error(actual, expected) < variant.tolerance
 
 
 def test_how_it_is_computed(problem: Problem) -> None:

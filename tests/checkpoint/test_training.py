@@ -431,7 +431,7 @@ class TestRefused:
                 "'encoder/0/kernel': its rank is 2 in the checkpoint and 3 in",
             ),
             ({"alpha": 5}, "'encoder/0/kernel': its alpha is 6.0 in the checkpoint and 5.0 in"),
-            ({"freeze": "lora_B"}, r"its frozen is \(\) in the checkpoint and \('lora_B',\)"),
+            ({"freeze": "lora_A"}, r"its frozen is \(\) in the checkpoint and \('lora_A',\)"),
             (
                 {"dora": True},
                 r"'encoder/0/kernel': its magnitude is None in .* and float32 \(4,\) in",
