@@ -1,23 +1,13 @@
 """What shapes a BERT encoder, as `config.json` has it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-from jaxtyping import Array
-
+from experiments.bert.activations import ACTIVATIONS
 from experiments.errors import InputError
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 # What a file may say besides the numbers, and the only value of it that this encoder computes.
 _SUPPORTED = {

@@ -5,11 +5,13 @@ each other one to one: `layer_0/attention/query/kernel` is
 `encoder.layer.0.attention.self.query.weight`.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.bert.config import ACTIVATIONS, BertConfig
+from experiments.bert.activations import ACTIVATIONS
+from experiments.bert.config import BertConfig
 
 TokenIds = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"]
@@ -48,7 +50,7 @@ class BertAttention(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
         # Not minus infinity: in a row that only fills its batch, no token may be seen.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
-        shares = nn.Dropout(config.attention_probs_dropout_prob)(nn.softmax(scores), deterministic)
+        shares = nn.Dropout(config.attention_probs_dropout_prob)(softmax(scores), deterministic)
         seen = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
         return nn.Dense(config.hidden_size, name="out")(seen.reshape(hidden.shape))
 
@@ -131,6 +133,23 @@ def mean_pooled(hidden: Hidden, mask: Mask) -> Float[Array, "batch width"]:
     """Returns the mean over the tokens of each row; zeros where a row has none."""
     kept = mask[..., None].astype(hidden.dtype)
     return (hidden * kept).sum(axis=-2) / jnp.maximum(kept.sum(axis=-2), 1)
+
+
+@jax.custom_jvp
+def softmax(scores: Float[Array, "*shape keys"]) -> Float[Array, "*shape keys"]:
+    """Returns shares; d shares = shares · (d scores - Σ shares · d scores) needs nothing else kept.
+
+    What JAX derives from `nn.softmax` keeps the exponentials and their sums too.
+    """
+    return nn.softmax(scores)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    shares = softmax(*primals)
+    (change,) = tangents
+    mean_change = (shares * change).sum(axis=-1, keepdims=True)
+    return shares, shares * (change - mean_change)
 
 
 def _norm(config: BertConfig, name: str) -> nn.LayerNorm:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 import lora_jax
 from experiments.bert import (
@@ -19,8 +20,10 @@ from experiments.bert import (
     model_folder,
     with_new_head,
 )
+from experiments.bert.activations import ACTIVATIONS
 from experiments.bert.config import read_config
 from experiments.bert.folder import CONFIG, TOKENIZER, WEIGHTS
+from experiments.bert.model import softmax
 from experiments.data.tokens import evaluation_batches, in_order
 
 with_minilm = pytest.mark.skipif(
@@ -214,3 +217,33 @@ def test_pretrained_embeddings_put_like_beside_like():
     partners = likeness[np.arange(6), [1, 0, 3, 2, 5, 4]]
     assert partners.min() > 0.4
     assert np.sort(likeness, axis=1)[:, -2].max() < 0.3
+
+
+def test_gelu_and_its_slope_are_those_of_the_formula():
+    x = np.linspace(-6, 6, 101)
+    normal = scipy.stats.norm
+    gelu = ACTIVATIONS["gelu"]
+    values = gelu(jnp.asarray(x, jnp.float32))
+    slopes = jax.vmap(jax.grad(gelu))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(values, x * normal.cdf(x), atol=1e-6)
+    np.testing.assert_allclose(slopes, normal.cdf(x) + x * normal.pdf(x), atol=1e-6)
+
+
+def test_the_slope_of_a_softmax_is_that_of_its_formula():
+    scores, change = (
+        np.random.default_rng(seed).standard_normal((2, 3, 5)) * 3 for seed in range(2)
+    )
+    shares = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    expected = shares * (change - (shares * change).sum(axis=-1, keepdims=True))
+    found, pull = jax.vjp(softmax, jnp.asarray(scores, jnp.float32))
+    np.testing.assert_allclose(found, shares, atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.asarray(change, jnp.float32))[0], expected, atol=1e-6)
+
+
+def test_between_the_passes_of_a_step_little_is_kept():
+    """The inputs of the widest activations and the shares, and neither twice."""
+    x = jnp.ones((64, 128))
+    for function in (ACTIVATIONS["gelu"], softmax):
+        step = jax.jit(lambda x, fn=function: jax.vjp(fn, x)[1])
+        kept = jax.tree.leaves(step(x))
+        assert sum(array.nbytes for array in kept) == x.nbytes
