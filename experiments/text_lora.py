@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from experiments.command import exit_code
 from experiments.console import Console, device_line
+from experiments.memory import keep_freed_memory
 from experiments.output import writable_folder
 from experiments.text.comparison import compare
 from experiments.text.options import Options, parsed, parsed_for_prediction
@@ -29,4 +30,5 @@ def study(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -85,3 +85,14 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.enable_padding(length=12)
     tokenizer.enable_truncation(12)
     tokenizer.save(str(path))
+
+
+def sentences_tsv(seed: int, *, count: int) -> str:
+    """Returns lines of sentences of two to ten words, and whether they praise."""
+    random = np.random.default_rng(seed)
+    lines = ["sentence\tlabel"]
+    for number in range(count):
+        word = ("bad", "dull", "good", "great")[number % 4]
+        others = random.choice(["a", "the", "film", "plot", "very", "is"], random.integers(1, 9))
+        lines.append(f"{' '.join(others)} {word}\t{int(number % 4 > 1)}")
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ def predict(options: PredictOptions) -> None:
     """Prints the class of each sentence and its probability."""
     folder = AdapterFolder(options.adapter)
     card = folder.read_card()
-    sentences = _sentences(options.text)
+    sentences = sentences_of(options.text)
     encoder = Encoder.read(options.model or (Path(card.model) if card.model else None))
     card.check_encoder(encoder)
     config, classes = encoder.config, card.classes
@@ -35,7 +35,7 @@ def predict(options: PredictOptions) -> None:
         print(_line(sentence, label, float(row.max()), as_json=options.json))
 
 
-def _sentences(text: Sequence[str] | None) -> list[str]:
+def sentences_of(text: Sequence[str] | None) -> list[str]:
     """Returns the sentences of --text, or the lines of standard input that are not blank."""
     lines = sys.stdin.read().splitlines() if text is None else text
     sentences = [line.strip() for line in lines if line.strip()]

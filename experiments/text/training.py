@@ -16,13 +16,14 @@ from experiments.console import Console, Steps
 from experiments.data.tokens import Position, TokenBatch, TrainingBatches, lengths_up_to
 from experiments.errors import InputError, as_input_error
 from experiments.evaluation import Evaluation
+from experiments.memory import return_freed_memory
 from experiments.text.methods import Method
 from experiments.text.options import TrainingOptions
 from experiments.text.task import TextTask, adapted_apply
 from experiments.training import ApplyFn, cross_entropy
 from lora_jax.checkpoint import TrainingCheckpoints
 
-_GREATEST_GRADIENT = 1.0
+GREATEST_GRADIENT = 1.0
 _RECENT = 20
 
 Keep = Callable[[Any], None]
@@ -124,18 +125,18 @@ def _training_step(
     return step
 
 
-def optimizer(options: TrainingOptions, method: Method, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW, its learning rate rising from 0 and falling to 0, on gradients cut to 1."""
+def learning_rates(options: TrainingOptions, method: Method, steps: int) -> optax.Schedule:
+    """Returns the learning rate of each step: it rises from 0 and falls to 0."""
     warmup = min(max(1, round(options.warmup * steps)), steps - 1) if options.warmup else 0
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else options.learning_rate or method.learning_rate,
-        options.learning_rate or method.learning_rate,
-        warmup,
-        steps,
-    )
+    greatest = options.learning_rate or method.learning_rate
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else greatest, greatest, warmup, steps)
+
+
+def optimizer(options: TrainingOptions, method: Method, steps: int) -> optax.GradientTransformation:
+    """Returns AdamW with those learning rates, on gradients cut to `GREATEST_GRADIENT`."""
     return optax.chain(
-        optax.clip_by_global_norm(_GREATEST_GRADIENT),
-        optax.adamw(schedule, weight_decay=options.weight_decay),
+        optax.clip_by_global_norm(GREATEST_GRADIENT),
+        optax.adamw(learning_rates(options, method, steps), weight_decay=options.weight_decay),
     )
 
 
@@ -198,16 +199,16 @@ class Training:
 
     def compile(self, console: Console) -> None:
         """Compiles the step for every length that the first epoch has."""
-        missing = {length for length, _ in self.shapes()}
-        with console.progress("Compiling", len(missing)) as progress:
-            for batch in self.batches:
-                if not missing:
-                    return
-                length = batch.mask.shape[1]
-                if length in missing:
-                    self.steps.compile(length, *self._arguments(batch))
-                    missing.remove(length)
-                    progress.advance()
+        first = {}
+        for batch in self.batches:
+            first.setdefault(batch.mask.shape[1], batch)
+            if len(first) == len(self.shapes()):
+                break
+        with console.progress("Compiling", len(first)) as progress:
+            for length, batch in first.items():
+                self.steps.compile(length, *self._arguments(batch))
+                progress.advance()
+        return_freed_memory()
 
     def run(
         self,

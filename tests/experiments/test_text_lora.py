@@ -18,7 +18,7 @@ from experiments.text.adapter_folder import AdapterFolder
 from experiments.text.methods import METHODS, Method, without_adapters
 from experiments.text.task import Encoder
 from experiments.text_lora import main
-from tests.tiny_bert import write_model
+from tests.tiny_bert import sentences_tsv, write_model
 
 SMALL = ("--batch-size", "4", "--epochs", "2", "--evaluate-every", "3", "--max-length", "8")
 SIZES = ("--train-examples", "16", "--validation-examples", "8")
@@ -38,7 +38,7 @@ def arguments(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("text")
     model = write_model(folder / "model")
     for name, seed in (("train", 0), ("test", 1)):
-        (folder / f"{name}.tsv").write_text(tsv(seed))
+        (folder / f"{name}.tsv").write_text(sentences_tsv(seed, count=SENTENCES))
     files = ("--train-file", str(folder / "train.tsv"), "--eval-file", str(folder / "test.tsv"))
     return ["--model", str(model), *files, *SMALL, *SIZES, "--class-names", "bad", "good"]
 
@@ -56,17 +56,6 @@ def out(arguments, tmp_path_factory) -> Path:
 @pytest.fixture
 def metrics(out) -> dict:
     return json.loads((out / "metrics.json").read_text())
-
-
-def tsv(seed: int) -> str:
-    """Returns lines of sentences of two to ten words, and whether they praise."""
-    random = np.random.default_rng(seed)
-    lines = ["sentence\tlabel"]
-    for number in range(SENTENCES):
-        word = ("bad", "dull", "good", "great")[number % 4]
-        others = random.choice(["a", "the", "film", "plot", "very", "is"], random.integers(1, 9))
-        lines.append(f"{' '.join(others)} {word}\t{int(number % 4 > 1)}")
-    return "\n".join(lines)
 
 
 def model_in(arguments) -> Path:
