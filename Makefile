@@ -18,7 +18,7 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text test test-peft check format docs lowest clean
+.PHONY: help mnist rank-study text test test-peft bench check format docs lowest clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,10 @@ test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
 	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-peft: $(VENV)/peft.stamp ## Install PyTorch and PEFT too, with which `make test` then compares
+
+bench: $(VENV)/peft.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
+	$(bin)/python -m benchmarks.peft_mnist
+	$(bin)/python -m benchmarks.peft_text $(ARGS)
 
 check: $(VENV)/test.stamp ## Formatting, lint and types
 	$(bin)/ruff format --check .

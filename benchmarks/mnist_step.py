@@ -20,6 +20,7 @@ import lora_jax
 from experiments.data import Split, epoch_batches
 from experiments.mnist_task import LAYERS, NETWORK, initial_params
 from experiments.models import normalised
+from experiments.timing import in_turns
 from experiments.training import Training
 
 _BATCH_SIZE = 10
@@ -33,10 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in kinds.values():
         kind.run(batches[: options.steps])
     times: dict[str, list[float]] = {name: [] for name in kinds}
-    names = list(kinds)
-    for round_number in range(options.rounds):
-        first = round_number % len(names)
-        for name in names[first:] + names[:first]:
+    for order in in_turns(list(kinds), options.rounds):
+        for name in order:
             times[name].append(kinds[name].run(batches[: options.steps]))
     results = {
         "device": str(jax.devices()[0]),

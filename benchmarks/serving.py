@@ -22,6 +22,7 @@ import numpy as np
 import lora_jax
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
+from experiments.timing import in_turns
 from lora_jax._tables import table
 
 BATCH = 64
@@ -130,11 +131,9 @@ def _flops(fn: Any, *arguments: Any) -> float:
 
 def _milliseconds(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     """Returns each call's median time; the first two rounds are for compiling."""
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 2):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for order in in_turns(list(calls), rounds + 2):
+        for name in order:
             start = time.perf_counter()
             jax.block_until_ready(calls[name]())
             times[name].append(1e3 * (time.perf_counter() - start))

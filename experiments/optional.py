@@ -1,6 +1,7 @@
 """Packages that only some studies need."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from experiments.errors import InputError
@@ -11,7 +12,16 @@ def needed_module(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{error.name} is not installed, and this study needs it: "
-            f"pip install 'lora-jax[{extra}]'"
-        ) from error
+        raise _missing(error.name, extra) from error
+
+
+def check_installed(name: str, extra: str) -> None:
+    """Raises as `needed_module` does, and imports nothing."""
+    if importlib.util.find_spec(name) is None:
+        raise _missing(name, extra)
+
+
+def _missing(name: str | None, extra: str) -> InputError:
+    return InputError(
+        f"{name} is not installed, and this study needs it: pip install 'lora-jax[{extra}]'"
+    )

@@ -1,7 +1,7 @@
 """Comparing how long computations take, fairly: in turns, in one process."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,20 +34,29 @@ def rounds_of_milliseconds(
 ) -> dict[str, NDArray[np.float64]]:
     """Returns each computation's time in each round, after some rounds to warm up.
 
-    They take turns, and each round starts with another one, so that a machine that slows down or
-    a cache that one leaves behind for the next favours none of them.
+    They take turns; see `in_turns`.
     """
     names = list(computations)
     times: dict[str, list[float]] = {name: [] for name in names}
     with console.progress(description, rounds + _WARM_UP_ROUNDS) as progress:
-        for round_number in range(rounds + _WARM_UP_ROUNDS):
-            first = round_number % len(names)
-            for name in names[first:] + names[:first]:
+        for order in in_turns(names, rounds + _WARM_UP_ROUNDS):
+            for name in order:
                 start = time.perf_counter()
                 jax.block_until_ready(computations[name]())
                 times[name].append(1000 * (time.perf_counter() - start))
             progress.advance()
     return {name: np.array(times[name][_WARM_UP_ROUNDS:]) for name in names}
+
+
+def in_turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """Yields, for each round, the names in the order of their turns.
+
+    Each round starts with another one, so that a machine that slows down or a cache that one leaves
+    behind for the next favours none of them.
+    """
+    for number in range(rounds):
+        first = number % len(names)
+        yield [*names[first:], *names[:first]]
 
 
 class Stopwatch:

@@ -1,0 +1,75 @@
+"""The comparisons with PEFT, small: both sides compute the same, and the numbers are written."""
+
+import json
+
+import pytest
+
+from tests.tiny_bert import sentences_tsv, write_model
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from benchmarks import peft_mnist, peft_text
+
+pytestmark = pytest.mark.slow
+
+
+def test_all_contenders_take_the_same_steps_on_mnist(tmp_path, capsys):
+    file = tmp_path / "mnist.json"
+    arguments = ["--steps", "8", "--rounds", "2", "--threads", "1", "--rank", "3"]
+    assert peft_mnist.main([*arguments, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert set(found["contenders"]) == {"lora_jax", "PEFT", "parametrize"}
+    assert max(found["loss_differences"].values()) < 1e-4
+    for contender in found["contenders"].values():
+        assert contender["steps_per_second"] > 0
+        assert len(contender["rates"]) == 2
+        assert contender["peak_bytes"] > 1e8
+    assert "parametrize" in capsys.readouterr().out
+
+
+@pytest.fixture
+def study(tmp_path) -> list[str]:
+    """Returns options of the study that name a tiny encoder and two files."""
+    model = write_model(tmp_path / "model")
+    for name, seed in (("train", 0), ("test", 1)):
+        (tmp_path / f"{name}.tsv").write_text(sentences_tsv(seed, count=48))
+    files = [f"--train-file={tmp_path}/train.tsv", f"--eval-file={tmp_path}/test.tsv"]
+    sizes = ["--train-examples=24", "--validation-examples=8", "--max-length=12"]
+    training = ["--batch-size=4", "--learning-rate=0.02", "--alpha=6", "--targets", "all-linear"]
+    return [f"--model={model}", *files, *sizes, *training]
+
+
+def test_both_sides_train_alike_on_text_and_read_each_other(study, tmp_path, capsys):
+    file, plot = tmp_path / "text.json", tmp_path / "losses.png"
+    arguments = ["--seeds", "2", "--threads", "1", "--json", str(file), "--plot", str(plot)]
+    assert peft_text.main([*arguments, "--", "--rank", "3", *study]) == 0
+    found = json.loads(file.read_text())
+    assert found["greatest_loss_difference"] < 1e-3
+    for exchange in found["exchanges"].values():
+        assert exchange["alike"] == exchange["sentences"] == 48
+        assert exchange["difference"] < 1e-4
+    for side in found["with_dropout"].values():
+        assert [len(losses) for losses in side["losses"]] == [12, 12]
+        assert len(side["accuracies"]) == 2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "on the other side: 48 of 48" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "full"], "more than one training of LoRA"),
+        (["--rank", "2", "4"], "more than one training of LoRA"),
+        (["--adapter-dropout", "0.1"], "--adapter-dropout is not compared"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(options, message, capsys):
+    assert peft_text.main(["--", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_more_threads_than_cores_are_refused(capsys):
+    assert peft_mnist.main(["--threads", "100000"]) == 2
+    assert "is more than the" in capsys.readouterr().err
