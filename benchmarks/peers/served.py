@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
-from experiments.memory import host_peak_bytes, keep_freed_memory
+from experiments.memory import host_peak_bytes
 
 
 def main(target: str, threads: int) -> None:
@@ -21,7 +21,6 @@ def main(target: str, threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    keep_freed_memory()
     served: Any = None
 
     def made(arguments: dict[str, Any]) -> None:

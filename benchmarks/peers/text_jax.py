@@ -14,7 +14,7 @@ from benchmarks.peers.batches import read_batches
 from benchmarks.peers.text_start import peft_names
 from experiments.bert import with_new_head
 from experiments.data.tokens import TokenBatch, in_order
-from experiments.memory import return_freed_memory
+from experiments.memory import keep_freed_memory, return_freed_memory
 from experiments.text.evaluation import log_probabilities
 from experiments.text.options import parsed
 from experiments.text.task import Encoder, adapted_apply, classifier_apply
@@ -75,6 +75,7 @@ class LoraJax:
         for number, batch in enumerate(self._batches):
             self._steps.compile(batch.mask.shape[1], *self._arguments(number, batch))
         return_freed_memory()
+        keep_freed_memory()
 
     def steps(self, first: int, count: int) -> dict[str, Any]:
         """Takes these steps; returns their losses, and the seconds in all."""

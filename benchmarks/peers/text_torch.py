@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.peers.batches import read_batches
+from experiments.memory import keep_freed_memory
 
 
 class Classifier(nn.Module):
@@ -40,6 +41,7 @@ class Peft:
 
     def __init__(self, folder: str, dropout: bool) -> None:
         """Reads what `benchmarks.peers.text_start.Start` wrote."""
+        keep_freed_memory()  # as on the other side, so that it is no advantage
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._folder = Path(folder)
