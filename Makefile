@@ -29,7 +29,7 @@ mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network
 rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on that task (ARGS=...)
 	$(bin)/python -m experiments.rank_study $(ARGS)
 
-text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about five minutes (ARGS=...)
+text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two minutes (ARGS=...)
 	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
 
 test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
