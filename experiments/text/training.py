@@ -199,10 +199,10 @@ class Training:
 
     def compile(self, console: Console) -> None:
         """Compiles the step for every length that the first epoch has."""
-        first = {}
+        count, first = len(self.shapes()), {}
         for batch in self.batches:
             first.setdefault(batch.mask.shape[1], batch)
-            if len(first) == len(self.shapes()):
+            if len(first) == count:
                 break
         with console.progress("Compiling", len(first)) as progress:
             for length, batch in first.items():
