@@ -8,8 +8,9 @@ from experiments.console import Console, device_line
 from experiments.memory import keep_freed_memory
 from experiments.output import writable_folder
 from experiments.text.comparison import compare
-from experiments.text.options import Options, parsed, parsed_for_prediction
+from experiments.text.options import Options, parsed
 from experiments.text.prediction import predict
+from experiments.text.prediction_options import parsed_for_prediction
 from experiments.text.single import run_once
 
 

@@ -17,6 +17,7 @@ from experiments.console import Console
 from experiments.output import bytes_in
 from experiments.text.adapter_folder import AdapterFolder
 from experiments.text.prediction import sentences_of
+from experiments.text.prediction_options import add_sentence_options
 from experiments.text.served import ServedTasks, Task, common_model
 from experiments.text.task import Encoder
 
@@ -171,20 +172,7 @@ def _parser() -> Parser:
         metavar="DIR",
         help="the folders `adapter` of several trainings' --out, with the same --rank or others",
     )
-    parser.add_argument(
-        "--text",
-        action="append",
-        default=None,
-        metavar="SENTENCE",
-        help="a sentence; may be repeated (default: the lines of standard input)",
-    )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="where the encoder is, if not where it was in training",
-    )
+    add_sentence_options(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 

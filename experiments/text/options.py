@@ -43,17 +43,6 @@ examples:
   python -m experiments.text_lora predict --adapter runs/text_lora/adapter --text "great fun"
 """
 
-_PREDICT_DESCRIPTION = """\
-Prints a line for each sentence: its class, the probability of it, and the sentence,
-with tabs in between. Sentences are those of --text, or the lines of standard input.
-"""
-
-_PREDICT_EXAMPLES = """\
-examples:
-  python -m experiments.text_lora predict --adapter runs/text_lora/adapter --text "great fun"
-  python -m experiments.text_lora predict --adapter runs/text_lora/adapter < sentences.txt
-"""
-
 _COMPARED_METHODS = ("full", "lora", "head")
 _COMPARED_RANKS = (4, 8, 16, 32)
 _TEST_FILE_NAMES = ("train.tsv", "test.tsv")
@@ -108,16 +97,6 @@ class Options:
     no_plots: bool
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """What to classify, and with what."""
-
-    adapter: Path
-    text: tuple[str, ...] | None
-    model: Path | None
-    json: bool
-
-
 def parsed(argv: Sequence[str]) -> Options:
     """Returns the options on the command line; exits, as argparse does, where one is wrong."""
     parser = _parser()
@@ -138,13 +117,6 @@ def parsed(argv: Sequence[str]) -> Options:
         json=values["json"],
         no_plots=values["no_plots"],
     )
-
-
-def parsed_for_prediction(argv: Sequence[str]) -> PredictOptions:
-    """Returns the options after `predict`; exits, as argparse does, where one is wrong."""
-    values = vars(_predict_parser().parse_args(argv))
-    text = values.pop("text")
-    return PredictOptions(**values, text=tuple(text) if text else None)
 
 
 def _methods(
@@ -349,38 +321,6 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         help="print the metrics, as JSON and nothing else, to standard output",
     )
     group.add_argument("--no-plots", action="store_true", help="draw no pictures")
-
-
-def _predict_parser() -> Parser:
-    options = Parser(
-        prog="python -m experiments.text_lora predict",
-        description=_PREDICT_DESCRIPTION,
-        epilog=_PREDICT_EXAMPLES,
-        formatter_class=HelpFormatter,
-    )
-    options.add_argument(
-        "--adapter",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the folder `adapter` of a training's --out",
-    )
-    options.add_argument(
-        "--text",
-        action="append",
-        default=None,
-        metavar="SENTENCE",
-        help="a sentence; may be repeated (default: the lines of standard input)",
-    )
-    options.add_argument(
-        "--model",
-        type=Path,
-        default=None,
-        metavar="DIR",
-        help="where the encoder is, if not where it was in training",
-    )
-    options.add_argument("--json", action="store_true", help="print a JSON object in each line")
-    return options
 
 
 def _count_or_all(text: str) -> int | None:

@@ -5,15 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import lora_jax
-from experiments.bert import with_new_head
 from experiments.errors import InputError
 from experiments.text.adapter_folder import AdapterFolder
 from experiments.text.evaluation import batches_of, log_probabilities
-from experiments.text.options import PredictOptions
+from experiments.text.prediction_options import PredictOptions
+from experiments.text.served import Task
 from experiments.text.task import Encoder, classifier_apply
 
 
@@ -23,15 +22,12 @@ def predict(options: PredictOptions) -> None:
     card = folder.read_card()
     sentences = sentences_of(options.text)
     encoder = Encoder.read(options.model or (Path(card.model) if card.model else None))
-    card.check_encoder(encoder)
-    config, classes = encoder.config, card.classes
-    params = with_new_head(encoder.params, config, len(classes), key=jax.random.key(0))
-    merged = lora_jax.merge(folder.restore(params))
+    merged = lora_jax.merge(Task.read(folder, encoder).wrapped)
     texts = encoder.tokenizer(card.max_length).unlabelled(sentences)
     batches = batches_of(texts, max_length=card.max_length)
-    logs = log_probabilities(classifier_apply(config, len(classes)), merged, batches)
+    logs = log_probabilities(classifier_apply(encoder.config, len(card.classes)), merged, batches)
     for sentence, row in zip(sentences, np.exp(logs), strict=True):
-        label = classes[int(row.argmax())]
+        label = card.classes[int(row.argmax())]
         print(_line(sentence, label, float(row.max()), as_json=options.json))
 
 
