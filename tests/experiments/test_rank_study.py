@@ -57,7 +57,8 @@ def metrics_in(out: Path) -> dict:
 
 
 def cells_in(out: Path) -> list[Path]:
-    return sorted((out / "cells").glob("*.json"))
+    # Hidden files are those that are being written.
+    return sorted((out / "cells").glob("[!.]*.json"))
 
 
 def numbers_of(metrics: dict) -> dict:
