@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from experiments.bert.activations import ACTIVATIONS
 from experiments.bert.config import BertConfig
+from experiments.bert.dropout import Dropout
 
 TokenIds = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"]
@@ -71,7 +72,7 @@ class BertAttention(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
         # Not minus infinity: in a row that only fills its batch, no token may be seen.
         scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
-        shares = nn.Dropout(config.attention_probs_dropout_prob)(softmax(scores), deterministic)
+        shares = Dropout(config.attention_probs_dropout_prob)(softmax(scores), deterministic)
         seen = jnp.einsum("bhqk,bkhd->bqhd", shares, value)
         return nn.Dense(config.hidden_size, name="out")(seen.reshape(hidden.shape))
 
@@ -146,7 +147,7 @@ class BertClassifier(nn.Module):
         encoder = BertEncoder(self.config, name="encoder")
         hidden = encoder(token_ids, mask, token_types, deterministic=deterministic)
         pooled = mean_pooled(hidden, mask)
-        pooled = nn.Dropout(self.config.head_dropout)(pooled, deterministic)
+        pooled = Dropout(self.config.head_dropout)(pooled, deterministic)
         return nn.Dense(self.classes, name="classifier")(pooled)
 
 
@@ -174,4 +175,4 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 
 def _dropped(config: BertConfig, hidden: Hidden, deterministic: bool) -> Hidden:
-    return nn.Dropout(config.hidden_dropout_prob)(hidden, deterministic)
+    return Dropout(config.hidden_dropout_prob)(hidden, deterministic)
