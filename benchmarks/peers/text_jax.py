@@ -27,6 +27,7 @@ class LoraJax:
 
     def __init__(self, folder: str, dropout: bool) -> None:
         """Reads what `benchmarks.peers.text_start.Start` wrote."""
+        keep_freed_memory()  # as on the other side, and in the study
         self._folder = Path(folder)
         start = json.loads((self._folder / "start.json").read_text(encoding="utf-8"))
         encoder = Encoder.read(Path(start["model"]))
@@ -75,7 +76,6 @@ class LoraJax:
         for number, batch in enumerate(self._batches):
             self._steps.compile(batch.mask.shape[1], *self._arguments(number, batch))
         return_freed_memory()
-        keep_freed_memory()
 
     def steps(self, first: int, count: int) -> dict[str, Any]:
         """Takes these steps; returns their losses, and the seconds in all."""
