@@ -246,7 +246,8 @@ def test_frozen_leaves_get_no_gradient(problem: Problem) -> None:
     """Law 4, when a caller differentiates the whole wrapped tree."""
     if not problem.case.reverse:
         pytest.skip("JAX has no reverse-mode derivative of this function")
-    gradients = jax.grad(objective(lora_jax.adapt(problem.case.fn)))(problem.trained, problem.xs[0])
+    gradient = jax.jit(jax.grad(objective(lora_jax.adapt(problem.case.fn))))
+    gradients = gradient(problem.trained, problem.xs[0])
     for node in gradients.values():
         if isinstance(node, lora_jax.LoRAWeight):
             for name in ("base", "scale", "squared_norm", "initial_A", "initial_B", *node.frozen):
@@ -272,8 +273,12 @@ def test_a_batch_of_adapters_is_a_loop(problem: Problem) -> None:
     def applied(adapters: Any, x: jax.Array) -> jax.Array:
         return adapted(lora_jax.combine(adapters, frozen), x)
 
-    actual = jax.vmap(applied)(stacked, problem.xs)
-    expected = jnp.stack([applied(a, x) for a, x in zip(several, problem.xs, strict=True)])
+    @jax.jit
+    def looped(several: Any, xs: jax.Array) -> jax.Array:
+        return jnp.stack([applied(a, x) for a, x in zip(several, xs, strict=True)])
+
+    actual = jax.jit(jax.vmap(applied))(stacked, problem.xs)
+    expected = looped(several, problem.xs)
     assert relative_error(actual, expected) < TOLERANCE
 
 

@@ -72,7 +72,7 @@ VARIANTS = (
         {"dora": True},
         # The gain rounds the output once more, which the sine of a large scalar magnifies.
         tolerance=3e-5,
-        transforms=("eager", "grad", *_GRADIENTS),
+        transforms=("eager", *_GRADIENTS),
         exact_at_initialisation=False,
         # A gain on the side of the sum has to go to the other operand, which is a weight too, or
         # has none where weights are added or joined along their inputs.
