@@ -18,7 +18,9 @@ def keep_freed_memory() -> None:
 
     XLA on a CPU allocates what a program has in between at each call. glibc gives blocks of that
     size back to the system at once, which then hands them out again page by page, zeroed: on a
-    virtual machine that can take a tenth of a training step. Nothing happens without glibc.
+    virtual machine that can take a tenth of a training step. Call it before there are other
+    threads: what one frees into an arena of its own is of no use to the others. Nothing happens
+    without glibc.
     """
     _call_glibc("mallopt", _M_ARENA_MAX, 1)
     _call_glibc("mallopt", _M_MMAP_MAX, 0)
