@@ -22,6 +22,7 @@ from benchmarks.programs import (
     program_text,
     programs,
 )
+from experiments.command import Parser, positive_int
 from lora_jax._tables import table
 
 TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}
@@ -170,26 +171,19 @@ def _cells(cost: Cost, seconds: Sequence[Seconds]) -> tuple[str, ...]:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled_cost", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.compiled_cost", description=__doc__)
     parser.add_argument(
         "--model", action="append", choices=list(MODELS), help="only this one (may be repeated)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
     parser.add_argument(
         "--repeats",
-        type=_at_least_one,
+        type=positive_int,
         default=5,
         metavar="N",
-        help="how often to trace and compile each program (default: %(default)s)",
+        help="how often to trace and compile each program",
     )
     return parser.parse_args(argv)
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, not {number}")
-    return number
 
 
 if __name__ == "__main__":

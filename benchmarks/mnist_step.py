@@ -4,7 +4,6 @@ Each round runs a block of steps of each kind, and starts with another kind than
 Beside the time of a step stand what the host spends on it: gathering the batch and dispatching.
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import optax
 
 import lora_jax
+from experiments.command import Parser, positive_int
 from experiments.data import Split, epoch_batches
 from experiments.mnist_task import LAYERS, NETWORK, initial_params
 from experiments.models import normalised
@@ -126,14 +126,10 @@ def _text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mnist_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--steps", type=int, default=50, help="steps in a block (default 50)")
-    parser.add_argument("--rounds", type=int, default=20, help="blocks of each kind (default 20)")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.mnist_step", description=__doc__)
+    parser.add_argument("--steps", type=positive_int, default=50, help="steps in a block")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="blocks of each kind")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 

@@ -5,7 +5,6 @@ is what is done without `adapt_batched`: the examples of each adapter by themsel
 call for each adapter.
 """
 
-import argparse
 import functools
 import json
 import platform
@@ -22,6 +21,7 @@ import numpy as np
 import lora_jax
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
+from experiments.command import Parser, positive_int
 from experiments.timing import in_turns
 from lora_jax._tables import table
 
@@ -156,14 +156,10 @@ def _text(name: str, results: Mapping[str, Mapping[str, float]]) -> str:
     return f"{name}: {description}, rank {RANK}\n\n{table(HEADER, rows, right=HEADER[1:])}\n"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--model", action="append", choices=list(MODELS), help="one model only")
-    parser.add_argument("--rounds", type=int, default=30, help="calls of each kind (default 30)")
+    parser.add_argument("--rounds", type=positive_int, default=30, help="calls of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 

@@ -13,7 +13,6 @@ import optax
 
 import lora_jax
 from experiments.command import (
-    HelpFormatter,
     Parser,
     exit_code,
     positive_float,
@@ -153,7 +152,6 @@ def _parser() -> Parser:
     options = Parser(
         prog="python -m experiments.mlp_lora",
         description=_DESCRIPTION,
-        formatter_class=HelpFormatter,
     )
     add = options.add_argument
     add("--rank", type=int, default=8, help="r: columns of lora_A and rows of lora_B")

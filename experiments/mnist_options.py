@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.command import HelpFormatter, Parser
+from experiments.command import Parser
 from experiments.mnist_task import LAYERS
 from experiments.task_options import TaskOptions, add_task_options
 
@@ -51,7 +51,6 @@ def _parser() -> Parser:
         prog="python -m experiments.mnist_lora",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     _add_adapter_options(options.add_argument_group("adapters"))
     add_task_options(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.command import HelpFormatter, Parser, positive_float, positive_int
+from experiments.command import Parser, positive_float, positive_int
 from experiments.rank_methods import METHODS
 from experiments.task_options import TaskOptions, add_task_options
 
@@ -66,7 +66,6 @@ def _parser() -> Parser:
         prog="python -m experiments.rank_study",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     _add_grid_options(options.add_argument_group("grid"))
     add_task_options(

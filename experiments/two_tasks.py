@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.command import HelpFormatter, Parser, exit_code
+from experiments.command import Parser, exit_code
 from experiments.console import Console
 from experiments.output import bytes_in
 from experiments.text.adapter_folder import AdapterFolder
@@ -162,7 +162,6 @@ def _parser() -> Parser:
         prog="python -m experiments.two_tasks",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--adapter",

@@ -4,14 +4,12 @@ import argparse
 import os
 from pathlib import Path
 
-from experiments.command import HelpFormatter, Parser, positive_int
+from experiments.command import Parser, positive_int
 
 
 def comparison_parser(name: str, description: str | None) -> Parser:
     """Returns a parser with the options that every comparison has."""
-    parser = Parser(
-        prog=f"python -m benchmarks.{name}", description=description, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument(
         "--threads", type=_threads, default=_cores(), metavar="N", help="cores of each contender"
     )

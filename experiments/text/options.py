@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.command import (
-    HelpFormatter,
     Parser,
     fraction,
     positive_float,
@@ -160,7 +159,6 @@ def _parser() -> Parser:
         prog="python -m experiments.text_lora",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     _add_adapter_options(options.add_argument_group("what trains"))
     _add_training_options(options.add_argument_group("training"))

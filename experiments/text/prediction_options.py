@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.command import HelpFormatter, Parser
+from experiments.command import Parser
 
 _DESCRIPTION = """\
 Prints a line for each sentence: its class, the probability of it, and the sentence,
@@ -59,7 +59,6 @@ def _parser() -> Parser:
         prog="python -m experiments.text_lora predict",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     options.add_argument(
         "--adapter",

@@ -3,7 +3,6 @@
 import pytest
 
 from experiments.command import (
-    HelpFormatter,
     Parser,
     exit_code,
     fraction,
@@ -68,7 +67,7 @@ def test_argument_types_name_what_came_and_what_was_expected(kind, good, bad, ca
 
 
 def test_help_tells_every_default_that_is_a_value():
-    parser = Parser(prog="study", formatter_class=HelpFormatter)
+    parser = Parser(prog="study")
     parser.add_argument("--seed", default=0, help="the seed")
     parser.add_argument("--ranks", default=[1, 2], help="the ranks")
     parser.add_argument("--digit", default=None, help="the digit")
