@@ -1,9 +1,38 @@
-"""Folders that are complete or not there, and the error for those that can't be used."""
+"""Folders that are complete or not there, and the error for those that can't be used.
+
+A folder is written under a name of its own beside its destination, and takes its place when it is
+complete: by one rename where nothing is there, and otherwise by an exchange of the two, after which
+what was there is removed under the name that only this process knows. So no process ever removes
+what another one writes or has put in place, the last of several that finish is what stays, and a
+process that dies leaves the one before. The system knows the exchange on Linux; elsewhere there are
+two renames, between which nothing is at the destination.
+
+While a folder is written it is locked, so that what a process left that died is told from what
+another one is about to complete.
+"""
 
 import contextlib
+import ctypes
+import errno
+import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+if sys.platform != "win32":
+    import fcntl
+
+Read = TypeVar("Read")
+
+_UNFINISHED, _PREVIOUS = ".unfinished", ".previous"
+
+# Of Linux's fcntl.h.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class CheckpointError(ValueError):
@@ -22,17 +51,32 @@ def as_checkpoint_error(message: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def complete_folder(destination: Path) -> Iterator[Path]:
+def complete_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
     """Gives an empty folder to write into, which stands at `destination` when the block is done.
 
-    What was at `destination` stays until then, and for good where the block fails.
+    What was at `destination` stays until then, and for good where the block fails. What another
+    process has put there in the meantime is replaced only if `overwrite` says so.
     """
-    unfinished = _sibling(destination, "unfinished")
-    with _removed_on_failure(unfinished), as_checkpoint_error(cannot_write(destination)):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        _put_in_place(unfinished, destination)
+    with as_checkpoint_error(cannot_write(destination)):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_folder(destination) as unfinished, _removed_on_failure(unfinished):
+            yield unfinished
+            _put_in_place(unfinished, destination, overwrite)
+        _remove_abandoned(destination)
+
+
+def undisturbed(folder: Path, read: Callable[[], Read]) -> Read:
+    """Returns what `read` reads of one version of a folder, which another process may replace."""
+    while True:
+        before = _identity(folder)
+        try:
+            result = read()
+        except CheckpointError:
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return result
 
 
 def cannot_write(destination: Path) -> str:
@@ -48,28 +92,127 @@ def is_free(destination: Path) -> bool:
 
 def interruption_hint(source: Path) -> str:
     """Returns what to do about a folder that is missing since its replacement was interrupted."""
-    previous = _sibling(source, "previous")
-    if not previous.exists():
+    previous = _siblings(source, _PREVIOUS)
+    if not previous:
         return ""
-    return f" An interrupted save left the one before at {previous}: rename it to {source.name}."
+    return (
+        f" An interrupted save left the one before at {previous[-1]}: rename it to {source.name}."
+    )
 
 
-def _sibling(destination: Path, state: str) -> Path:
-    return destination.with_name(f".{destination.name}.{state}")
+def _siblings(destination: Path, *states: str) -> list[Path]:
+    """Returns the folders that saves to `destination` made beside it, of those states."""
+    if not destination.parent.is_dir():
+        return []
+    name = re.compile(rf"\.{re.escape(destination.name)}(\.[0-9a-f]{{8}})?({'|'.join(states)})")
+    return sorted(path for path in destination.parent.iterdir() if name.fullmatch(path.name))
 
 
-def _put_in_place(unfinished: Path, destination: Path) -> None:
-    previous = _sibling(destination, "previous")
-    if destination.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        destination.rename(previous)
+@contextlib.contextmanager
+def _locked_folder(destination: Path) -> Iterator[Path]:
+    """Gives a new folder beside `destination`, which is locked until the block ends."""
+    while True:
+        name = f".{destination.name}.{secrets.token_hex(4)}{_UNFINISHED}"
+        folder = destination.with_name(name)
+        folder.mkdir()
+        lock = _lock(folder, wait=True)
+        if folder.is_dir():
+            break
+        _unlock(lock)  # it was taken for abandoned before it was locked
     try:
-        unfinished.rename(destination)
+        yield folder
+    finally:
+        _unlock(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int | None:
+    """Returns a lock of a folder; None where another process has it, or where there are none."""
+    if sys.platform == "win32":
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        if previous.exists():
-            previous.rename(destination)
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _put_in_place(unfinished: Path, destination: Path, overwrite: bool) -> None:
+    while not _is_renamed(unfinished, destination):
+        if not overwrite:
+            raise CheckpointError(
+                f"`path` {destination} was taken by another process in the meantime; "
+                "save(path, ..., overwrite=True) replaces what is there."
+            )
+        if _is_exchanged(unfinished, destination):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return
+        if _is_put_in_two_steps(unfinished, destination):
+            return
+
+
+def _is_renamed(folder: Path, destination: Path) -> bool:
+    """Renames a folder unless something is at the destination, and says whether it did."""
+    try:
+        folder.rename(destination)
+    except OSError as error:
+        if error.errno in _NOT_EMPTY:
+            return False
+        raise
+    return True
+
+
+def _is_exchanged(folder: Path, other: Path) -> bool:
+    """Exchanges two folders in one step, and says whether it did: not every system can."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform != "win32" else None
+    if renameat2 is None:
+        return False
+    names = os.fsencode(folder), os.fsencode(other)
+    failed: int = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    return failed == 0
+
+
+def _is_put_in_two_steps(unfinished: Path, destination: Path) -> bool:
+    """Puts a folder in place of another, and says whether it did: another process may be faster."""
+    previous = unfinished.with_suffix(_PREVIOUS)
+    try:
+        destination.rename(previous)
+    except FileNotFoundError:
+        return False
+    try:
+        is_renamed = _is_renamed(unfinished, destination)
+    except OSError:
+        previous.rename(destination)
         raise
     shutil.rmtree(previous, ignore_errors=True)
+    return is_renamed
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Removes what processes left that died while they saved to `destination`."""
+    for folder in _siblings(destination, _UNFINISHED, _PREVIOUS):
+        lock = _lock(folder, wait=False)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            _unlock(lock)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Returns what tells a folder from another one that took its place."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 @contextlib.contextmanager

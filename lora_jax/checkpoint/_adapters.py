@@ -22,6 +22,7 @@ from lora_jax._folders import (
     complete_folder,
     interruption_hint,
     is_free,
+    undisturbed,
 )
 from lora_jax._paths import map_with_paths
 from lora_jax.checkpoint._checksums import check_files, file_checksums
@@ -71,7 +72,7 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     metadata = {key: WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
     with as_checkpoint_error(cannot_write(destination)):
         _check_destination(destination, overwrite)
-    with complete_folder(destination) as folder:
+    with complete_folder(destination, overwrite=overwrite) as folder:
         _write_arrays(folder / _ARRAYS_FOLDER, arrays)
         text = _metadata_text(metadata, file_checksums(folder, _ARRAYS_FOLDER))
         (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
@@ -109,6 +110,10 @@ def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None
       2
     """
     source = Path(path).resolve()
+    return undisturbed(source, lambda: _restored(source, params, like))
+
+
+def _restored(source: Path, params: PyTree, like: PyTree | None) -> PyTree:
     metadata, checksums = _read_metadata(source)
     check_fits(source, metadata, params)
     shardings = {} if like is None else shardings_of(source, metadata, like)

@@ -15,12 +15,11 @@ from lora_jax._folders import CheckpointError
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._settings import FREEZABLE
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
-from lora_jax.peft._config import read_config
 from lora_jax.peft._held import Keys, PlannedLeaf, planned_scale
 from lora_jax.peft._places import GivenAxes, named_tree
 from lora_jax.peft._plan import planned
 from lora_jax.peft._rules import Rule
-from lora_jax.peft._tensors import Tensors, read_tensors
+from lora_jax.peft._tensors import Tensors, read_adapter
 
 
 def load(
@@ -76,8 +75,7 @@ def load(
     source = Path(path)
     frozen = _checked_freeze(freeze)
     _check_plain(params)
-    config = read_config(source)
-    tensors = read_tensors(source)
+    config, tensors = read_adapter(source)
     plan = planned(config, tensors, named_tree(params, names, axes))
     if plan.problems:
         raise CheckpointError(f"the adapter {source} does not fit: {summarised(plan.problems)}")

@@ -8,12 +8,11 @@ from pathlib import Path
 from jaxtyping import PyTree
 
 from lora_jax._tables import table
-from lora_jax.peft._config import read_config
 from lora_jax.peft._held import PlannedLeaf
 from lora_jax.peft._places import GivenAxes, NamedLeaf, named_tree
 from lora_jax.peft._plan import planned
 from lora_jax.peft._rules import Rule
-from lora_jax.peft._tensors import Tensors, read_tensors
+from lora_jax.peft._tensors import Tensors, read_adapter
 
 _HEADER = ("PyTorch name", "shape", "path", "shape", "axes", "in the file")
 
@@ -95,7 +94,7 @@ def preview(
         found = tuple(problem for problem in problems if problem)
         return Preview(rows, found, tree.without_rule, tree.idle_rules)
     source = Path(path)
-    config, tensors = read_config(source), read_tensors(source)
+    config, tensors = read_adapter(source)
     plan = planned(config, tensors, tree)
     rows = tuple(_row(leaf.named, _held(leaf, tensors)) for leaf in plan.leaves.values())
     return Preview(rows, plan.problems, tree.without_rule, tree.idle_rules)

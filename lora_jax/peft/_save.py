@@ -85,7 +85,7 @@ def save(
     content = written_config(start, adapters, weights, tree)
     with as_checkpoint_error(cannot_write(destination)):
         _check_destination(destination, overwrite)
-    with complete_folder(destination) as folder:
+    with complete_folder(destination, overwrite=overwrite) as folder:
         write_tensors(folder, tensors)
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

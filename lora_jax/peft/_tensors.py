@@ -7,10 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._folders import CheckpointError, as_checkpoint_error
-from lora_jax.peft._config import TENSORS_FILE, no_tensors
+from lora_jax._folders import CheckpointError, as_checkpoint_error, undisturbed
+from lora_jax.peft._config import TENSORS_FILE, no_tensors, read_config
 
 Tensors = dict[str, np.ndarray]
+
+
+def read_adapter(source: Path) -> tuple[dict[str, Any], Tensors]:
+    """Returns the config and the tensors of the adapter in a folder, both of one version of it."""
+    return undisturbed(source, lambda: (read_config(source), read_tensors(source)))
 
 
 def read_tensors(source: Path) -> Tensors:
