@@ -24,6 +24,7 @@ from lora_jax._weight import LoRAWeight as LoRAWeight
 from lora_jax._wrap import on_original_base as on_original_base
 from lora_jax._wrap import unwrap as unwrap
 from lora_jax._wrap import wrap as wrap
+from lora_jax.checkpoint import BaseMismatchWarning as BaseMismatchWarning
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.serving import activate as activate

@@ -25,6 +25,7 @@ from lora_jax._folders import (
     undisturbed,
 )
 from lora_jax._paths import map_with_paths
+from lora_jax.checkpoint._base import BaseFingerprint, base_fingerprints, check_same_base
 from lora_jax.checkpoint._checksums import check_files, file_checksums
 from lora_jax.checkpoint._fit import check_fits, shardings_of
 from lora_jax.checkpoint._metadata import ArrayMetadata, WeightMetadata
@@ -42,9 +43,10 @@ ArraysByName = dict[str, np.ndarray]
 
 
 def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = False) -> None:
-    """Writes the adapters of `wrapped`, and nothing of the frozen base, into the folder `path`.
+    """Writes the adapters of `wrapped`, without the frozen base, into the folder `path`.
 
-    The folder appears when it is complete. One that is overwritten stays until then.
+    Of the base a fingerprint is kept, by which `restore` knows another one. The folder appears when
+    it is complete. One that is overwritten stays until then.
 
     Args:
       path: the folder to write; what is above it is created.
@@ -70,15 +72,22 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     nodes = adapter_nodes(wrapped)
     arrays = {key: _host_arrays(saved_arrays(key, node)) for key, node in nodes.items()}
     metadata = {key: WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
+    bases = base_fingerprints(nodes)
     with as_checkpoint_error(cannot_write(destination)):
         _check_destination(destination, overwrite)
     with complete_folder(destination, overwrite=overwrite) as folder:
         _write_arrays(folder / _ARRAYS_FOLDER, arrays)
-        text = _metadata_text(metadata, file_checksums(folder, _ARRAYS_FOLDER))
+        text = _metadata_text(metadata, bases, file_checksums(folder, _ARRAYS_FOLDER))
         (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
 
 
-def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None = None) -> PyTree:
+def restore(
+    path: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    like: PyTree | None = None,
+    check_base: bool = True,
+) -> PyTree:
     """Returns `params` wrapped with the adapters that `save` wrote into the folder `path`.
 
     What was saved comes back bit for bit, numbers that are not finite included: whether a run that
@@ -92,6 +101,9 @@ def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None
         factors have the shardings that the restored ones get. Unless given they are on JAX's
         default device and not committed to it, and a compiled function moves them to the mesh of
         the weights.
+      check_base: whether the adapted weights in `params` have to be those that the adapters were
+        saved beside. Weights without numbers (`jax.ShapeDtypeStruct`) are not looked at, and
+        checkpoints of earlier versions say nothing about them.
 
     Returns:
       A wrapped tree with the factors, scales and weights trained in full exactly as they were
@@ -99,7 +111,11 @@ def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None
 
     Raises:
       CheckpointError: there is no adapter checkpoint, it is damaged or of a newer format, or a
-        path, a shape or a rank does not fit `params` or `like`.
+        path, a shape or a rank does not fit `params` or `like`; or an adapted weight has the dtype
+        that it had at saving, and other numbers.
+
+    Warns:
+      BaseMismatchWarning: an adapted weight has another dtype than at saving.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax, tempfile
@@ -110,30 +126,60 @@ def restore(path: str | os.PathLike[str], params: PyTree, *, like: PyTree | None
       2
     """
     source = Path(path).resolve()
-    return undisturbed(source, lambda: _restored(source, params, like))
+    stored = undisturbed(source, lambda: _read(source, params, like))
+    if check_base:
+        check_same_base(source, stored.bases, params)
+    return map_with_paths(
+        lambda key, leaf: (
+            stored.metadata[key].node(leaf, stored.arrays[key]) if key in stored.arrays else leaf
+        ),
+        params,
+    )
 
 
-def _restored(source: Path, params: PyTree, like: PyTree | None) -> PyTree:
-    metadata, checksums = _read_metadata(source)
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """What a checkpoint holds, by path."""
+
+    metadata: Mapping[str, WeightMetadata]
+    bases: Mapping[str, BaseFingerprint]
+    arrays: Mapping[str, Mapping[str, Any]]
+
+
+def _read(source: Path, params: PyTree, like: PyTree | None) -> _Stored:
+    """Returns what a checkpoint holds, having checked that it fits."""
+    content = _read_metadata(source)
+    with as_checkpoint_error(_damaged(source)):
+        metadata = {path: WeightMetadata.from_json(x) for path, x in content["weights"].items()}
+        # Earlier versions did not look at the base.
+        saved_bases = content.get("bases", {}).items()
+        bases = {path: BaseFingerprint.from_json(each) for path, each in saved_bases}
+        checksums = dict(content["crc32"])
     check_fits(source, metadata, params)
     shardings = {} if like is None else shardings_of(source, metadata, like)
     check_files(source, checksums, damaged=_damaged(source))
     arrays = {
-        key: {name: placed(array, shardings.get((key, name))) for name, array in by_name.items()}
-        for key, by_name in _read_arrays(source, metadata).items()
+        path: {name: placed(array, shardings.get((path, name))) for name, array in by_name.items()}
+        for path, by_name in _read_arrays(source, metadata).items()
     }
-    return map_with_paths(
-        lambda key, leaf: metadata[key].node(leaf, arrays[key]) if key in arrays else leaf, params
-    )
+    return _Stored(metadata, bases, arrays)
 
 
 def _host_arrays(arrays: Mapping[str, Any]) -> ArraysByName:
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def _metadata_text(metadata: Mapping[str, WeightMetadata], checksums: Mapping[str, int]) -> str:
-    weights = {path: dataclasses.asdict(weight) for path, weight in metadata.items()}
-    return signed_text(_FORMAT, FORMAT_VERSION, {"weights": weights, "crc32": checksums})
+def _metadata_text(
+    metadata: Mapping[str, WeightMetadata],
+    bases: Mapping[str, BaseFingerprint],
+    checksums: Mapping[str, int],
+) -> str:
+    weights, fingerprints = (
+        {path: dataclasses.asdict(each) for path, each in by_path.items()}
+        for by_path in (metadata, bases)
+    )
+    content = {"weights": weights, "bases": fingerprints, "crc32": checksums}
+    return signed_text(_FORMAT, FORMAT_VERSION, content)
 
 
 def _check_destination(destination: Path, overwrite: bool) -> None:
@@ -200,15 +246,10 @@ def _checked_array(
     return array
 
 
-def _read_metadata(source: Path) -> tuple[dict[str, WeightMetadata], dict[str, int]]:
+def _read_metadata(source: Path) -> dict[str, Any]:
     with as_checkpoint_error(f"`path` {source} can't be read"):
         _check_source(source)
-    content = read_signed(
-        source / _METADATA_FILE, _FORMAT, FORMAT_VERSION, damaged=_damaged(source)
-    )
-    with as_checkpoint_error(_damaged(source)):
-        weights = {path: WeightMetadata.from_json(x) for path, x in content["weights"].items()}
-        return weights, dict(content["crc32"])
+    return read_signed(source / _METADATA_FILE, _FORMAT, FORMAT_VERSION, damaged=_damaged(source))
 
 
 def _check_source(source: Path) -> None:

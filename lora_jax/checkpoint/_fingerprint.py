@@ -1,15 +1,23 @@
-"""A fingerprint of the frozen weights, so that a run goes on with those that it began with.
+"""Fingerprints of frozen weights, by which others than those that were trained with are known.
 
-For each frozen array with the bits b and the place i of each element,
+For an array with the bits b and the place i of each element,
 
     fingerprint = Σ_i mix(b_i + φ·i)  mod 2³²
 
 Integer sums have no rounding and no order: every device, platform and sharding gives the same
 number. It is computed where the array is, one read and no copy, so that it costs what one look at
-the weights costs (milliseconds for a gigabyte on an accelerator), once in a run.
+the weights costs (milliseconds for a gigabyte on an accelerator).
+
+Of an array that is known to rounding only, with the values x, the signed sums
+
+    σ_k = Σ_i ±_k(i) · round(x_i / step)  mod 2³²
+
+are as cheap, and almost the same where x is: changing each of n values by about δ changes them by
+about √n · δ / step, since the signs ± are as good as random.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,36 +33,57 @@ from lora_jax._weight import is_adapter_node
 _GOLDEN = 0x9E3779B1
 _MIXING = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 
+_SIGNED_SUMS = 4
+_LARGEST_NUMBER = 2**30
+
 
 def frozen_fingerprints(wrapped: PyTree) -> dict[str, int]:
     """Returns the fingerprint of each array that a training checkpoint leaves out, by its path."""
     bases = jax.tree.map(
         lambda node: node.base if is_adapter_node(node) else node, wrapped, is_leaf=is_adapter_node
     )
-    return {
-        path: _fingerprint(path, leaf)
-        for path, leaf in leaves_with_paths(bases)
-        if hasattr(leaf, "dtype")
-    }
+    leaves = [(path, leaf) for path, leaf in leaves_with_paths(bases) if hasattr(leaf, "dtype")]
+    for path, leaf in leaves:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise CheckpointError(
+                f"`wrapped` has no numbers at '{path}', only a shape; expected the weights of the "
+                "run, by which a checkpoint is recognised."
+            )
+    return {path: fingerprint(leaf) for path, leaf in leaves}
 
 
-def _fingerprint(path: str, array: Any) -> int:
-    if isinstance(array, jax.ShapeDtypeStruct):
-        raise CheckpointError(
-            f"`wrapped` has no numbers at '{path}', only a shape; expected the weights of the run, "
-            "by which a checkpoint is recognised."
-        )
+def fingerprint(array: Any) -> int:
+    """Returns the fingerprint of the bits of an array."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    if not isinstance(array, jax.Array):
-        return int(_sum_of_part(np.asarray(array), array.shape, _starts((), array.ndim)))
-    # Part by part, each on its own device: no sharding is changed, and none has to be known.
-    sums = [
-        _sum_of_part(shard.data, array.shape, _starts(shard.index, array.ndim))
-        for shard in array.addressable_shards
-        if shard.replica_id == 0
+    return int(_sum_over_parts(_mixed_bits, array, np.float32(0))) % 2**32
+
+
+def signed_sums(array: Any, step: float) -> tuple[int, ...]:
+    """Returns the signed sums of an array of real numbers, in steps of this size."""
+    sums = _sum_over_parts(_signed_numbers, array, np.float32(step))
+    return tuple(int(each) % 2**32 for each in sums)
+
+
+def _sum_over_parts(terms: Callable[..., Array], array: Any, step: np.float32) -> Any:
+    """Returns the sum of `terms(words or values, places, step)` over an array, wherever it is."""
+    parts = [
+        _sum_of_part(terms, array.shape, part, _starts(index, array.ndim), step)
+        for part, index in _parts(array)
     ]
-    return sum(int(each) for each in sums) % 2**32
+    return sum(np.asarray(each, np.uint64) for each in parts)
+
+
+def _parts(array: Any) -> list[tuple[Any, tuple[slice, ...]]]:
+    """Returns the parts of an array beside their places, each on its own device."""
+    if not isinstance(array, jax.Array):
+        return [(np.asarray(array), ())]
+    if array.is_fully_replicated:
+        return [(array.addressable_shards[0].data, ())]
+    if not array.is_fully_addressable:
+        return [(array, ())]  # which the processes sum up together
+    # No sharding is changed, and none has to be known.
+    return [(each.data, each.index) for each in array.addressable_shards if each.replica_id == 0]
 
 
 def _starts(index: tuple[slice, ...], axes: int) -> np.ndarray:
@@ -63,22 +92,46 @@ def _starts(index: tuple[slice, ...], axes: int) -> np.ndarray:
     return np.array(starts or [0] * axes, np.uint32)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _sum_of_part(
-    part: Array, shape: tuple[int, ...], starts: UInt32[Array, " axes"]
-) -> UInt32[Array, ""]:
+    terms: Callable[..., Array],
+    shape: tuple[int, ...],
+    part: Array,
+    starts: UInt32[Array, " axes"],
+    step: Array,
+) -> UInt32[Array, "..."]:
     """Returns the sum over the part of an array of `shape` that begins at `starts`."""
-    words = _words(part)
-    places = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate((*shape, words.shape[-1])):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        start = starts[axis] if axis < len(shape) else jnp.uint32(0)
+    places = jnp.zeros(part.shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis)
         # Horner's scheme for the place in the whole array, which may wrap around.
-        places = places * jnp.uint32(size % 2**32) + along + start
-    mixed = words + places * jnp.uint32(_GOLDEN)
+        places = places * jnp.uint32(size % 2**32) + along + starts[axis]
+    return terms(part, places, step)
+
+
+def _mixed_bits(part: Array, places: UInt32[Array, "..."], step: Array) -> UInt32[Array, ""]:
+    words = _words(part)
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
+    places = places[..., None] * jnp.uint32(words.shape[-1]) + along
+    return jnp.sum(_mixed(words + places * jnp.uint32(_GOLDEN)), dtype=jnp.uint32)
+
+
+def _signed_numbers(
+    part: Array, places: UInt32[Array, "..."], step: Array
+) -> UInt32[Array, "sums"]:
+    numbers = jnp.nan_to_num(jnp.round(part.astype(jnp.float32) / step))
+    numbers = jnp.clip(numbers, -_LARGEST_NUMBER, _LARGEST_NUMBER).astype(jnp.int32)
+    random = _mixed(places * jnp.uint32(_GOLDEN))
+    signs = [jnp.where((random >> k) & 1, 1, -1).astype(jnp.int32) for k in range(_SIGNED_SUMS)]
+    sums = [jnp.sum((sign * numbers).astype(jnp.uint32), dtype=jnp.uint32) for sign in signs]
+    return jnp.stack(sums)
+
+
+def _mixed(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Returns words of which each bit depends on all bits."""
     for shift, multiplier in _MIXING:
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(multiplier)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+        words = (words ^ (words >> shift)) * jnp.uint32(multiplier)
+    return words ^ (words >> 16)
 
 
 def _words(array: Array) -> UInt32[Array, "... words"]:

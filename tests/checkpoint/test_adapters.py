@@ -171,7 +171,7 @@ class TestRoundTrip:
             lora_jax.restore(tmp_path / "adapters", params)
 
     def test_base_in_another_dtype(self, saved, wrapped):
-        restored = lora_jax.restore(saved, a_dict(jnp.bfloat16))
+        restored = lora_jax.restore(saved, a_dict(jnp.bfloat16), check_base=False)
         assert restored["encoder"][0]["kernel"].base.dtype == jnp.bfloat16
         assert_identical(lora_jax.split(restored)[0], lora_jax.split(wrapped)[0])
 
