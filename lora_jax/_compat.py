@@ -1,7 +1,11 @@
 """All contact with `jax.extend`, and all that differs between JAX versions."""
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ Var = core.Var
 _OWN_FOLDERS = tuple(
     str(Path(module_file).resolve().parent) + os.sep for module_file in (jax.__file__, __file__)
 )
+_WRAPPERS = (contextlib.__file__, functools.__file__)
 
 # Equations whose body sees other values than they do: one layer, one branch, one shard.
 _LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
@@ -36,23 +41,71 @@ def evaluate_equation(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Returns the outputs of one equation for `values`, one for each of its inputs.
 
     The equation is evaluated as a jaxpr of its own, which is the public way to keep its source
-    line, its named scopes and the settings under which it was traced.
+    line, its named scopes and the settings under which it was traced. Each input gets a variable of
+    its own: where the model uses one value twice, its two operands may differ here.
     """
-    inputs = {
-        atom: value
-        for atom, value in zip(equation.invars, values, strict=True)
-        if isinstance(atom, Var)
+    variables = {
+        position: Var(atom.aval)
+        for position, atom in enumerate(equation.invars)
+        if not _is_unchanged_literal(atom, values[position])
     }
+    equation = equation.replace(
+        invars=[variables.get(position, atom) for position, atom in enumerate(equation.invars)]
+    )
     names = core.DebugInfo(
         traced_for="adapt",
         func_src_info=equation.primitive.name,
-        arg_names=("",) * len(inputs),
+        arg_names=("",) * len(variables),
         result_paths=("",) * len(equation.outvars),
     )
     jaxpr = Jaxpr(
-        (), list(inputs), equation.outvars, [equation], equation.effects, debug_info=names
+        (),
+        list(variables.values()),
+        equation.outvars,
+        [equation],
+        equation.effects,
+        debug_info=names,
     )
-    return evaluate(ClosedJaxpr(jaxpr, ()), list(inputs.values()))
+    return evaluate(ClosedJaxpr(jaxpr, ()), [values[position] for position in variables])
+
+
+def _is_unchanged_literal(atom: Any, value: Any) -> bool:
+    return isinstance(atom, Literal) and value is atom.val
+
+
+def settings_of(equation: Equation) -> AbstractContextManager[Any]:
+    """Returns a context with the settings under which `equation` was traced.
+
+    Among them are the mesh, the kind of compute and metadata for XLA.
+    """
+    return equation.ctx.manager
+
+
+def rebound(equation: Equation, body: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+    """Returns the outputs of a rematerialised equation with another body on other arguments.
+
+    Every parameter of the original is kept. `differentiated`, which says that the equation belongs
+    to a backward pass and is to be lowered behind barriers, has no other way in.
+    """
+    leaves, structure = jax.tree.flatten(tuple(arguments))
+    closed_jaxpr, outputs = jax.make_jaxpr(
+        lambda *leaves: body(*jax.tree.unflatten(structure, leaves)), return_shape=True
+    )(*leaves)
+    jaxpr = closed_jaxpr.jaxpr
+    variables = [*jaxpr.constvars, *jaxpr.invars]
+    names = jaxpr.debug_info._replace(arg_names=("",) * len(variables))
+    opened = Jaxpr((), variables, jaxpr.outvars, jaxpr.eqns, jaxpr.effects, debug_info=names)
+    params = {**equation.params, "jaxpr": opened}
+    if isinstance(params["prevent_cse"], tuple):
+        # A choice for each input; one that is factored has several arrays here.
+        counts = [len(jax.tree.leaves(argument)) for argument in arguments]
+        first = len(counts) - len(params["prevent_cse"])
+        chosen = [False] * (len(jaxpr.constvars) + sum(counts[:first]))
+        for choice, count in zip(params["prevent_cse"], counts[first:], strict=True):
+            chosen += [choice] * count
+        params["prevent_cse"] = tuple(chosen)
+    results = equation.primitive.bind(*closed_jaxpr.consts, *leaves, **params)
+    return jax.tree.unflatten(jax.tree.structure(outputs), results)
 
 
 def name_scope(equation: Equation) -> str:
@@ -68,6 +121,21 @@ def source_line(equation: Equation) -> str | None:
             file_name = frame.file_name.rpartition("site-packages" + os.sep)[2]
             return f"{file_name}:{frame.line_num} ({frame.function_name})"
     return None
+
+
+def callers_level() -> int:
+    """Returns the `stacklevel` with which the calling function's warning points at the user's code.
+
+    That is the innermost frame outside of this library and JAX.
+    """
+    frame = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(
+        (*_OWN_FOLDERS, *_WRAPPERS)
+    ):
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def scan_counts(equation: Equation) -> tuple[int, int]:

@@ -3,11 +3,11 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, evaluate
@@ -16,8 +16,10 @@ from lora_jax._weight import FullWeight, is_lora_weight, map_adapter_nodes
 from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import Factored, factored_weight
 from lora_jax.transform._interpreter import Interpreter
-from lora_jax.transform._report import OnMaterialize, Use
+from lora_jax.transform._report import OnMaterialize, Recorder, ignore, recorder_for
 from lora_jax.transform._rules import RULES
+from lora_jax.transform._sharing import SharedFunctions
+from lora_jax.transform._static import NotComparableError, with_static, without_static
 
 
 def adapt(
@@ -33,21 +35,23 @@ def adapt(
     Args:
       fn: any JAX function; `model.apply`, a bound method, a loss. Where no argument holds an
         adapter, it is called as it is. Otherwise it is traced once for each structure, shape and
-        dtype of its arguments, and arguments that are not arrays are static.
+        dtype of its arguments. A Python float is traced like an array, so that another one traces
+        nothing again, unless `fn` needs its value; other arguments that are not arrays (flags,
+        whole numbers, strings, functions, configurations) are static.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
-      dropout: the probability with which an element of an adapter's input is dropped, with an
-        independent mask for each use. It is on in calls that bring `lora_key=`, a random key, and
-        off in all others, so that evaluation needs no second function. Functions with a derivative
-        rule of their own are left out of it.
+      dropout: the probability with which an element of an adapter's input is dropped, to the next
+        multiple of 1/65536, with an independent mask for each use. Dropout is active only when
+        `lora_key=`, a random key, is passed; evaluation needs no second function. Functions with a
+        derivative rule of their own are left out of it.
 
     Returns:
       A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and of
       `lora_key`.
 
     Raises:
-      ValueError: `on_materialize` or `dropout` is out of range; or, when called, `lora_key` is
-        given without `dropout`.
+      ValueError: `on_materialize` or `dropout` is out of range; `fn` has an argument `lora_key` of
+        its own, and `dropout` is not 0; or, when called, `lora_key` is given without `dropout`.
       MaterializationError: when called, under `on_materialize="error"`.
 
     Examples:
@@ -65,24 +69,86 @@ def adapt(
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout!r}; expected a probability from 0 to below 1.")
 
-    def rewritten(arguments: Any, lora_key: PRNGKeyArray | None) -> Any:
-        masks = None if lora_key is None else Dropout(dropout, lora_key)
-        return rewrite(fn, arguments, on_materialize=on_materialize, dropout=masks, uses=[])
+    if _has_lora_key(fn):
+        if dropout:
+            raise ValueError(
+                "`fn` has an argument `lora_key` of its own, which adapt(fn, dropout=...) would "
+                "take for the key of its masks; give it another name."
+            )
+        return _adapted_without_key(fn, on_materialize)
+    with_key = _adapted(fn, on_materialize, dropout)
 
     @functools.wraps(fn)
     def adapted(*args: Any, lora_key: PRNGKeyArray | None = None, **kwargs: Any) -> Any:
         if lora_key is not None and dropout == 0:
             raise ValueError("`lora_key` is given, but dropout is 0; call adapt(fn, dropout=0.1).")
-        arguments = with_trained_values((args, kwargs))
+        return with_key(lora_key, (args, kwargs))
+
+    return adapted
+
+
+def _has_lora_key(fn: Callable[..., Any]) -> bool:
+    try:
+        return "lora_key" in inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # some callables written in C have no signature
+        return False
+
+
+def _adapted_without_key(
+    fn: Callable[..., Any], on_materialize: OnMaterialize
+) -> Callable[..., Any]:
+    with_key = _adapted(fn, on_materialize, 0.0)
+
+    @functools.wraps(fn)
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        return with_key(None, (args, kwargs))
+
+    return adapted
+
+
+def _adapted(
+    fn: Callable[..., Any], on_materialize: OnMaterialize, dropout: float
+) -> Callable[[PRNGKeyArray | None, Any], Any]:
+    """Returns `fn` as a function of a dropout key and of (args, kwargs) that may hold adapters."""
+
+    def rewritten(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
+        masks = None if lora_key is None else Dropout(dropout, lora_key)
+        return rewrite(fn, arguments, recorder=recorder_for(on_materialize), dropout=masks)
+
+    # The structures of arguments for which `fn` needs the values of Python floats: a memo, so that
+    # finding this out takes one trace.
+    need_values: set[Hashable] = set()
+
+    def traced(*inputs: Any) -> Any:
+        closed_jaxpr, output = jax.make_jaxpr(rewritten, return_shape=True)(*inputs)
+        values = evaluate(closed_jaxpr, jax.tree.leaves(inputs))
+        return without_static(jax.tree.unflatten(jax.tree.structure(output), values))
+
+    def traced_with_floats(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
+        with_values = with_static(arguments, comparable=True)
+        inputs = with_static(arguments, comparable=True, trace_floats=True)
+        structure: Any = jax.tree.structure(inputs)
+        if structure == jax.tree.structure(with_values) or structure in need_values:
+            return traced(lora_key, with_values)
+        try:
+            return traced(lora_key, inputs)
+        except Exception:  # whatever `fn` makes of a tracer where it expects a float
+            outputs = traced(lora_key, with_values)
+            need_values.add(structure)
+            return outputs
+
+    def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
+        arguments = with_trained_values(arguments)
         if not any(
             is_lora_weight(leaf) for leaf in jax.tree.leaves(arguments, is_leaf=is_lora_weight)
         ):
             args, kwargs = arguments
             return fn(*args, **kwargs)
-        inputs = with_static(arguments), lora_key
-        closed_jaxpr, output = jax.make_jaxpr(rewritten, return_shape=True)(*inputs)
-        values = evaluate(closed_jaxpr, jax.tree.leaves(inputs))
-        return without_static(jax.tree.unflatten(jax.tree.structure(output), values))
+        try:
+            return traced_with_floats(lora_key, arguments)
+        except NotComparableError:
+            # What can't be compared with the arguments of another call is traced for this one.
+            return without_static(rewritten(lora_key, with_static(arguments)))
 
     return adapted
 
@@ -91,8 +157,7 @@ def rewrite(
     fn: Callable[..., Any],
     arguments: Any,
     *,
-    uses: list[Use],
-    on_materialize: OnMaterialize = "ignore",
+    recorder: Recorder = ignore,
     dropout: Dropout | None = None,
 ) -> Any:
     """Returns the outputs of `fn` on (args, kwargs) that hold `LoRAWeight` nodes.
@@ -100,8 +165,7 @@ def rewrite(
     Args:
       fn: the function as its author wrote it.
       arguments: (args, kwargs), with leaves that are no arrays made static.
-      uses: takes a note of what happened at each equation that an adapted weight reached.
-      on_materialize: what to do where no rule covers an op.
+      recorder: what is told of each equation that an adapted weight reaches.
       dropout: LoRA dropout, or None.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
@@ -109,7 +173,7 @@ def rewrite(
     paths = weight_paths(flat)
     plain = [leaf.base if is_lora_weight(leaf) else leaf for leaf in leaves]
     traced = traced_function(fn, structure, plain)
-    interpreter = Interpreter(RULES, on_materialize, uses, {}, dropout)
+    interpreter = Interpreter(RULES, SharedFunctions(), recorder, dropout)
     values = [
         factored_weight(leaf, path) if is_lora_weight(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
@@ -156,55 +220,8 @@ def weight_paths(flat: Sequence[tuple[Any, Any]]) -> list[str]:
     ]
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A leaf that is no array, as a part of the tree's structure."""
-
-    value: Any
-
-    def __hash__(self) -> int:
-        return hash(self.value) if _is_hashable(self.value) else id(self.value)
-
-    def __eq__(self, other: Any) -> bool:
-        if not isinstance(other, _Static) or type(self.value) is not type(other.value):
-            return False
-        # What can't be hashed may have changed since: it equals nothing, and is traced anew.
-        return _is_hashable(self.value) and bool(self.value == other.value)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
 def with_trained_values(tree: Any) -> Any:
     """Returns the tree with the trained copy in place of each weight that trains in full."""
     return map_adapter_nodes(
         lambda node: node.value if isinstance(node, FullWeight) else node, tree
-    )
-
-
-def with_static(tree: Any) -> Any:
-    return jax.tree.map(_array_or_static, tree, is_leaf=is_lora_weight)
-
-
-def _array_or_static(leaf: Any) -> Any:
-    if is_lora_weight(leaf):
-        return jax.tree.map(lambda each: each if _is_array(each) else jnp.asarray(each), leaf)
-    return leaf if _is_array(leaf) else _Static(leaf)
-
-
-def without_static(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf,
-        tree,
-        is_leaf=lambda leaf: isinstance(leaf, _Static),
     )

@@ -28,6 +28,7 @@ from lora_jax.transform._product import (
     Labels,
     plan_product,
     product,
+    sharding_of,
     without_unit_axes,
 )
 from lora_jax.transform._report import Use
@@ -50,9 +51,12 @@ def dot_general(
     ]
     result = evaluate_equation(equation, [base_of(choice) for choice in choices])[0]
     with scope_of(equation), jax.named_scope("lora"):
-        for terms in itertools.product(*([None, *terms_of(choice)] for choice in choices)):
+        summands = itertools.product(*([None, *terms_of(choice)] for choice in choices))
+        for use, terms in enumerate(summands):
             if any(term is not None for term in terms):
-                result += _change(interpreter, equation, choices, terms, labels, output, result)
+                result += _change(
+                    interpreter, equation, use, choices, terms, labels, output, result
+                )
         for gain in gains:
             result = multiplied(result, gain).astype(result.dtype)
     return [result]
@@ -149,12 +153,14 @@ def _factored_flops(
         depends = [size != 1 for size in factor.shape]
         named = (*labels[position], rank_label)
         operands.append(tuple(x for x, used in zip(named, depends, strict=True) if used))
-    return plan_product(operands, output, {**size_of, rank_label: term.rank}).flops
+    sizes = {**size_of, rank_label: term.rank}
+    return plan_product(operands, output, sizes).flops(sizes)
 
 
 def _change(
     interpreter: Interpreter,
     equation: Equation,
+    use: int,
     operands: Sequence[Any],
     terms: Sequence[Term | None],
     labels: Sequence[Labels],
@@ -173,7 +179,7 @@ def _change(
         if term is None:
             array = _sliced(base_of(operand), labels[position], ranges)
             if not isinstance(operand, Factored):
-                array = interpreter.dropped_out(array)
+                array = interpreter.dropped_out(array, use)
             arrays.append((array, labels[position]))
         else:
             named = (*labels[position], rank_label_of(position, labels))
@@ -189,6 +195,7 @@ def _change(
         scale=math.prod(scales[1:], start=scales[0]),
         precision=equation.params["precision"],
         preferred_element_type=product_dtype(equation, dtype),
+        sharding=sharding_of(result),
     )
     return _placed(joined, output, ranges, result)
 
@@ -225,8 +232,8 @@ def ragged_dot_general(
             )
         )
     with scope_of(equation), jax.named_scope("lora"):
-        for term in terms:
-            adapter_input = interpreter.dropped_out(x)
+        for use, term in enumerate(terms):
+            adapter_input = interpreter.dropped_out(x, use)
             scale = interpreter.scale_of(term)
             result += _expert_change(
                 equation, adapter_input, term, scale, group_sizes, result.dtype

@@ -9,44 +9,59 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec, Sharding
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, scan_counts
+from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, rebound, scan_counts
 from lora_jax.transform._factored import Factor, Factored, without_windows
 from lora_jax.transform._forwarding import input_behind
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax.transform._placement import cut_for, placed
 
 
 def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a jitted function, rewritten and jitted under its own name.
 
-    Shardings that the model asked for hold for what goes in and comes out.
+    Shardings and layouts that the model asked for hold for what goes in and comes out. An input
+    that the model donates is donated, unless it is factored.
     """
-    inputs = _sharded(inputs, equation.params["in_shardings"])
+    params = equation.params
+    inputs = _placed(inputs, params["in_shardings"], params["in_layouts"])
+    donated = tuple(
+        position + 1  # after the dropout key
+        for position, is_donated in enumerate(params["donated_invars"])
+        if is_donated and not isinstance(inputs[position], Factored)
+    )
+    options = {
+        "donate_argnums": donated,
+        "inline": params["inline"],
+        "keep_unused": params["keep_unused"],
+        "compiler_options": dict(params["compiler_options_kvs"]) or None,
+    }
     with scope_of(equation):
         outputs = interpreter.call_shared(
             equation,
-            lambda body: jax.jit(
-                _named(body, equation.params["name"]), inline=equation.params["inline"]
-            ),
+            lambda body: jax.jit(_named(body, params["name"]), **options),
+            (params["name"], donated, *(params[name] for name in _JIT_SETTINGS)),
             inputs,
         )
-    return _sharded(outputs, equation.params["out_shardings"])
+    return _placed(outputs, params["out_shardings"], params["out_layouts"])
+
+
+_JIT_SETTINGS = ("inline", "keep_unused", "compiler_options_kvs")
 
 
 def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a rematerialised function under its own policy."""
+    """Returns the outputs of a rematerialised function, with every parameter that it has."""
     inner = interpreter.within(equation)
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
         return inner.with_key(key).run_open(equation.params["jaxpr"], (), arguments)
 
-    rewritten = jax.checkpoint(
-        body, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"]
-    )
     with scope_of(equation):
-        return rewritten(interpreter.next_key(), *inputs)
+        return rebound(equation, body, (interpreter.body_key(), *inputs))
 
 
 def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -66,8 +81,23 @@ def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
         return body
 
     branches = [rewritten(branch) for branch in equation.params["branches"]]
+    platforms = equation.params.get("branches_platforms")
     with scope_of(equation):
-        return jax.lax.switch(index, branches, interpreter.next_key(), *operands)
+        if platforms is not None:
+            return _of_platform(platforms, branches, (interpreter.body_key(), *operands))
+        return jax.lax.switch(index, branches, interpreter.body_key(), *operands)
+
+
+def _of_platform(
+    platforms: Sequence[Sequence[str] | None], branches: Sequence[Any], arguments: Sequence[Any]
+) -> Any:
+    """Returns the outputs of the branch for the platform that the program is compiled for."""
+    by_platform = {
+        platform: branch
+        for names, branch in zip(platforms, branches, strict=True)
+        for platform in names or ("default",)
+    }
+    return jax.lax.platform_dependent(*arguments, **by_platform)
 
 
 def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -97,7 +127,7 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
         return _arrays(loop, equation, state), _arrays(loop, equation, new)
 
     length = equation.params["length"]
-    key = interpreter.next_key()
+    key = interpreter.body_key()
     keys = None if key is None else jax.random.split(key, length)
     with scope_of(equation):
         state, stacked = jax.lax.scan(
@@ -123,22 +153,25 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
 
     inside = interpreter.within(equation)
 
-    def goes_on(keyed: tuple[Any, list[Any]]) -> Any:
-        key, state = keyed
-        # The body starts from `key` itself; its masks and these are to be independent.
-        own_key = None if key is None else jax.random.fold_in(key, 1)
-        (result,) = inside.with_key(own_key).run(test, [*test_constants, *carry.joined(state)])
-        return result
+    def in_round(body: int, count: Any) -> Interpreter:
+        """Returns an interpreter with the dropout keys of one round of a body."""
+        key = interpreter.body_key(body)
+        return inside.with_key(None if key is None else jax.random.fold_in(key, count))
 
-    def step(keyed: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        key, state = keyed
-        loop = inside.with_key(key)
-        outputs = loop.run(body, [*body_constants, *carry.joined(state)])
-        return loop.next_key(), _arrays(loop, equation, carry.changing(outputs))
+    def goes_on(counted: tuple[Any, list[Any]]) -> Any:
+        count, state = counted
+        (result,) = in_round(1, count).run(test, [*test_constants, *carry.joined(state)])
+        return _arrays(inside, equation, [result])[0]
 
-    initial = interpreter.next_key(), carry.changing(carry.initial)
+    def step(counted: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        count, state = counted
+        outputs = in_round(0, count).run(body, [*body_constants, *carry.joined(state)])
+        state = _arrays(inside, equation, carry.changing(outputs))
+        return None if count is None else count + 1, state
+
+    rounds = None if interpreter.dropout is None else jnp.zeros((), jnp.uint32)
     with scope_of(equation):
-        _, state = jax.lax.while_loop(goes_on, step, initial)
+        _, state = jax.lax.while_loop(goes_on, step, (rounds, carry.changing(carry.initial)))
     return carry.joined(state)
 
 
@@ -214,7 +247,7 @@ class _Stack:
     def of(cls, value: Any) -> "_Stack":
         if not isinstance(value, Factored):
             return cls(value)
-        return cls(_without_any_window(value))
+        return cls(_without_any_window(value).map_factors(Factor.as_stack))
 
     @property
     def leaves(self) -> Any:
@@ -222,12 +255,12 @@ class _Stack:
         if not isinstance(self.value, Factored):
             return self.value
         factors = [
-            factor.stored if factor.is_stack else None
+            _cut_leaf(factor)
             for term in self.value.terms
             for factor in (term.factor_A, term.factor_B)
         ]
         gain = self.value.gain
-        return self.value.base, factors, gain.stored if gain and gain.is_stack else None
+        return self.value.base, factors, gain and _cut_leaf(gain)
 
     def layer(self, leaves: Any) -> Any:
         """Returns one layer of the stack, from one step's cut of `leaves`."""
@@ -247,13 +280,18 @@ class _Stack:
         return Factored(base, terms, gain and gain.layer(gain_cut))
 
 
+def _cut_leaf(factor: Factor) -> Array | None:
+    return factor.stored if factor.is_stack else None
+
+
 def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a function that runs on each shard: factors are cut as W is."""
-    values = [_without_any_window(value) for value in inputs]
-    specs = [
-        _factored_specs(value, spec)
-        for value, spec in zip(values, equation.params["in_specs"], strict=True)
+    mesh, in_specs = equation.params["mesh"], equation.params["in_specs"]
+    values = [
+        cut_for(_without_any_window(value), mesh, spec)
+        for value, spec in zip(inputs, in_specs, strict=True)
     ]
+    specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
         shard = interpreter.within(equation).with_key(
@@ -263,14 +301,14 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
 
     rewritten = jax.shard_map(
         body,
-        mesh=equation.params["mesh"],
+        mesh=mesh,
         in_specs=(PartitionSpec(), *specs),
         out_specs=list(equation.params["out_specs"]),
         axis_names=equation.params["newly_manual_axes"],
         check_vma=equation.params["check_vma"],
     )
     with scope_of(equation):
-        return rewritten(interpreter.next_key(), *values)
+        return rewritten(interpreter.body_key(), *values)
 
 
 def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray | None:
@@ -286,28 +324,14 @@ def _factored_specs(value: Any, spec: Any) -> Any:
     """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
     if not isinstance(value, Factored):
         return spec
-    axes = (*spec, *(None,) * (value.ndim - len(spec)), None)
-    replicated: Any = PartitionSpec()
 
-    def factor_spec(factor: Factor) -> Any:
-        cut = {
-            place: axis
-            for axis, place, size in zip(axes, factor.places, factor.aligned.shape, strict=True)
-            if place is not None and size != 1
-        }
-        spec: Any = PartitionSpec(*(cut.get(place) for place in range(factor.stored.ndim)))
-        return dataclasses.replace(factor, stored=spec)
+    def spec_of(factor: Factor) -> Any:
+        of_stored: Any = factor.spec(spec)
+        return dataclasses.replace(factor, stored=of_stored)
 
-    terms = tuple(
-        dataclasses.replace(
-            term,
-            factor_A=factor_spec(term.factor_A),
-            factor_B=factor_spec(term.factor_B),
-            scale=replicated,
-        )
-        for term in value.terms
-    )
-    return Factored(spec, terms, value.gain and factor_spec(value.gain))
+    specs: Any = value.map_factors(spec_of)
+    terms = tuple(dataclasses.replace(term, scale=PartitionSpec()) for term in specs.terms)
+    return dataclasses.replace(specs, base=spec, terms=terms)
 
 
 def _without_any_window(value: Any) -> Any:
@@ -317,19 +341,30 @@ def _without_any_window(value: Any) -> Any:
     return dataclasses.replace(value, terms=terms)
 
 
-def _sharded(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-    """Returns the values under the shardings that are given; of a factored one, its base."""
+def _placed(values: Sequence[Any], shardings: Sequence[Any], layouts: Sequence[Any]) -> list[Any]:
+    """Returns the values under the shardings and layouts that are given."""
     return [
-        _with_base_sharded(value, sharding) if isinstance(sharding, Sharding) else value
-        for value, sharding in zip(values, shardings, strict=True)
+        _with_layout(_with_sharding(value, sharding), layout)
+        for value, sharding, layout in zip(values, shardings, layouts, strict=True)
     ]
 
 
-def _with_base_sharded(value: Any, sharding: Sharding) -> Any:
+def _with_sharding(value: Any, sharding: Any) -> Any:
+    if not isinstance(sharding, Sharding):
+        return value
+    if not isinstance(value, Factored):
+        return jax.lax.with_sharding_constraint(value, sharding)
+    base = jax.lax.with_sharding_constraint(value.base, sharding)
+    return placed(value, base, sharding, jax.lax.with_sharding_constraint)
+
+
+def _with_layout(value: Any, layout: Any) -> Any:
+    """Returns a value in a layout; of a factored one, its base."""
+    if not isinstance(layout, Layout):
+        return value
     if isinstance(value, Factored):
-        base = jax.lax.with_sharding_constraint(value.base, sharding)
-        return dataclasses.replace(value, base=base)
-    return jax.lax.with_sharding_constraint(value, sharding)
+        return dataclasses.replace(value, base=with_layout_constraint(value.base, layout))
+    return with_layout_constraint(value, layout)
 
 
 def _arrays(interpreter: Interpreter, equation: Equation, values: Sequence[Any]) -> list[Any]:
@@ -346,10 +381,7 @@ RULES: dict[str, Rule] = {
     "checkpoint": remat,
     "closed_call": closed_call,
     "cond": cond,
-    "core_call": closed_call,
     "jit": jit,
-    "pjit": jit,
-    "remat": remat,
     "remat2": remat,
     "scan": scan,
     "shard_map": shard_map,

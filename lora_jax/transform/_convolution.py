@@ -49,8 +49,8 @@ def conv_general_dilated(
         return evaluate_equation(equation, [x, choice])
     base = result = evaluate_equation(equation, [x, weight.base])[0]
     with scope_of(equation), jax.named_scope("lora"):
-        for term, (kernel, mixer) in zip(terms, factors, strict=True):
-            adapter_input, scale = interpreter.dropped_out(x), interpreter.scale_of(term)
+        for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):
+            adapter_input, scale = interpreter.dropped_out(x, use), interpreter.scale_of(term)
             result += _change(equation, adapter_input, kernel, mixer, scale, base)
         if weight.gain is not None:
             out_axis = equation.params["dimension_numbers"].out_spec[1]

@@ -1,5 +1,7 @@
 """The choice between factored products and building W + AB, by count of operations."""
 
+import jax
+
 
 def prefers_dense(base_flops: int, factored_flops: int, building_flops: int) -> bool:
     """Says whether a training step is cheaper with W + AB built than with factors.
@@ -7,5 +9,11 @@ def prefers_dense(base_flops: int, factored_flops: int, building_flops: int) -> 
     The backward pass of each factored product is two products of the same size. That of a built
     weight is the gradient of W, as large as the base op, and two products to split it in A's and
     B's. Counting the forward pass alone would build W in every large batch and then pay for dW.
+
+    With a symbolic shape the counts are polynomials. Where none of two is smaller for every value
+    of its symbols, factors it is.
     """
-    return building_flops + base_flops + 2 * building_flops < 3 * factored_flops
+    try:
+        return bool(building_flops + base_flops + 2 * building_flops < 3 * factored_flops)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False

@@ -7,11 +7,13 @@ there is no LoRA dropout inside, since the rule could not know of the masks.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
@@ -30,28 +32,22 @@ def custom_jvp_call(
     def rewritten(*values: Any) -> list[Array]:
         return interpreter.materialize(equation, interpreter.run(body, values))
 
-    @rewritten.defjvp
-    def _(values: Any, tangents: Any) -> tuple[Any, Any]:
-        varying = _varying(values)
-        dense_tangents = [
-            jax.jvp(dense_value, (values[i],), (tangents[i],))[1]
-            if isinstance(values[i], Factored)
-            else tangents[i]
-            for i in varying
-        ]
+    def jvp(values: Any, tangents: Any) -> tuple[Any, Any]:
+        perturbed = [i for i in _varying(equation.invars) if not _all_leaves(_is_zero, tangents[i])]
+        given = [_dense_tangent(values[i], tangents[i]) for i in perturbed]
 
         def rule(dense: list[Array], tangents: list[Array]) -> Any:
-            function = _function_of(equation, dense, varying)
-            return jax.jvp(function, [dense[i] for i in varying], tangents)
+            function = _function_of(equation, dense, perturbed)
+            outputs, changes = jax.jvp(function, [dense[i] for i in perturbed], tangents)
+            return outputs, [changes[i] for i in _varying(equation.outvars)]
 
-        closed_jaxpr, shapes = jax.make_jaxpr(rule, return_shape=True)(
-            _stand_ins(values), dense_tangents
-        )
-        outputs = interpreter.run(closed_jaxpr, [*values, *dense_tangents])
-        return jax.tree.unflatten(
-            jax.tree.structure(shapes), interpreter.materialize(equation, outputs)
-        )
+        closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(values), given)
+        results = interpreter.run(closed_jaxpr, [*values, *given])
+        arrays = interpreter.materialize(equation, results)
+        count = len(equation.outvars)
+        return arrays[:count], _with_zeros(equation.outvars, arrays[count:])
 
+    rewritten.defjvp(jvp, symbolic_zeros=True)
     with scope_of(equation):
         return rewritten(*inputs)
 
@@ -59,39 +55,57 @@ def custom_jvp_call(
 def custom_vjp_call(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> Sequence[Any]:
-    """Returns the outputs of a `jax.custom_vjp` function, whose rule holds for the result."""
+    """Returns the outputs of a `jax.custom_vjp` function, whose rule holds for the result.
+
+    Only what is differentiated is differentiated by the user's rule: it may refuse the rest.
+    """
     body = equation.params["call_jaxpr"]
     interpreter = interpreter.within(equation).without_dropout()
-    varying = _varying(inputs)
 
     @jax.custom_vjp
     def rewritten(*values: Any) -> list[Array]:
         return interpreter.materialize(equation, interpreter.run(body, values))
 
-    def forward(*values: Any) -> tuple[Any, Any]:
+    def forward(*primals: Any) -> tuple[Any, Any]:
+        values = _map_primals(lambda primal: primal.value, primals)
+        perturbed = [
+            i
+            for i in _varying(equation.invars)
+            if not _all_leaves(lambda primal: not primal.perturbed, primals[i])
+        ]
+
         def rule(dense: list[Array]) -> Any:
-            return jax.vjp(_function_of(equation, dense, varying), *(dense[i] for i in varying))
+            return jax.vjp(_function_of(equation, dense, perturbed), *(dense[i] for i in perturbed))
 
         closed_jaxpr, shapes = jax.make_jaxpr(rule, return_shape=True)(_stand_ins(values))
         results = interpreter.run(closed_jaxpr, values)
         _, pullback = shapes
-        count = len(results) - len(jax.tree.leaves(pullback))
+        count = len(equation.outvars)
         outputs = interpreter.materialize(equation, results[:count])
-        return outputs, _Saved(results[count:], values, jax.tree.structure(pullback))
+        weights = {i: values[i] for i in perturbed if isinstance(values[i], Factored)}
+        structure = jax.tree.structure(pullback)
+        return outputs, _Saved(results[count:], weights, tuple(perturbed), structure)
 
-    def backward(saved: _Saved, cotangents: Any) -> tuple[Any, ...]:
-        def rule(residuals: list[Array], cotangents: list[Array]) -> Any:
-            return jax.tree.unflatten(saved.pullback, residuals)(cotangents)
+    def backward(saved: _Saved, cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        given = [_instantiated(cotangents[i]) for i in _varying(equation.outvars)]
 
-        closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(saved.residuals), cotangents)
-        outputs = interpreter.run(closed_jaxpr, [*saved.residuals, *cotangents])
-        dense = dict(zip(varying, interpreter.materialize(equation, outputs), strict=True))
+        def rule(residuals: list[Array], given: list[Array]) -> Any:
+            pullback = jax.tree.unflatten(saved.pullback, residuals)
+            return pullback(_with_zeros(equation.outvars, given))
+
+        closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(saved.residuals), given)
+        outputs = interpreter.run(closed_jaxpr, [*saved.residuals, *given])
+        dense = dict(zip(saved.perturbed, interpreter.materialize(equation, outputs), strict=True))
         return tuple(
-            _pulled_back(value, dense[i]) if i in dense else None
-            for i, value in enumerate(saved.values)
+            None
+            if i not in dense
+            else _pulled_back(saved.weights[i], dense[i])
+            if i in saved.weights
+            else dense[i]
+            for i in range(len(inputs))
         )
 
-    rewritten.defvjp(forward, backward)
+    rewritten.defvjp(forward, backward, symbolic_zeros=True)
     with scope_of(equation):
         return rewritten(*inputs)
 
@@ -103,24 +117,32 @@ class _Saved:
 
     Attributes:
       residuals: what the user's forward rule saved, of which some may be factored.
-      values: the function's inputs.
+      weights: the factored inputs that are differentiated, by their position.
+      perturbed: the positions of all inputs that are differentiated.
       pullback: the structure that makes the residuals the user's backward rule again.
     """
 
     residuals: list[Any]
-    values: Any
+    weights: dict[int, Factored]
+    perturbed: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     pullback: Any = dataclasses.field(metadata={"static": True})
 
 
-def _pulled_back(value: Any, cotangent: Array) -> Any:
+def _pulled_back(value: Factored, cotangent: Array) -> Any:
     """Returns a weight's cotangent as one of its factors."""
-    if not isinstance(value, Factored):
-        return cotangent
     return jax.vjp(dense_value, value)[1](cotangent)[0]
 
 
+def _dense_tangent(value: Any, tangent: Any) -> Array:
+    """Returns a value's tangent as an array; of a factored one, what its factors' tangents make."""
+    tangent = jax.tree.map(_instantiated, tangent, is_leaf=_is_zero)
+    if not isinstance(value, Factored):
+        return tangent
+    return jax.jvp(dense_value, (value,), (tangent,))[1]
+
+
 def _function_of(equation: Equation, dense: Sequence[Array], varying: Sequence[int]) -> Any:
-    """Returns the equation as a function of its differentiable inputs."""
+    """Returns the equation as a function of some of its inputs."""
 
     def function(*arrays: Array) -> list[Array]:
         inputs = list(dense)
@@ -131,9 +153,38 @@ def _function_of(equation: Equation, dense: Sequence[Array], varying: Sequence[i
     return function
 
 
-def _varying(values: Sequence[Any]) -> list[int]:
-    """Returns which values can be differentiated."""
-    return [i for i, value in enumerate(values) if jnp.issubdtype(value.dtype, jnp.inexact)]
+def _varying(atoms: Sequence[Any]) -> list[int]:
+    """Returns the positions of what can be differentiated among an equation's inputs or outputs."""
+    return [i for i, atom in enumerate(atoms) if jnp.issubdtype(atom.aval.dtype, jnp.inexact)]
+
+
+def _with_zeros(atoms: Sequence[Any], varying: Sequence[Any]) -> list[Any]:
+    """Returns a tangent for each of these atoms, from those of the ones that have any."""
+    found = dict(zip(_varying(atoms), varying, strict=True))
+    return [
+        found[i] if i in found else np.zeros(atom.aval.shape, jax.dtypes.float0)
+        for i, atom in enumerate(atoms)
+    ]
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _instantiated(leaf: Any) -> Any:
+    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
+
+
+def _all_leaves(predicate: Callable[[Any], bool], tree: Any) -> bool:
+    return all(map(predicate, jax.tree.leaves(tree, is_leaf=_is_leaf_of_rule)))
+
+
+def _map_primals(function: Callable[[CustomVJPPrimal], Any], tree: Any) -> Any:
+    return jax.tree.map(function, tree, is_leaf=_is_leaf_of_rule)
+
+
+def _is_leaf_of_rule(leaf: Any) -> bool:
+    return isinstance(leaf, CustomVJPPrimal | SymbolicZero)
 
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:

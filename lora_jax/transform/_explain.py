@@ -9,8 +9,9 @@ import jax
 from lora_jax._shapes import Axes
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
-from lora_jax.transform._adapt import rewrite, weight_paths, with_static, with_trained_values
+from lora_jax.transform._adapt import rewrite, weight_paths, with_trained_values
 from lora_jax.transform._report import Use
+from lora_jax.transform._static import with_static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     arguments = with_static(with_trained_values((args, kwargs)))
     uses: list[Use] = []
-    jax.eval_shape(lambda arguments: rewrite(fn, arguments, uses=uses), arguments)
+    jax.eval_shape(lambda arguments: rewrite(fn, arguments, recorder=uses.append), arguments)
     return Report(
         tuple(
             TargetReport(

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._algebra import gain
@@ -57,12 +58,33 @@ class Factor:
         """Whether a loop can cut the stored array along the weight's first axis."""
         return self.places[0] == 0 and self.stored.shape[0] != 1
 
+    def as_stack(self) -> "Factor":
+        """Returns the same factor, the weight's first axis stored first if it is held at all."""
+        first = self.places[0]
+        if not first:
+            return self
+        order = (first, *(axis for axis in range(self.stored.ndim) if axis != first))
+        places = tuple(None if place is None else order.index(place) for place in self.places)
+        return Factor(self.stored.transpose(order), places)
+
     def layer(self, cut: Array | None) -> "Factor":
         """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
         if cut is None:
             return Factor.of_aligned(self.aligned[0])
         places = tuple(None if place is None else place - 1 for place in self.places[1:])
         return Factor(cut, places)
+
+    def spec(self, axes: Sequence[Any]) -> PartitionSpec:
+        """Returns how `stored` is cut where the weight's axes are cut as `axes` says.
+
+        The factor inherits the partition of the axes that it holds; the rank is not cut.
+        """
+        cut = {
+            place: axis
+            for axis, place, size in zip(axes, self.places, self.aligned.shape, strict=False)
+            if place is not None and size != 1
+        }
+        return PartitionSpec(*(cut.get(place) for place in range(self.stored.ndim)))
 
 
 @jax.tree_util.register_dataclass
@@ -115,12 +137,6 @@ class Term:
             window=self.window if window is None else window,
         )
 
-    def copied(self) -> "Term":
-        """Returns the same term, aligned by the trace that asks for it."""
-        return dataclasses.replace(
-            self, factor_A=self.factor_A.copied(), factor_B=self.factor_B.copied()
-        )
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +168,21 @@ class Factored:
             path: dataclasses.replace(self, terms=tuple(terms)) for path, terms in by_path.items()
         }
 
+    def map_factors(self, function: Callable[[Factor], Factor]) -> "Factored":
+        """Returns the value with a function applied to each factor, and to the gain."""
+        terms = tuple(
+            dataclasses.replace(
+                term, factor_A=function(term.factor_A), factor_B=function(term.factor_B)
+            )
+            for term in self.terms
+        )
+        return dataclasses.replace(
+            self, terms=terms, gain=None if self.gain is None else function(self.gain)
+        )
+
     def copied(self) -> "Factored":
         """Returns the same value, aligned by the trace that asks for it."""
-        return Factored(
-            self.base,
-            tuple(term.copied() for term in self.terms),
-            None if self.gain is None else self.gain.copied(),
-        )
+        return self.map_factors(Factor.copied)
 
     @property
     def held_by_gain(self) -> frozenset[int]:

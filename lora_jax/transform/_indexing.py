@@ -31,13 +31,14 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     value, indices = inputs
     if not isinstance(value, Factored) or isinstance(indices, Factored):
         return None
-    if equation.params["dimension_numbers"].operand_batching_dims:
-        return None
     terms = [without_windows(term, value.shape) for term in value.terms]
     looked_up = looked_up_axes(equation, value.shape)
-    if any(_holding(term, looked_up) is None for term in terms):
-        return None
-    if value.gain is not None and not _is_same_when_scaled(equation.params["fill_value"]):
+    holding = [_holding(term, looked_up) for term in terms]
+    if (
+        None in holding
+        or equation.params["dimension_numbers"].operand_batching_dims
+        or not _fills_alike(equation, value, looked_up, holding)
+    ):
         return None
     base = evaluate_equation(equation, [value.base, indices])[0]
     picked = tuple(
@@ -52,20 +53,32 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         _picked(equation, value.gain.aligned, indices, looked_up, base)
     )
     rows = Factored(base, picked, gain)
-    if all(_holding(term, looked_up) != "one" for term in terms):
+    if "one" not in holding:
         return [rows]
     source = interpreter.source_of(equation)
     for path, part in rows.parts().items():
         flops = sum(2 * term.rank * base.size for term in part.terms)
         interpreter.record(Use(path, "gather", source, "factored", 0, flops, dense_flops(part)))
     with scope_of(equation), jax.named_scope("lora"):
-        kept = tuple(_rows_dropped_out(interpreter, term) for term in picked)
+        kept = tuple(_rows_dropped_out(interpreter, term, use) for use, term in enumerate(picked))
         return [dense_value(dataclasses.replace(rows, terms=kept))]
 
 
-def _is_same_when_scaled(fill_value: Any) -> bool:
-    """Says whether what an index out of bounds gives is the same times any number."""
-    return fill_value is None or bool(np.isnan(fill_value)) or bool(np.equal(fill_value, 0))
+def _fills_alike(
+    equation: Equation, value: Factored, looked_up: Sequence[int], holding: Sequence[str | None]
+) -> bool:
+    """Says whether what an index out of bounds gives is the base's fill value, and nothing else.
+
+    Terms are filled with zeros where they are looked up, and gains are as well.
+    """
+    fill_value = equation.params["fill_value"]
+    if fill_value is None or np.isnan(fill_value):  # not a number, whatever is added to it
+        return True
+    is_filled = equation.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    indexed = equation.params["dimension_numbers"].start_index_map
+    every_index_looks_up = "none" not in holding and set(indexed) == set(looked_up)
+    gain_keeps = value.gain is None or bool(np.equal(fill_value, 0))
+    return gain_keeps and (every_index_looks_up or not is_filled)
 
 
 def looked_up_axes(equation: Equation, shape: tuple[int, ...]) -> list[int]:
@@ -115,11 +128,11 @@ def aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
     return factor.reshape(*sizes, factor.shape[-1])
 
 
-def _rows_dropped_out(interpreter: Interpreter, term: Term) -> Term:
+def _rows_dropped_out(interpreter: Interpreter, term: Term, use: int) -> Term:
     """Returns the term with some lookups dropped: a lookup is a product with a one-hot input."""
     lookups = [1 if size_B != 1 else size_A for size_A, size_B in _sizes(term)]
     ones = jnp.ones((*lookups, 1), term.lora_A.dtype)
-    mask = interpreter.dropped_out(ones)
+    mask = interpreter.dropped_out(ones, use)
     if mask is ones:
         return term
     masked = term.moved(term.lora_A * mask, term.lora_B)

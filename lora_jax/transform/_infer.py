@@ -17,12 +17,15 @@ from lora_jax._compat import Equation, evaluate_equation
 from lora_jax._paths import path_strings
 from lora_jax._shapes import Axes, AxisRole
 from lora_jax._wrap import check_not_wrapped
-from lora_jax.transform._adapt import traced_function, with_static
+from lora_jax.transform._adapt import traced_function
 from lora_jax.transform._factored import Factor, Factored, Term, base_of, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets, looked_up_axes
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._output import Place, head_products, place_of
+from lora_jax.transform._report import Use
 from lora_jax.transform._rules import RULES
+from lora_jax.transform._sharing import SharedFunctions
+from lora_jax.transform._static import with_static
 from lora_jax.transform._structure import reshape_groups
 
 
@@ -84,13 +87,16 @@ def _run_with_probes(
     ]
     found.update({value.path: [] for value in values if isinstance(value, Factored)})
     recorder = _Recorder([])
-    interpreter = Interpreter({**RULES, **recorder.rules()}, "ignore", [], {})
+    others: list[Use] = []
+    interpreter = Interpreter(
+        {**RULES, **recorder.rules()}, SharedFunctions(), recorder=others.append
+    )
     interpreter.run(traced.closed_jaxpr, values)
     products = frozenset(place for _, _, place in recorder.notes)
     heads = head_products(traced.closed_jaxpr, products)
     for path, use, place in recorder.notes:
         found[path].append(dataclasses.replace(use, is_output=place in heads))
-    for other in interpreter.uses:
+    for other in others:
         found[other.path].append(WeightUse(other.primitive, other.source, None))
 
 

@@ -25,13 +25,15 @@ from lora_jax._shapes import Axes, batch_places, factor_places, factor_shapes, s
 from lora_jax._targets import Targets
 from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax._wrap import wrap
-from lora_jax.transform._adapt import traced_function, with_static
+from lora_jax.transform._adapt import traced_function
 from lora_jax.transform._contraction import labels_of, rank_label_of
 from lora_jax.transform._convolution import convolved, feature_axis_of
 from lora_jax.transform._factored import Factor, Factored, Term, base_of, without_windows
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._product import Labels, product, without_unit_axes
 from lora_jax.transform._rules import RULES
+from lora_jax.transform._sharing import SharedFunctions
+from lora_jax.transform._static import with_static
 
 Probes = dict[str, tuple[Array, Array]]
 
@@ -130,7 +132,7 @@ def _total(
         for path, leaf in zip(paths, leaves, strict=False)
     ]
     values = [*probed, *leaves[len(paths) :]]
-    interpreter = Interpreter({**RULES, **_RECORDING_RULES}, "ignore", [], {})
+    interpreter = Interpreter({**RULES, **_RECORDING_RULES}, SharedFunctions())
     outputs = [base_of(value) for value in interpreter.run(traced.closed_jaxpr, values)]
     differentiable = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
     return sum((jnp.sum(y.astype(jnp.float32)) for y in differentiable), jnp.zeros(()))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +15,20 @@ from lora_jax._compat import (
     Literal,
     evaluate_equation,
     name_scope,
+    settings_of,
     source_line,
 )
 from lora_jax.transform._cost import prefers_dense
 from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import Factored, Term, dense_flops, dense_value
-from lora_jax.transform._report import OnMaterialize, Use, materialized
+from lora_jax.transform._report import Recorder, Use, ignore
+from lora_jax.transform._sharing import (
+    Place,
+    SharedFunction,
+    SharedFunctions,
+    origins_of,
+    with_origins,
+)
 
 Rule = Callable[["Interpreter", Equation, list[Any]], Sequence[Any] | None]
 
@@ -32,19 +40,17 @@ class Interpreter:
     Attributes:
       rules: for each primitive's name, the function that computes its outputs when an input is
         `Factored`. It returns None where it doesn't cover a case; then base + Σ terms is built.
-      on_materialize: what to do where no rule covers an equation: `"warn"`, `"error"`, `"ignore"`.
-      uses: what happened at each equation that a factored weight reached, in order.
-      shared: inner functions that were rewritten already, so that what the model calls twice is
+      shared: the inner functions that were rewritten already, so that what the model calls twice is
         traced once and is one function in the lowered program.
-      dropout: LoRA dropout with a key for the jaxpr being evaluated; None in evaluation.
+      recorder: what is told of each equation that a factored weight reaches.
+      dropout: LoRA dropout at the equation being evaluated; None in evaluation.
       callers: the equations whose bodies are being evaluated, the innermost last.
       times: how often the jaxpr being evaluated runs in one call, as far as that is known.
     """
 
     rules: Mapping[str, Rule]
-    on_materialize: OnMaterialize
-    uses: list[Use]
-    shared: "dict[int, _SharedFunction]"
+    shared: SharedFunctions
+    recorder: Recorder = ignore
     dropout: Dropout | None = None
     callers: tuple[Equation, ...] = ()
     times: int = 1
@@ -64,8 +70,9 @@ class Interpreter:
         def value_of(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else values[atom]
 
-        for equation in jaxpr.eqns:
-            outputs = self.evaluate(equation, [value_of(atom) for atom in equation.invars])
+        for place, equation in enumerate(jaxpr.eqns):
+            inputs = [value_of(atom) for atom in equation.invars]
+            outputs = self._at(place).evaluate(equation, inputs)
             values.update(zip(equation.outvars, outputs, strict=True))
         return [value_of(atom) for atom in jaxpr.outvars]
 
@@ -74,43 +81,51 @@ class Interpreter:
         if not any(isinstance(value, Factored) for value in inputs):
             return evaluate_equation(equation, inputs)
         rule = self.rules.get(equation.primitive.name)
-        outputs = None if rule is None else rule(self, equation, inputs)
-        if outputs is not None:
-            return outputs
+        if rule is not None:
+            with settings_of(equation):
+                outputs = rule(self, equation, inputs)
+            if outputs is not None:
+                return outputs
         return evaluate_equation(equation, self.materialize(equation, inputs))
 
     def call_shared(
         self,
         equation: Equation,
         transformed: Callable[[Callable[..., Any]], Callable[..., Any]],
+        settings: Hashable,
         inputs: Sequence[Any],
     ) -> Sequence[Any]:
         """Returns the outputs of an inner function that is rewritten and transformed only once.
 
         That holds for other weights of the same shapes too: inside, their places stand for them.
+
+        Args:
+          equation: the call.
+          transformed: makes of the rewritten function the one that is called, as `jax.jit` does.
+          settings: all of the equation's parameters that `transformed` depends on.
+          inputs: the inputs of the call.
         """
         closed_jaxpr = equation.params["jaxpr"]
-        once = dataclasses.replace(self.within(equation), times=1)
-        if id(closed_jaxpr) not in self.shared:
-            rewritten = transformed(
-                lambda key, *arguments: once.with_key(key).run(closed_jaxpr, arguments)
-            )
-            self.shared[id(closed_jaxpr)] = _SharedFunction(closed_jaxpr, rewritten, {})
-        function = self.shared[id(closed_jaxpr)]
-        origins = list(dict.fromkeys(term.origin for term in _terms(inputs)))
-        places = [_Place(index, str(origin)) for index, origin in enumerate(origins)]
-        inputs = _with_origins(inputs, dict(zip(origins, places, strict=True)))
-        first_new = len(self.uses)
-        outputs = function.rewritten(self.next_key(), *inputs)
-        traced = function.traced.setdefault(
-            jax.tree.structure(inputs), _Traced(places, self.uses[first_new:])
-        )
-        paths = {str(old): str(new) for old, new in zip(traced.places, origins, strict=True)}
-        self.uses[first_new:] = [
-            dataclasses.replace(use, path=paths[use.path], times=self.times * use.times)
-            for use in traced.uses
-        ]
-        return _with_origins(outputs, dict(zip(places, origins, strict=True)))
+        origins = origins_of(inputs)
+        places = [Place(index, str(origin)) for index, origin in enumerate(origins)]
+        keyed = [self.body_key(), *with_origins(inputs, dict(zip(origins, places, strict=True)))]
+        leaves, structure = jax.tree.flatten(keyed)
+        # A jaxpr is hashed by identity, and the memo keeps it alive.
+        signature = closed_jaxpr, settings, structure, tuple(map(jax.typeof, leaves))
+        function = self.shared.get(signature)
+        if function is None:
+            uses: list[Use] = []
+            body = dataclasses.replace(self._within(equation), times=1, recorder=uses.append)
+            call = transformed(lambda key, *inputs: body.with_key(key).run(closed_jaxpr, inputs))
+            outputs = call(*keyed)
+            labels = tuple(str(place) for place in places)
+            function = SharedFunction(call, labels, tuple(uses))
+            self.shared.add(signature, function)
+        else:
+            outputs = function.call(*keyed)
+        for use in function.uses_of(origins, self.times):
+            self.recorder(use)
+        return with_origins(outputs, dict(zip(places, origins, strict=True)))
 
     def materialize(self, equation: Equation, inputs: Sequence[Any]) -> list[Any]:
         """Returns `inputs` with base + Σ terms built where no rule can do without it."""
@@ -121,8 +136,7 @@ class Interpreter:
         ]
 
     def materialized_value(self, value: Factored, primitive: str, source: str) -> jax.Array:
-        """Returns base + Σ terms, which `primitive` at `source` needs; warns or raises."""
-        materialized(value.path, primitive, source, self.on_materialize)
+        """Returns base + Σ terms, which `primitive` at `source` needs."""
         for path, part in value.parts().items():
             self.record(Use(path, primitive, source, "materialized", 0, None, dense_flops(part)))
         return dense_value(value)
@@ -168,12 +182,17 @@ class Interpreter:
         return dense_value(value) if is_dense else value
 
     def record(self, use: Use) -> None:
-        """Notes what happened at an equation, for `explain`."""
-        self.uses.append(dataclasses.replace(use, times=self.times))
+        """Tells what happened at an equation."""
+        self.recorder(dataclasses.replace(use, times=self.times))
 
-    def dropped_out(self, x: jax.Array) -> jax.Array:
-        """Returns an adapter's input under a mask of its own; in evaluation, as it is."""
-        return x if self.dropout is None else self.dropout(x)
+    def dropped_out(self, x: jax.Array, use: int = 0) -> jax.Array:
+        """Returns an adapter's input under a mask of its own; in evaluation, as it is.
+
+        Args:
+          x: the input.
+          use: tells apart the masks that one equation draws.
+        """
+        return x if self.dropout is None else self.dropout.dropped_out(x, use)
 
     def scale_of(self, term: Term) -> jax.Array:
         """Returns a term's scale, with what its dropped-out inputs are to be multiplied by."""
@@ -183,9 +202,9 @@ class Interpreter:
         """Returns an interpreter for a body that computes the same each time."""
         return dataclasses.replace(self, dropout=None)
 
-    def next_key(self) -> PRNGKeyArray | None:
-        """Returns a new key for a body's dropout; None in evaluation."""
-        return None if self.dropout is None else self.dropout.next_key()
+    def body_key(self, body: int = 0) -> PRNGKeyArray | None:
+        """Returns the dropout key of one of the equation's bodies; None in evaluation."""
+        return None if self.dropout is None else self.dropout.key_of(body)
 
     def with_key(self, key: PRNGKeyArray | None) -> "Interpreter":
         """Returns an interpreter for a body with a dropout key of its own."""
@@ -193,61 +212,20 @@ class Interpreter:
             return self
         return dataclasses.replace(self, dropout=self.dropout.with_key(key))
 
-    def within(self, equation: Equation, times: int = 1) -> "Interpreter":
-        """Returns an interpreter for the body of an equation, which runs `times` times."""
+    def within(self, equation: Equation, times: int = 1, body: int = 0) -> "Interpreter":
+        """Returns an interpreter for a body of an equation, which runs `times` times."""
+        return self._within(equation, times).with_key(self.body_key(body))
+
+    def _within(self, equation: Equation, times: int = 1) -> "Interpreter":
         return dataclasses.replace(
             self, callers=(*self.callers, equation), times=self.times * times
         )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Stands for a weight inside a shared function, where only its position counts.
-
-    The label is the path of the weight that the function was traced with, for messages.
-    """
-
-    index: int
-    label: str = dataclasses.field(compare=False)
-
-    def __str__(self) -> str:
-        return self.label
-
-
-@dataclasses.dataclass(frozen=True)
-class _Traced:
-    """What tracing a shared function recorded, and the places that the records speak of."""
-
-    places: list[_Place]
-    uses: list[Use]
-
-
-@dataclasses.dataclass(frozen=True)
-class _SharedFunction:
-    """An inner function, with what was recorded for each structure of its inputs."""
-
-    closed_jaxpr: ClosedJaxpr
-    rewritten: Callable[..., Any]
-    traced: dict[Any, _Traced]
-
-
-def _terms(values: Sequence[Any]) -> list[Term]:
-    return [term for value in values if isinstance(value, Factored) for term in value.terms]
-
-
-def _with_origins(values: Sequence[Any], origins: Mapping[Any, Any]) -> list[Any]:
-    """Returns the values with each term's origin replaced."""
-    return [
-        dataclasses.replace(
-            value,
-            terms=tuple(
-                dataclasses.replace(term, origin=origins[term.origin]) for term in value.terms
-            ),
-        )
-        if isinstance(value, Factored)
-        else value
-        for value in values
-    ]
+    def _at(self, place: int) -> "Interpreter":
+        """Returns an interpreter for another equation of the same body."""
+        if self.dropout is None:
+            return self
+        return dataclasses.replace(self, dropout=self.dropout.at(place))
 
 
 @contextlib.contextmanager

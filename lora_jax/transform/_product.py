@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 Labels = tuple[int, ...]
@@ -28,12 +29,16 @@ class Plan:
     Attributes:
       pairs: which two operands to contract at each step; the result is appended to what is left.
       labels: the labels of all operands and, after them, of each step's result.
-      flops: the operations that all steps take together.
+      steps: for each step, all labels that its two operands have.
     """
 
     pairs: tuple[tuple[int, int], ...]
     labels: tuple[Labels, ...]
-    flops: int
+    steps: tuple[frozenset[int], ...]
+
+    def flops(self, size_of: Mapping[int, int]) -> int:
+        """Returns the operations that all steps take together, for labels of these sizes."""
+        return sum(2 * math.prod(size_of[label] for label in step) for step in self.steps)
 
 
 def without_unit_axes(array: Array, labels: Sequence[int]) -> Labelled:
@@ -56,21 +61,20 @@ def cheapest_plan(
       sizes: (label, size) of every label.
     """
     if len(operands) == 1:
-        return Plan((), operands, 0)
+        return Plan((), operands, ())
     size_of = dict(sizes)
     plans = [
-        _plan_from(operands, output, sizes, size_of, first, second)
+        _plan_from(operands, output, sizes, first, second)
         for first in range(len(operands))
         for second in range(first + 1, len(operands))
     ]
-    return min(plans, key=lambda plan: plan.flops)
+    return min(plans, key=lambda plan: plan.flops(size_of))
 
 
 def _plan_from(
     operands: tuple[Labels, ...],
     output: frozenset[int],
     sizes: tuple[tuple[int, int], ...],
-    size_of: Mapping[int, int],
     first: int,
     second: int,
 ) -> Plan:
@@ -78,22 +82,32 @@ def _plan_from(
     union = frozenset(operands[first]) | frozenset(operands[second])
     kept = union & output.union(*rest)
     result = tuple(sorted(kept))
-    flops = 2 * math.prod(size_of[label] for label in union)
     tail = cheapest_plan((*rest, result), output, sizes)
     return Plan(
         ((first, second), *tail.pairs),
         (*operands, result, *tail.labels[len(rest) + 1 :]),
-        flops + tail.flops,
+        (union, *tail.steps),
     )
 
 
 def plan_product(
     operands: Sequence[Labels], output: Sequence[int], size_of: Mapping[int, int]
 ) -> Plan:
-    """Returns the cheapest plan for a product of operands with these labels."""
+    """Returns the cheapest plan for a product of operands with these labels.
+
+    A size that is a symbol, such as the batch of an exported function, is taken for a large one.
+    """
     used = {label for labels in operands for label in labels}
-    sizes = tuple(sorted((label, size_of[label]) for label in used))
+    sizes = tuple(sorted((label, _known_size(size_of[label])) for label in used))
     return cheapest_plan(tuple(operands), frozenset(output), sizes)
+
+
+# For the order of products alone: between what depends on a symbol and what does not.
+_SIZE_OF_SYMBOL = 1024
+
+
+def _known_size(size: Any) -> int:
+    return size if isinstance(size, int) else _SIZE_OF_SYMBOL
 
 
 def product(
@@ -103,11 +117,21 @@ def product(
     scale: Array | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
+    sharding: NamedSharding | None = None,
 ) -> Labelled:
     """Returns the sum over all labels that are not in `output` of the product of the operands.
 
     Labels of `output` that no operand has are absent from the result, which otherwise has its axes
     in the order of `output`. The scalar is multiplied onto a small array on the way.
+
+    Args:
+      operands: the arrays.
+      output: the labels of the result.
+      scale: a scalar.
+      precision: that of each contraction.
+      preferred_element_type: the dtype of each contraction.
+      sharding: how an array with the labels of `output` is cut over explicit mesh axes, if it is.
+        What a step keeps of these labels is cut so too; its other axes are not cut.
     """
     size_of = {
         label: size
@@ -124,7 +148,7 @@ def product(
         pair = waiting[first], waiting[second]
         waiting = [operand for i, operand in enumerate(waiting) if i not in (first, second)]
         needed = set(output).union(*(operand.labels for operand in waiting))
-        result = _contract(*pair, needed, output, precision, preferred_element_type)
+        result = _contract(*pair, needed, output, precision, preferred_element_type, sharding)
         if scaled == len(operands) + step:
             result = _scaled(result, scale)
         waiting.append(result)
@@ -138,6 +162,7 @@ def _contract(
     output: Sequence[int],
     precision: Any,
     preferred_element_type: Any,
+    sharding: NamedSharding | None,
 ) -> Labelled:
     first = _summed(first, needed | set(second.labels))
     second = _summed(second, needed | set(first.labels))
@@ -150,14 +175,27 @@ def _contract(
         (_axes(lhs, contracted), _axes(rhs, contracted)),
         (_axes(lhs, batch), _axes(rhs, batch)),
     )
+    labels = _pair_labels(lhs, rhs, needed)
     array = jax.lax.dot_general(
         lhs.array,
         rhs.array,
         dimensions,
         precision=precision,
         preferred_element_type=preferred_element_type,
+        out_sharding=None if sharding is None else _sharding_on(labels, output, sharding),
     )
-    return Labelled(array, _pair_labels(lhs, rhs, needed))
+    return Labelled(array, labels)
+
+
+def sharding_of(array: Array) -> NamedSharding | None:
+    """Returns how an array is cut over explicit mesh axes, or None where there are none."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def _sharding_on(labels: Labels, output: Sequence[int], sharding: NamedSharding) -> NamedSharding:
+    by_label = dict(zip(output, sharding.spec, strict=False))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(by_label.get(each) for each in labels)))
 
 
 def _pair_labels(lhs: Labelled, rhs: Labelled, needed: set[int]) -> Labels:
@@ -202,7 +240,9 @@ def _best_scaled(labels: Sequence[Labels], operand_count: int, size_of: Mapping[
     A scaled operand is multiplied again in the backward pass, where it occurs once more, and a
     scaled result is not; so a result may be twice as large.
     """
-    counts = [math.prod(size_of[label] for label in array_labels) for array_labels in labels]
+    counts = [
+        math.prod(_known_size(size_of[label]) for label in array_labels) for array_labels in labels
+    ]
     smallest = min(counts)
     best_result = min(counts[operand_count:], default=smallest)
     if best_result <= 2 * smallest:

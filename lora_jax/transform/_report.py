@@ -2,7 +2,10 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Literal
+
+from lora_jax._compat import callers_level
 
 OnMaterialize = Literal["warn", "error", "ignore"]
 How = Literal["factored", "dense", "materialized"]
@@ -59,18 +62,35 @@ class Use:
         }[self.how]
 
 
-def materialized(path: str, primitive: str, source: str, on_materialize: OnMaterialize) -> None:
-    """Warns that W + AB is built, or raises, as `on_materialize` says."""
-    if on_materialize == "ignore":
-        return
-    message = (
-        f"'{path}' reaches `{primitive}` at {source}, for which there is no rule: "
+Recorder = Callable[[Use], None]
+
+
+def ignore(use: Use) -> None:
+    """Takes no note of a use."""
+    del use
+
+
+def recorder_for(on_materialize: OnMaterialize) -> Recorder:
+    """Returns what is told of each use: it warns or raises where W + AB is built."""
+    return {"warn": _warn, "error": _refuse, "ignore": ignore}[on_materialize]
+
+
+def _warn(use: Use) -> None:
+    if use.how == "materialized":
+        warnings.warn(_message(use), MaterializationWarning, stacklevel=callers_level())
+
+
+def _refuse(use: Use) -> None:
+    if use.how == "materialized":
+        raise MaterializationError(
+            f"{_message(use)} Leave this weight out of `targets`, or allow it with "
+            "adapt(fn, on_materialize='warn')."
+        )
+
+
+def _message(use: Use) -> str:
+    return (
+        f"'{use.path}' reaches `{use.primitive}` at {use.source}, for which there is no rule: "
         "W + scale · lora_A · lora_B is built there, which is right but costs the memory of a "
         "whole weight."
     )
-    if on_materialize == "error":
-        raise MaterializationError(
-            f"{message} Leave this weight out of `targets`, or allow it with "
-            "adapt(fn, on_materialize='warn')."
-        )
-    warnings.warn(message, MaterializationWarning, stacklevel=2)

@@ -26,6 +26,7 @@ from lora_jax.transform._factored import (
     without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax.transform._placement import placed
 
 Windows = tuple[Window | None, ...]
 
@@ -33,7 +34,7 @@ Windows = tuple[Window | None, ...]
 def on_every_array(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the weight with an op that acts on each element alone and keeps sums done to all.
 
-    Dtype conversion, `stop_gradient`, copies: f(W + AB) = f(W) + f(A) f(B), up to rounding.
+    `stop_gradient`, copies: f(W + AB) = f(W) + f(A) f(B).
     """
     (value,) = inputs
     return [
@@ -42,9 +43,38 @@ def on_every_array(interpreter: Interpreter, equation: Equation, inputs: list[An
 
 
 def on_base_alone(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight with an op that changes no number done to its base: a sharding, a name."""
+    """Returns the weight with an op that changes no number done to its base, such as a name."""
     (value,) = inputs
-    return [_moved(equation, value, lambda factor: factor)]
+    return [dataclasses.replace(value, base=evaluate_equation(equation, [value.base])[0])]
+
+
+def device_put(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns each value on its device or in its memory, the factors of a weight beside it."""
+    bases = evaluate_equation(equation, [base_of(value) for value in inputs])
+    return [
+        placed(value, base, where, _put) if isinstance(value, Factored) else base
+        for value, base, where in zip(inputs, bases, equation.params["devices"], strict=True)
+    ]
+
+
+def _put(array: Array, where: Any) -> Array:
+    return jax.device_put(array, where)
+
+
+def sharding_constraint(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any]:
+    """Returns the weight cut as the model says, its factors alike."""
+    (value,) = inputs
+    base = evaluate_equation(equation, [value.base])[0]
+    return [placed(value, base, equation.params["sharding"], jax.lax.with_sharding_constraint)]
+
+
+def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight cut over explicit axes as the model says, its factors alike."""
+    (value,) = inputs
+    base = evaluate_equation(equation, [value.base])[0]
+    return [placed(value, base, equation.params["dst_sharding"], jax.sharding.reshard)]
 
 
 def optimization_barrier(
@@ -97,16 +127,23 @@ def squeeze(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
 
 
 def broadcast_in_dim(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight with new axes, on which neither factor depends."""
+    """Returns the weight with new axes, on which neither factor depends.
+
+    Nor do they depend on an axis of size 1 that grows, and so a term has no window there.
+    """
     value = inputs[0]
-    ndim = len(equation.params["shape"])
-    placed = equation.params["broadcast_dimensions"]
+    shape = equation.params["shape"]
+    ndim = len(shape)
+    kept = equation.params["broadcast_dimensions"]
+    value = _without_windows_on(
+        value, [size != shape[axis] for size, axis in zip(value.shape, kept, strict=True)]
+    )
 
     def factor_with_axes(factor: Array) -> Array:
-        return jnp.expand_dims(factor, [axis for axis in range(ndim) if axis not in placed])
+        return jnp.expand_dims(factor, [axis for axis in range(ndim) if axis not in kept])
 
     def windows_with_axes(windows: Windows) -> Windows:
-        by_axis = dict(zip(placed, windows, strict=True))
+        by_axis = dict(zip(kept, windows, strict=True))
         return tuple(by_axis.get(axis) for axis in range(ndim))
 
     base = evaluate_equation(equation, [value.base, *inputs[1:]])[0]
@@ -220,7 +257,10 @@ def dynamic_slice(
     def cut(factor: Array) -> Array:
         for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             if is_cut[axis] and factor.shape[axis] != 1:
-                factor = jax.lax.dynamic_slice_in_dim(factor, start, size, axis=axis)
+                # The model's index is normalised already: what is negative still is out of bounds.
+                factor = jax.lax.dynamic_slice_in_dim(
+                    factor, start, size, axis=axis, allow_negative_indices=False
+                )
         return factor
 
     base = evaluate_equation(equation, [value.base, *starts])[0]
@@ -452,8 +492,7 @@ RULES: dict[str, Rule] = {
     "concatenate": concatenate,
     "convert_element_type": convert_element_type,
     "copy": on_every_array,
-    "copy_p": on_every_array,
-    "device_put": on_base_alone,
+    "device_put": device_put,
     "div": div,
     "dynamic_slice": dynamic_slice,
     "mul": mul,
@@ -461,9 +500,10 @@ RULES: dict[str, Rule] = {
     "neg": neg,
     "optimization_barrier": optimization_barrier,
     "reshape": reshape,
-    "pvary": on_every_array,
+    "pvary": on_base_alone,
     "rev": rev,
-    "sharding_constraint": on_base_alone,
+    "reshard": reshard,
+    "sharding_constraint": sharding_constraint,
     "slice": slice_,
     "split": split,
     "squeeze": squeeze,

@@ -1,0 +1,72 @@
+"""Where the arrays of a factored weight go when the model puts the weight somewhere.
+
+A factor goes where the weight goes: onto the same device, into the same memory, and cut as the
+weight is on the axes that it holds. The rank is not cut.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from lora_jax.transform._factored import Factor, Factored
+
+
+def placed(
+    value: Factored, base: Array, where: Any, put: Callable[[Array, Any], Array]
+) -> Factored:
+    """Returns a weight whose base was put somewhere, with its factors and scales there too.
+
+    Args:
+      value: the weight.
+      base: its base, where it was put.
+      where: a device, a memory space or a sharding of the weight.
+      put: puts an array onto one of these.
+    """
+    moved = value.map_factors(
+        lambda factor: dataclasses.replace(factor, stored=put(factor.stored, _of(factor, where)))
+    )
+    scalar = _with_spec(where, PartitionSpec())
+    terms = tuple(dataclasses.replace(term, scale=put(term.scale, scalar)) for term in moved.terms)
+    return dataclasses.replace(moved, base=base, terms=terms)
+
+
+def cut_for(value: Any, mesh: Any, spec: Any) -> Any:
+    """Returns a value whose factors are cut over explicit mesh axes as a function of shards asks.
+
+    Over the other axes of a mesh JAX cuts on its own.
+    """
+    explicit = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    if not explicit or not isinstance(value, Factored):
+        return value
+
+    def cut(factor: Factor) -> Factor:
+        spec_of_factor = PartitionSpec(*(_within(axis, explicit) for axis in factor.spec(spec)))
+        where = NamedSharding(mesh, spec_of_factor)
+        return dataclasses.replace(factor, stored=jax.sharding.reshard(factor.stored, where))
+
+    return value.map_factors(cut)
+
+
+def _within(axis: Any, names: set[str]) -> Any:
+    """Returns the mesh axes that cut one axis, without those that are not in `names`."""
+    kept = tuple(name for name in (axis if isinstance(axis, tuple) else (axis,)) if name in names)
+    return kept or None
+
+
+def _of(factor: Factor, where: Any) -> Any:
+    spec = tuple(where.spec) if isinstance(where, NamedSharding) else ()
+    return _with_spec(where, factor.spec(spec))
+
+
+def _with_spec(where: Any, spec: PartitionSpec) -> Any:
+    if not isinstance(where, NamedSharding):
+        return where
+    return NamedSharding(where.mesh, spec, memory_kind=where.memory_kind)

@@ -1,0 +1,91 @@
+"""Inner functions that the model jits: what was rewritten once serves every call that is alike."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from lora_jax.transform._factored import Factored, Term
+from lora_jax.transform._report import Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Stands for a weight inside a shared function, where only its position counts.
+
+    The label is the path of the weight that the function was traced with, for messages.
+    """
+
+    index: int
+    label: str = dataclasses.field(compare=False)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedFunction:
+    """An inner function, rewritten and jitted, and what happened in it to the weights it takes.
+
+    Attributes:
+      call: the function, of which JAX keeps one copy in the lowered program.
+      labels: what its places are called in `uses`, in the order of the places.
+      uses: the equations that an adapted weight reached inside.
+    """
+
+    call: Callable[..., Any]
+    labels: tuple[str, ...]
+    uses: tuple[Use, ...]
+
+    def uses_of(self, origins: Sequence[Hashable], times: int) -> list[Use]:
+        """Returns what happens to the weights that a call comes from, which is made `times` times.
+
+        Args:
+          origins: where the weights come from, one for each place.
+          times: how often the call is made.
+        """
+        paths = dict(zip(self.labels, map(str, origins), strict=True))
+        return [
+            dataclasses.replace(use, path=paths[use.path], times=times * use.times)
+            for use in self.uses
+        ]
+
+
+class SharedFunctions:
+    """A memo of the inner functions that one call of an adapted function has rewritten.
+
+    A signature holds all that rewriting depends on, so that what is remembered is what rewriting
+    again would give: the function's jaxpr and settings, and the structure, shapes and dtypes of its
+    arguments, whether there is a key for dropout among them included.
+    """
+
+    def __init__(self) -> None:
+        """Makes an empty memo."""
+        self._by_signature: dict[Hashable, SharedFunction] = {}
+
+    def get(self, signature: Hashable) -> SharedFunction | None:
+        """Returns the function with this signature, or None if there is none yet."""
+        return self._by_signature.get(signature)
+
+    def add(self, signature: Hashable, function: SharedFunction) -> None:
+        """Remembers a function."""
+        self._by_signature[signature] = function
+
+
+def origins_of(values: Sequence[Any]) -> list[Hashable]:
+    """Returns where the terms of the factored values come from, each once."""
+    terms = [term for value in values if isinstance(value, Factored) for term in value.terms]
+    return list(dict.fromkeys(term.origin for term in terms))
+
+
+def with_origins(values: Sequence[Any], origins: Mapping[Any, Any]) -> list[Any]:
+    """Returns the values with each term's origin replaced."""
+
+    def moved(term: Term) -> Term:
+        return dataclasses.replace(term, origin=origins[term.origin])
+
+    return [
+        dataclasses.replace(value, terms=tuple(map(moved, value.terms)))
+        if isinstance(value, Factored)
+        else value
+        for value in values
+    ]

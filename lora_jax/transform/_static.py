@@ -1,0 +1,103 @@
+"""Arguments that are not arrays, as parts of a tree's structure."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax._weight import is_lora_weight
+
+
+class NotComparableError(TypeError):
+    """An argument can't be compared with that of another call."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A leaf that is not an array, as a part of the tree's structure.
+
+    Attributes:
+      value: the leaf.
+      identity: what tells it from others: the leaf itself, or for one that can change, a copy of
+        what it was; None if it will not be compared.
+    """
+
+    value: Any
+    identity: Any
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.identity if _is_hashable(self.identity) else None))
+
+    def __eq__(self, other: Any) -> bool:
+        return (
+            isinstance(other, Static)
+            and type(self.value) is type(other.value)
+            and bool(self.identity == other.identity)
+        )
+
+
+def with_static(tree: Any, *, comparable: bool = False, trace_floats: bool = False) -> Any:
+    """Returns a tree of arrays alone: all other leaves are static.
+
+    Args:
+      tree: any tree; adapters in it are made arrays.
+      comparable: whether its structure will be compared with that of other trees.
+      trace_floats: whether Python floats and complex numbers are left to be traced.
+
+    Raises:
+      NotComparableError: with `comparable`, a leaf can be neither hashed nor copied and compared.
+    """
+
+    def array_or_static(leaf: Any) -> Any:
+        if is_lora_weight(leaf):
+            return jax.tree.map(lambda each: each if is_array(each) else jnp.asarray(each), leaf)
+        if is_array(leaf) or (trace_floats and is_number(leaf)):
+            return leaf
+        return Static(leaf, _identity(leaf) if comparable else None)
+
+    return jax.tree.map(array_or_static, tree, is_leaf=is_lora_weight)
+
+
+def without_static(tree: Any) -> Any:
+    """Returns a tree with the leaves that `with_static` made static."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, Static) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, Static),
+    )
+
+
+def is_array(leaf: Any) -> bool:
+    """Says whether a leaf is an array, concrete or not."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_number(leaf: Any) -> bool:
+    """Says whether a leaf is a Python float or complex number."""
+    return isinstance(leaf, float | complex) and not is_array(leaf)
+
+
+def _identity(leaf: Any) -> Any:
+    if is_number(leaf):
+        return repr(leaf)  # 0.0 and -0.0 are equal, and nan is not even equal to itself
+    if _is_hashable(leaf):
+        return leaf
+    try:
+        identity = copy.deepcopy(leaf)
+        is_equal = identity == leaf
+    except Exception as error:
+        raise NotComparableError(f"{leaf!r} can't be copied and compared.") from error
+    if is_equal is not True:
+        raise NotComparableError(f"{leaf!r} can't be compared with a copy of itself.")
+    return identity
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
