@@ -117,6 +117,9 @@ def check_types(config: Mapping[str, Any], subject: str) -> None:
             raise CheckpointError(
                 f"{subject} has the alpha {value!r} for {key!r}; expected a finite number."
             )
+    version = config.get("peft_version")
+    if not isinstance(version, str | None):
+        raise CheckpointError(f"{subject} has `peft_version` {version!r}; expected text.")
     for key in ("target_parameters", "modules_to_save"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):

@@ -11,6 +11,7 @@ from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
 from lora_jax._shapes import factor_shapes, layers_shape
 from lora_jax._weight import LoRAWeight, is_lora_weight
+from lora_jax.peft._expert_layouts import written_layout
 from lora_jax.peft._keys import Part, adapter_key
 from lora_jax.peft._places import NamedLeaf, NamedTree, Place
 from lora_jax.peft._tensors import Tensors
@@ -98,7 +99,7 @@ def exported_adapters(tree: NamedTree) -> Adapters:
 
 def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
     _check_shapes(named, weight)
-    layout = named.layout
+    layout = written_layout(named.layout)
     lora_A, lora_B, scale = (np.asarray(x) for x in (weight.lora_A, weight.lora_B, weight.scale))
     magnitude = None if weight.magnitude is None else np.asarray(weight.magnitude)
     for place in named.places:

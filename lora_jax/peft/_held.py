@@ -9,6 +9,8 @@ import numpy as np
 
 from lora_jax._paths import listed
 from lora_jax.peft._config import rank_of, scale_of
+from lora_jax.peft._expert_layouts import file_layout
+from lora_jax.peft._layout import Layout
 from lora_jax.peft._places import NamedLeaf, Place
 from lora_jax.peft._tensors import Tensors
 
@@ -105,8 +107,17 @@ def _adapter_problems(
             f"Rule({rule.name!r}, {rule.path!r}, kind=..., axes=...)."
         )
         return
-    rank = named.layout.rank(tensors[keys["lora_A"]].shape)
-    expected = named.layout.file_shapes(rank)
+    layout = adapter_layout(config, tensors, named, keys)
+    if layout is None:
+        yield (
+            f"'{keys['lora_A']}' adapts '{named.path}', whose matrices are square, and the config "
+            f"has `peft_version` {config.get('peft_version')!r}: up to 0.18, and after it, PEFT "
+            "has the factors of experts the other way round. load(..., peft_version='0.17.0') or "
+            "whichever wrote it says which."
+        )
+        return
+    rank = layout.rank(tensors[keys["lora_A"]].shape)
+    expected = layout.file_shapes(rank)
     for part, key in keys.items():
         shape = tensors[key].shape
         if shape != expected[part]:
@@ -154,6 +165,13 @@ def _stack_problems(
                 f"'{names[differing]}' differ in it: {found[0]} and {found[differing]}. Expected "
                 "the same, or params that hold these layers one by one."
             )
+
+
+def adapter_layout(
+    config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, keys: Keys
+) -> Layout | None:
+    """Returns how the file lays out one adapter; None where that can't be told."""
+    return file_layout(named.layout, tensors[keys["lora_A"]].shape, config.get("peft_version"))
 
 
 def planned_scale(

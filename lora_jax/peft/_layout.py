@@ -25,6 +25,8 @@ class Layout:
       transposed: whether PyTorch stores it the other way round.
       shape: its shape in the tree.
       axes: the role of each of these axes; a batch axis is one of experts.
+      swapped: whether PEFT's A belongs to the outputs and its B to the inputs, as it does in some
+        files of parameters: the change of the weight is then (B A)ᵀ.
 
     Source: peft.tuners.lora.layer: `Linear`, `Embedding`, `_ConvNd` and `ParamWrapper`, whose
     `get_delta_weight` reads A as (experts, r, in) and B as (out, r, experts).
@@ -34,6 +36,7 @@ class Layout:
     transposed: bool
     shape: Shape
     axes: Axes
+    swapped: bool = False
 
     @property
     def experts(self) -> int:
@@ -64,33 +67,41 @@ class Layout:
                 "lora_B": (self.outputs, rank, *ones),
                 "magnitude": (1, self.outputs, *ones),
             }
+        A_size, B_size = self.inputs, self.outputs
+        if self.swapped:
+            A_size, B_size = B_size, A_size
         return {
-            "lora_A": (rank * self.experts, self.inputs),
-            "lora_B": (self.outputs, rank * self.experts),
+            "lora_A": (rank * self.experts, A_size),
+            "lora_B": (B_size, rank * self.experts),
             "magnitude": (self.outputs,),
         }
 
     def file_factors(self, lora_A: np.ndarray, lora_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns A and B as PEFT has them."""
         rank = lora_A.shape[-1]
+        shapes = self.file_shapes(rank)
+        outer = lora_B.reshape(self.experts, rank, self.outputs)
         if self.kind == "conv":
             A = np.moveaxis(np.moveaxis(lora_A, -1, 0), 1 + self._channel_place, 1)
-        else:
-            A = lora_A.reshape(self.experts, self.inputs, rank).transpose(0, 2, 1)
-        B = lora_B.reshape(self.experts, rank, self.outputs).transpose(2, 1, 0)
-        shapes = self.file_shapes(rank)
+            return A, outer.transpose(2, 1, 0).reshape(shapes["lora_B"])
+        inner = lora_A.reshape(self.experts, self.inputs, rank)
+        if self.swapped:
+            inner, outer = outer.swapaxes(1, 2), inner.swapaxes(1, 2)
+        A, B = inner.transpose(0, 2, 1), outer.transpose(2, 1, 0)
         return A.reshape(shapes["lora_A"]), B.reshape(shapes["lora_B"])
 
     def tree_factors(self, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns `lora_A` and `lora_B` of a file's A and B."""
         rank = self.rank(A.shape)
+        A_shape, B_shape = factor_shapes(self.shape, self.axes, rank)
+        outer = B.reshape(-1, rank, self.experts).transpose(2, 1, 0)
         if self.kind == "conv":
             lora_A = np.moveaxis(np.moveaxis(A, 1, 1 + self._channel_place), 0, -1)
-        else:
-            lora_A = A.reshape(self.experts, rank, self.inputs).transpose(0, 2, 1)
-        lora_B = B.reshape(self.outputs, rank, self.experts).transpose(2, 1, 0)
-        A_shape, B_shape = factor_shapes(self.shape, self.axes, rank)
-        return lora_A.reshape(A_shape), lora_B.reshape(B_shape)
+            return lora_A, outer.reshape(B_shape)
+        inner = A.reshape(self.experts, rank, -1).transpose(0, 2, 1)
+        if self.swapped:
+            inner, outer = outer.swapaxes(1, 2), inner.swapaxes(1, 2)
+        return inner.reshape(A_shape), outer.reshape(B_shape)
 
     def tree_magnitude(self, magnitude: np.ndarray) -> np.ndarray:
         """Returns DoRA's magnitudes as the tree has them."""

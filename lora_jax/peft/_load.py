@@ -15,8 +15,8 @@ from lora_jax._folders import CheckpointError
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._settings import FREEZABLE
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
-from lora_jax.peft._held import Keys, PlannedLeaf, planned_scale
-from lora_jax.peft._places import GivenAxes, named_tree
+from lora_jax.peft._held import Keys, PlannedLeaf, adapter_layout, planned_scale
+from lora_jax.peft._places import GivenAxes, NamedLeaf, named_tree
 from lora_jax.peft._plan import planned
 from lora_jax.peft._rules import Rule
 from lora_jax.peft._tensors import Tensors, read_adapter
@@ -29,6 +29,7 @@ def load(
     names: Sequence[Rule],
     axes: GivenAxes = None,
     freeze: str | Sequence[str] = (),
+    peft_version: str | None = None,
 ) -> PyTree:
     r"""Returns `params` wrapped with an adapter in the file format of Hugging Face PEFT.
 
@@ -45,6 +46,8 @@ def load(
         expression, or what `infer_axes` returned.
       freeze: leaves that are not to train on, of `"lora_A"`, `"lora_B"` and `"magnitude"`. The
         format does not say what was frozen.
+      peft_version: the version of PEFT that wrote the file, in place of that in its config. It says
+        how `target_parameters` with square matrices are laid out, and nothing else.
 
     Returns:
       A wrapped tree, on JAX's default device. A stack of which the file adapts some layers has
@@ -75,7 +78,7 @@ def load(
     source = Path(path)
     frozen = _checked_freeze(freeze)
     _check_plain(params)
-    config, tensors = read_adapter(source)
+    config, tensors = read_adapter(source, peft_version)
     plan = planned(config, tensors, named_tree(params, names, axes))
     if plan.problems:
         raise CheckpointError(f"the adapter {source} does not fit: {summarised(plan.problems)}")
@@ -122,7 +125,7 @@ def _lora_weight(
     config: Mapping[str, Any], tensors: Tensors, found: PlannedLeaf, frozen: tuple[str, ...]
 ) -> LoRAWeight:
     named, places = found.named, sorted(found.adapted)
-    parts = [_tree_parts(tensors, found, found.adapted[place]) for place in places]
+    parts = [_tree_parts(config, tensors, named, found.adapted[place]) for place in places]
     firsts = sorted({place[0] for place in places if place})
     count = named.leaf.shape[named.stack[0]] if named.stack else 0
     stack = [len(firsts), *(named.leaf.shape[axis] for axis in named.stack[1:])] if firsts else []
@@ -141,8 +144,11 @@ def _lora_weight(
     )
 
 
-def _tree_parts(tensors: Tensors, found: PlannedLeaf, keys: Keys) -> dict[str, np.ndarray]:
-    layout = found.named.layout
+def _tree_parts(
+    config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, keys: Keys
+) -> dict[str, np.ndarray]:
+    layout = adapter_layout(config, tensors, named, keys)
+    assert layout is not None
     lora_A, lora_B = layout.tree_factors(tensors[keys["lora_A"]], tensors[keys["lora_B"]])
     parts = {"lora_A": lora_A, "lora_B": lora_B}
     if "magnitude" in keys:

@@ -57,6 +57,7 @@ def preview(
     names: Sequence[Rule],
     path: str | os.PathLike[str] | None = None,
     axes: GivenAxes = None,
+    peft_version: str | None = None,
 ) -> Preview:
     """Returns what some rules map to what, without loading or writing anything.
 
@@ -65,6 +66,7 @@ def preview(
       names: the rules for the model's parameters; the first whose path a leaf has counts.
       path: the folder of an adapter to compare with; without, only the tree and the rules are.
       axes: where the rules don't say it, each axis's role, as in `load`.
+      peft_version: the version of PEFT that wrote the file, as in `load`.
 
     Returns:
       The mapping and what is left over on either side; print it.
@@ -94,7 +96,7 @@ def preview(
         found = tuple(problem for problem in problems if problem)
         return Preview(rows, found, tree.without_rule, tree.idle_rules)
     source = Path(path)
-    config, tensors = read_adapter(source)
+    config, tensors = read_adapter(source, peft_version)
     plan = planned(config, tensors, tree)
     rows = tuple(_row(leaf.named, _held(leaf, tensors)) for leaf in plan.leaves.values())
     return Preview(rows, plan.problems, tree.without_rule, tree.idle_rules)

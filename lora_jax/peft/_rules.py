@@ -36,7 +36,7 @@ class Rule:
         `"parameter"`, a weight without a module of its own, such as a stack of experts
         (experts, out, in); `"array"`, as the tree has it.
       transposed: whether a linear weight is stored (in, out), as in Hugging Face's `Conv1D`, or one
-        of experts (experts, in, out).
+        of experts (experts, in, out), of which the module then says `is_transposed`.
       axes: the role of each of the leaf's axes, as in `wrap`. Several `"in"` or `"out"` axes are
         one flat axis in PyTorch, in the same order: heads and head dimension, say. Unless given,
         the axes of the stack come first, and (in, out) or (out,) follows.

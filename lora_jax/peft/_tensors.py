@@ -13,9 +13,13 @@ from lora_jax.peft._config import TENSORS_FILE, no_tensors, read_config
 Tensors = dict[str, np.ndarray]
 
 
-def read_adapter(source: Path) -> tuple[dict[str, Any], Tensors]:
-    """Returns the config and the tensors of the adapter in a folder, both of one version of it."""
-    return undisturbed(source, lambda: (read_config(source), read_tensors(source)))
+def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any], Tensors]:
+    """Returns the config and the tensors of the adapter in a folder, both of one version of it.
+
+    A version of PEFT that is given takes the place of that in the config.
+    """
+    config, tensors = undisturbed(source, lambda: (read_config(source), read_tensors(source)))
+    return (config if peft_version is None else {**config, "peft_version": peft_version}), tensors
 
 
 def read_tensors(source: Path) -> Tensors:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax._folders import CheckpointError
 from lora_jax.peft._config import changes_base, check_carried, check_types, rank_divisor
+from lora_jax.peft._expert_layouts import WRITTEN_AS, is_written_as_now
 from lora_jax.peft._export import Adapter, Adapters
 from lora_jax.peft._places import NamedTree
 from lora_jax.peft._trained import TrainedWeights
@@ -74,7 +75,14 @@ def written_config(
         "use_dora": adapters.has_magnitudes,
     }
     config.pop("target_parameters", None)
-    return {**config, "target_parameters": parameters} if parameters else config
+    if not parameters:
+        return config
+    version = start.get("peft_version")
+    return {
+        **config,
+        "target_parameters": parameters,
+        "peft_version": version if is_written_as_now(version) else WRITTEN_AS,
+    }
 
 
 def _alpha(adapter: Adapter, config: Mapping[str, Any]) -> float:

@@ -79,7 +79,15 @@ RECIPES = {
     "one_parameter": ("experts", {"target_parameters": ["experts.up"]}),
     "experts_transposed": (
         "experts_transposed",
-        {"target_parameters": ["experts.down", "experts.up"], "alpha_pattern": {"up": 3}},
+        {
+            "target_parameters": ["experts.down", "experts.up", "mixer.mix"],
+            "alpha_pattern": {"up": 3},
+        },
+    ),
+    "experts_square": ("experts_square", {"target_parameters": ["experts.up", "experts.down"]}),
+    "experts_square_transposed": (
+        "experts_square_transposed",
+        {"target_parameters": ["experts.up", "experts.down"]},
     ),
 }
 

@@ -182,14 +182,14 @@ def apply_experts(params, x):
     return jnp.einsum("bei,eio->bo", hidden, params["down"]) @ params["mix"]
 
 
-def experts(*, transposed):
+def experts(*, transposed, hidden=HIDDEN):
     """Returns a model whose weights are two parameters of one module, and one of another."""
     axes = ("batch", "in", "out")
     return Model(
         params=lambda: random_tree(
             {
-                "up": (EXPERTS, WIDTH, HIDDEN),
-                "down": (EXPERTS, HIDDEN, WIDTH),
+                "up": (EXPERTS, WIDTH, hidden),
+                "down": (EXPERTS, hidden, WIDTH),
                 "mix": (WIDTH, CLASSES),
             }
         ),
@@ -198,7 +198,7 @@ def experts(*, transposed):
         names=(
             Rule("experts.up", "up", kind="parameter", transposed=transposed, axes=axes),
             Rule("experts.down", "down", kind="parameter", transposed=transposed, axes=axes),
-            Rule("mixer.mix", "mix", kind="parameter"),
+            Rule("mixer.mix", "mix", kind="parameter", transposed=transposed),
         ),
         inputs=np.random.default_rng(3).normal(size=(4, WIDTH)).astype(np.float32),
         targets=("up", "down", "mix"),
@@ -250,6 +250,8 @@ MODELS = {
     ),
     "experts": experts(transposed=False),
     "experts_transposed": experts(transposed=True),
+    "experts_square": experts(transposed=False, hidden=WIDTH),
+    "experts_square_transposed": experts(transposed=True, hidden=WIDTH),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
+from lora_jax import CheckpointError
 from lora_jax import init as lora_init
 from lora_jax.peft import Rule, load, read_config, save
 from tests.peft.models import LAYERS, MODELS, WIDTH, as_if_trained
@@ -56,6 +57,30 @@ def random_factors(key, weight2d, rank, scale):
         for one, shape in zip(keys, ((inputs, rank), (rank, outputs)), strict=True)
     )
     return weight2d, lora_A, lora_B
+
+
+# The versions that a config may name, and as which the untold ones write in the tests.
+UNTOLD = {None: "0.17.1", "0.18.1.dev0@1a2b3c": "0.18.0", "0.19.1.dev0": "0.19.0"}
+VERSIONS = [*UNTOLD, "0.18.1", "0.19.0", "0.19.1", "0.21.2"]
+
+
+def change_by_peft(version, shape, *, is_transposed):
+    """Returns the change of a parameter, and A and B, as `ParamWrapper` of a version has them."""
+    release = tuple(map(int, UNTOLD.get(version, version).split(".")))
+    experts, first, last = (1, *shape) if len(shape) == 2 else shape
+    has_experts = experts > 1
+    A_is_last = not has_experts
+    if has_experts and release >= (0, 19, 1):
+        A_is_last = not is_transposed
+    elif has_experts and release >= (0, 19, 0):
+        A_is_last = is_transposed
+    sizes = (last, first) if A_is_last else (first, last)
+    A, B = numbers(2 * experts, sizes[0]), numbers(sizes[1], 2 * experts, start=10)
+    each_A, each_B = A.reshape(experts, 2, -1), B.reshape(-1, 2, experts)
+    equation = "bre,era->eba" if A_is_last else "bre,era->eab"
+    change = 2 * np.einsum(equation, each_B, each_A)
+    tensors = {"m.experts.lora_A.weight": A, "m.experts.lora_B.weight": B}
+    return change.reshape(shape), tensors
 
 
 VARIANTS = {
@@ -269,6 +294,31 @@ class TestByHand:
         for expert in range(3):
             change = 2 * B[:, expert::3] @ A[2 * expert : 2 * expert + 2]
             assert np.array_equal(lora_jax.merge(loaded)["up"][expert], change.T)
+
+    @pytest.mark.parametrize("version", VERSIONS)
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize("shape", [(4, 4), (4, 5), (1, 4, 4), (3, 4, 4), (3, 4, 5), (3, 5, 4)])
+    def test_parameters_of_every_version(self, tmp_path, version, transposed, shape):
+        """The shape is that of the stored parameter, to which PEFT adds the change."""
+        change, tensors = change_by_peft(version, shape, is_transposed=transposed)
+        options = {"peft_version": version} if version else {}
+        targets = {"target_parameters": ["m.experts.up"]}
+        folder = write_adapter(tmp_path / "adapter", tensors, **targets, **options)
+        axes = ("batch", "in", "out")[-len(shape) :]
+        rule = Rule("m.experts.up", "up", kind="parameter", transposed=transposed, axes=axes)
+        change = change if transposed else change.swapaxes(-1, -2)
+        params = {"up": jnp.zeros(change.shape)}
+        told = {}
+        if version in UNTOLD and shape == (3, 4, 4) and not (transposed and not version):
+            with pytest.raises(CheckpointError, match=r"square.*peft_version.*says which"):
+                load(folder, params, names=[rule])
+            told = {"peft_version": UNTOLD[version]}
+        loaded = load(folder, params, names=[rule], **told)
+        assert np.array_equal(lora_jax.merge(loaded)["up"], change)
+        save(tmp_path / "back", loaded, names=[rule], config=read_config(folder))
+        assert not read_config(tmp_path / "back")["peft_version"].startswith(("0.17", "0.18"))
+        again = load(tmp_path / "back", params, names=[rule])
+        assert np.array_equal(lora_jax.merge(again)["up"], change)
 
     def test_parameters_of_one_module(self, tmp_path):
         """PEFT wraps the module once for each, so the last one is the outermost."""

@@ -69,10 +69,10 @@ class HFConv1D(nn.Module):
 
 
 class ExpertStack(nn.Module):
-    def __init__(self, is_transposed):
+    def __init__(self, is_transposed, hidden):
         super().__init__()
         self.is_transposed = is_transposed
-        up, down = (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
+        up, down = (EXPERTS, WIDTH, hidden), (EXPERTS, hidden, WIDTH)
         # `up` before `down`, although the alphabet has it otherwise.
         self.up = nn.Parameter(torch.zeros(up if is_transposed else (up[0], up[2], up[1])))
         self.down = nn.Parameter(
@@ -86,19 +86,21 @@ class ExpertStack(nn.Module):
 
 
 class Mixer(nn.Module):
-    def __init__(self):
+    def __init__(self, is_transposed):
         super().__init__()
-        self.mix = nn.Parameter(torch.zeros(CLASSES, WIDTH))
+        self.stores_inputs_first = is_transposed
+        shape = (WIDTH, CLASSES) if is_transposed else (CLASSES, WIDTH)
+        self.mix = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x):
-        return x @ self.mix.T
+        return x @ (self.mix if self.stores_inputs_first else self.mix.T)
 
 
 class Experts(nn.Module):
-    def __init__(self, is_transposed):
+    def __init__(self, is_transposed, hidden=HIDDEN):
         super().__init__()
-        self.experts = ExpertStack(is_transposed)
-        self.mixer = Mixer()
+        self.experts = ExpertStack(is_transposed, hidden)
+        self.mixer = Mixer(is_transposed)
 
     def forward(self, x):
         return self.mixer(self.experts(x))
@@ -115,6 +117,8 @@ TWINS = {
     "hf_conv1d": HFConv1D,
     "experts": lambda: Experts(is_transposed=False),
     "experts_transposed": lambda: Experts(is_transposed=True),
+    "experts_square": lambda: Experts(is_transposed=False, hidden=WIDTH),
+    "experts_square_transposed": lambda: Experts(is_transposed=True, hidden=WIDTH),
 }
 
 
