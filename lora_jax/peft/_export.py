@@ -13,8 +13,9 @@ from lora_jax._shapes import factor_shapes, layers_shape
 from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.peft._expert_layouts import written_layout
 from lora_jax.peft._keys import Part, adapter_key
-from lora_jax.peft._places import NamedLeaf, NamedTree, Place
+from lora_jax.peft._places import NamedLeaf, NamedTree
 from lora_jax.peft._tensors import Tensors
+from lora_jax.peft._tied import parts_of_other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Adapter:
       scale: its scale, in the dtype of the tree.
       parts: its tensors as PEFT has them.
       named: the leaf that it comes from.
+      is_embedding: whether the module is an embedding.
     """
 
     module: str
@@ -36,6 +38,7 @@ class Adapter:
     scale: np.ndarray
     parts: Mapping[Part, np.ndarray]
     named: NamedLeaf
+    is_embedding: bool
 
     @property
     def is_parameter(self) -> bool:
@@ -66,7 +69,7 @@ class Adapters:
                 key = adapter_key(
                     adapter.module,
                     part,
-                    is_embedding=adapter.named.rule.kind == "embedding",
+                    is_embedding=adapter.is_embedding,
                     depth=left[adapter.module],
                 )
                 tensors[key] = tensor
@@ -111,12 +114,17 @@ def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
         if magnitude is not None:
             shape = layout.file_shapes(weight.rank)["magnitude"]
             parts["magnitude"] = magnitude[held].reshape(shape)
-        module, target = _module_and_target(named, place)
-        yield Adapter(module, target, weight.rank, scale, parts, named)
+        is_embedding = named.rule.kind == "embedding"
+        names = [(named.name(place), parts, is_embedding)]
+        if named.tied_name is not None:
+            names.append((named.tied_name, parts_of_other(parts), not is_embedding))
+        for name, own_parts, is_lookup in names:
+            module, target = _module_and_target(named, name)
+            yield Adapter(module, target, weight.rank, scale, own_parts, named, is_lookup)
 
 
-def _module_and_target(named: NamedLeaf, place: Place) -> tuple[str, str]:
-    name, kind = named.name(place), named.rule.kind
+def _module_and_target(named: NamedLeaf, name: str) -> tuple[str, str]:
+    kind = named.rule.kind
     module, _, parameter = name.rpartition(".")
     if kind == "array":
         raise CheckpointError(

@@ -13,6 +13,7 @@ from lora_jax.peft._expert_layouts import file_layout
 from lora_jax.peft._layout import Layout
 from lora_jax.peft._places import NamedLeaf, Place
 from lora_jax.peft._tensors import Tensors
+from lora_jax.peft._tied import tied_in_file
 
 # The key of each part of an adapter.
 Keys = dict[str, str]
@@ -33,17 +34,19 @@ class PlannedLeaf:
       named: the leaf with its rule.
       adapted: for each place of the stack that is adapted, the keys of the parts.
       weights: for each place whose weight was trained in full, its key.
+      other: of a leaf that is two parameters, the keys of what the file holds of the other one.
     """
 
     named: NamedLeaf
     adapted: dict[Place, Keys] = dataclasses.field(default_factory=dict)
     weights: dict[Place, str] = dataclasses.field(default_factory=dict)
+    other: Keys = dataclasses.field(default_factory=dict)
 
     @property
     def keys(self) -> Iterator[str]:
         """Every tensor of the file that belongs here."""
         parts = itertools.chain.from_iterable(keys.values() for keys in self.adapted.values())
-        return itertools.chain(parts, self.weights.values())
+        return itertools.chain(parts, self.weights.values(), self.other.values())
 
 
 def leaf_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf) -> Iterable[str]:
@@ -51,7 +54,7 @@ def leaf_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf
     problem = leaf.named.problem()
     if problem is not None:
         return [problem]
-    problems = list(_weight_problems(tensors, leaf))
+    problems = [*_weight_problems(tensors, leaf), *_tied_problems(config, tensors, leaf)]
     if leaf.adapted and leaf.weights:
         problems.append(
             f"'{leaf.named.path}' is adapted and trained in full, by {listed(list(leaf.keys))}."
@@ -81,6 +84,13 @@ def _weight_problems(tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
                 f"'{key}' was trained in full as {tensor.dtype}, and `params` has {dtype} at "
                 f"'{leaf.named.path}', which can't hold it; cast it with astype('{tensor.dtype}')."
             )
+
+
+def _tied_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
+    own = dict(leaf.adapted.get((), {}))
+    if () in leaf.weights:
+        own["weight"] = leaf.weights[()]
+    return tied_in_file(config, tensors, leaf.named, own, leaf.other)
 
 
 def _is_held_by(tensor: np.ndarray, dtype: Any) -> bool:

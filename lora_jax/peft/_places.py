@@ -62,6 +62,11 @@ class NamedLeaf:
         return self.rule.named({**self.fields, **numbers})
 
     @property
+    def tied_name(self) -> str | None:
+        """The name of the other PyTorch parameter that it is, where it is two and that is known."""
+        return self.rule.named_tied(self.fields)
+
+    @property
     def layout(self) -> Layout:
         """How PyTorch and the tree lay out each of the parameters.
 
@@ -122,7 +127,7 @@ class NamedTree:
       leaves: the leaves with a rule, in the order of the rules.
       without_rule: the paths of the others.
       idle_rules: the rules whose paths no leaf has.
-      by_name: leaf and place of each PyTorch name.
+      by_name: leaf and place of each PyTorch name; of a leaf that is two parameters, by both.
     """
 
     leaves: tuple[NamedLeaf, ...]
@@ -190,8 +195,9 @@ def _check_stack(leaf: NamedLeaf) -> None:
 def _by_name(leaves: Iterable[NamedLeaf]) -> dict[str, tuple[NamedLeaf, Place]]:
     by_name: dict[str, tuple[NamedLeaf, Place]] = {}
     for leaf in leaves:
-        for place in leaf.places:
-            name = leaf.name(place)
+        names = [(leaf.name(place), place) for place in leaf.places]
+        tied = [] if leaf.tied_name is None else [(leaf.tied_name, ())]
+        for name, place in (*names, *tied):
             if name in by_name:
                 raise ValueError(
                     f"`names` gives '{by_name[name][0].path}' and '{leaf.path}' the same PyTorch "

@@ -42,23 +42,25 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
         name = _parameter_name(config, tree, it)
         if name not in tree.by_name:
             nearest = nearest_paths(name, tree.by_name) if len(problems) < _HINTS_AT_MOST else []
-            problems.append(_without_place(key, name, tensors[key], nearest))
+            problems.append(_without_place(tree, key, name, tensors[key], nearest))
             continue
         named, place = tree.by_name[name]
         leaf = leaves.setdefault(named.path, PlannedLeaf(named))
-        if it.part == "weight":
-            if place in leaf.weights and not are_same(tensors[leaf.weights[place]], tensors[key]):
-                problems.append(f"'{leaf.weights[place]}' and '{key}' are two values of '{name}'.")
-            leaf.weights.setdefault(place, key)
-        elif it.part == "base":
+        if it.part == "base":
             bases.append((key, named, place))
+            continue
+        if name == named.tied_name:
+            leaf.other[it.part] = key
+        elif it.part == "weight":
+            problems += _weight_problems(tensors, leaf, place, key, name)
+            leaf.weights.setdefault(place, key)
         else:
             leaf.adapted.setdefault(place, {})[it.part] = key
-            problems += _kind_problems(key, it, named)
+        problems += _kind_problems(key, it, named, is_other=name == named.tied_name)
     problems += _order_problems(config, tree)
     for key, named, place in bases:
         problems += _base_problems(key, tensors[key], named, place)
-    occupied = {path: leaf for path, leaf in leaves.items() if leaf.adapted or leaf.weights}
+    occupied = {path: leaf for path, leaf in leaves.items() if any(leaf.keys)}
     for leaf in occupied.values():
         problems += leaf_problems(config, tensors, leaf)
     return Plan(occupied, tuple(problems))
@@ -90,17 +92,29 @@ def _parameter_name(config: Mapping[str, Any], tree: NamedTree, key: Key) -> str
     return f"{key.name}.weight"
 
 
-def _without_place(key: str, name: str, tensor: np.ndarray, nearest: list[str]) -> str:
+def _without_place(
+    tree: NamedTree, key: str, name: str, tensor: np.ndarray, nearest: list[str]
+) -> str:
     hint = f"; the nearest names are {listed(nearest)}" if nearest else ""
+    unnamed = [named.path for named in tree.leaves if named.rule.tied is True]
+    tied = f" If it is {listed(unnamed)} too, the rule says so: tied={name!r}." if unnamed else ""
     return (
         f"'{key}' of shape {tensor.shape} has no place: no rule in `names` gives a leaf of "
-        f"`params` the PyTorch name '{name}'{hint}."
+        f"`params` the PyTorch name '{name}'{hint}.{tied}"
     )
 
 
-def _kind_problems(key: str, it: Key, named: NamedLeaf) -> Iterator[str]:
-    is_embedding = named.rule.kind == "embedding"
-    if it.part != "magnitude" and it.is_embedding != is_embedding:
+def _weight_problems(
+    tensors: Tensors, leaf: PlannedLeaf, place: Place, key: str, name: str
+) -> Iterator[str]:
+    if place in leaf.weights and not are_same(tensors[leaf.weights[place]], tensors[key]):
+        yield f"'{leaf.weights[place]}' and '{key}' are two values of '{name}'."
+
+
+def _kind_problems(key: str, it: Key, named: NamedLeaf, *, is_other: bool) -> Iterator[str]:
+    # Of two parameters that share a weight, one is an embedding.
+    is_embedding = (named.rule.kind == "embedding") != is_other
+    if it.part in {"lora_A", "lora_B"} and it.is_embedding != is_embedding:
         kind = "embedding" if it.is_embedding else "linear"
         yield (
             f"'{key}' adapts an {'Embedding' if it.is_embedding else 'Linear or the like'}, and "

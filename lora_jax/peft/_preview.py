@@ -13,6 +13,7 @@ from lora_jax.peft._places import GivenAxes, NamedLeaf, named_tree
 from lora_jax.peft._plan import planned
 from lora_jax.peft._rules import Rule
 from lora_jax.peft._tensors import Tensors, read_adapter
+from lora_jax.peft._tied import untellable_tied
 
 _HEADER = ("PyTorch name", "shape", "path", "shape", "axes", "in the file")
 
@@ -23,9 +24,10 @@ class Preview:
 
     Attributes:
       rows: for each leaf with a rule (of those in the file, where there is one): the name of its
-        PyTorch parameters, the shape of each, the leaf's path, shape and axes, and what the file
-        has of it.
-      problems: what keeps `load` from reading the file, tensors without a place among it.
+        PyTorch parameters (both names, where it is two), the shape of each, the leaf's path, shape
+        and axes, and what the file has of it.
+      problems: what keeps `load` from reading the file, tensors without a place among it; without
+        a file, what keeps `save` from writing one.
       without_rule: the paths of leaves that no rule has.
       idle_rules: the rules that no leaf has.
     """
@@ -92,7 +94,7 @@ def preview(
     tree = named_tree(params, names, axes)
     if path is None:
         rows = tuple(_row(leaf, "") for leaf in tree.leaves)
-        problems = tuple(leaf.problem() or "" for leaf in tree.leaves)
+        problems = (leaf.problem() or untellable_tied(leaf) for leaf in tree.leaves)
         found = tuple(problem for problem in problems if problem)
         return Preview(rows, found, tree.without_rule, tree.idle_rules)
     source = Path(path)
@@ -104,8 +106,9 @@ def preview(
 
 def _row(named: NamedLeaf, held: str) -> tuple[str, ...]:
     shape = "?" if named.problem() else str(named.layout.weight_shape)
+    tied = f" = {named.tied_name or 'another'}" if named.rule.tied else ""
     return (
-        named.template,
+        f"{named.template}{tied}",
         shape,
         named.path,
         str(tuple(named.leaf.shape)),

@@ -40,6 +40,10 @@ class Rule:
       axes: the role of each of the leaf's axes, as in `wrap`. Several `"in"` or `"out"` axes are
         one flat axis in PyTorch, in the same order: heads and head dimension, say. Unless given,
         the axes of the stack come first, and (in, out) or (out,) follows.
+      tied: whether the leaf is another parameter too, as an embedding is that the output layer
+        shares. PEFT adapts each of the two by itself, and one leaf is both: files that adapt or
+        train one of them are refused. Where the other's name is given, such as `"lm_head.weight"`,
+        those load in which both are adapted alike (`ensure_weight_tying`), and `save` writes such.
 
     Source: Hugging Face PEFT, developer guide "PEFT checkpoint format".
 
@@ -57,6 +61,7 @@ class Rule:
     kind: Kind = dataclasses.field(default="linear", kw_only=True)
     transposed: bool = dataclasses.field(default=False, kw_only=True)
     axes: Sequence[AxisRole] | None = dataclasses.field(default=None, kw_only=True)
+    tied: bool | str = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises a ValueError if the rule contradicts itself."""
@@ -76,6 +81,8 @@ class Rule:
                 f"the rule for {self.name!r} has {listed(unknown)} in its path {self.path!r} only; "
                 "expected every field of the path in the name, which is made of them."
             )
+        if self.tied:
+            self._check_tied()
         if self.axes is not None:
             object.__setattr__(self, "axes", tuple(self.axes))
         _ = self._pattern
@@ -86,6 +93,23 @@ class Rule:
         in_path = _fields(self.path)
         return tuple(field for field in _fields(self.name) if field not in in_path)
 
+    @property
+    def tied_name(self) -> str | None:
+        """The template of the other parameter's name, where the leaf is two and it is known."""
+        return self.tied if isinstance(self.tied, str) else None
+
+    def _check_tied(self) -> None:
+        if self.kind not in {"linear", "embedding"} or self.transposed or self.stack_fields:
+            raise ValueError(
+                f"`tied` is {self.tied!r} in the rule for {self.name!r}; expected it of a weight "
+                "that an 'embedding' and a 'linear' share, neither transposed nor a stack."
+            )
+        if self.tied_name is not None and _fields(self.tied_name) != _fields(self.name):
+            raise ValueError(
+                f"`tied` is {self.tied!r} in the rule for {self.name!r}; expected True, or a name "
+                "with the same fields."
+            )
+
     def fields_of(self, path: str) -> dict[str, str] | None:
         """Returns the text of each field in a leaf's path, or None where the path is another."""
         found = self._pattern.fullmatch(path)
@@ -93,7 +117,11 @@ class Rule:
 
     def named(self, fields: Mapping[str, str]) -> str:
         """Returns the PyTorch name with these fields."""
-        return _FIELD.sub(lambda found: fields[found[1]].replace("/", "."), self.name)
+        return _filled(self.name, fields)
+
+    def named_tied(self, fields: Mapping[str, str]) -> str | None:
+        """Returns the other PyTorch name with these fields, where it is known."""
+        return None if self.tied_name is None else _filled(self.tied_name, fields)
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -118,6 +146,11 @@ class Rule:
 def _fields(template: str) -> dict[str, None]:
     """Returns the names of the fields of a template, in order, each once."""
     return dict.fromkeys(found[1] for found in _FIELD.finditer(template))
+
+
+def _filled(template: str, fields: Mapping[str, str]) -> str:
+    """Returns a name's template with the text of its fields."""
+    return _FIELD.sub(lambda found: fields[found[1]].replace("/", "."), template)
 
 
 def _expressions(template: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lora_jax.peft._export import exported_adapters
 from lora_jax.peft._places import GivenAxes, named_tree
 from lora_jax.peft._rules import Rule
 from lora_jax.peft._tensors import check_finite, safetensors_package, write_tensors
+from lora_jax.peft._tied import untellable_tied
 from lora_jax.peft._trained import exported_weights
 from lora_jax.peft._written_config import starting_config, written_config
 
@@ -77,6 +78,10 @@ def save(
     start = starting_config(config)
     tree = named_tree(wrapped, names, axes)
     _check_complete(wrapped, names)
+    for named in tree.leaves:
+        problem = untellable_tied(named)
+        if problem is not None:
+            raise CheckpointError(problem)
     adapters = exported_adapters(tree)
     weights = exported_weights(tree, adapters, start)
     tensors = {**adapters.tensors, **weights.tensors}

@@ -13,6 +13,7 @@ from lora_jax.peft._config import changes_base, check_carried, check_types, rank
 from lora_jax.peft._expert_layouts import WRITTEN_AS, is_written_as_now
 from lora_jax.peft._export import Adapter, Adapters
 from lora_jax.peft._places import NamedTree
+from lora_jax.peft._tied import adapts_tied
 from lora_jax.peft._trained import TrainedWeights
 
 _DEFAULTS = {
@@ -75,6 +76,8 @@ def written_config(
         "use_dora": adapters.has_magnitudes,
     }
     config.pop("target_parameters", None)
+    if adapts_tied(tree) or "ensure_weight_tying" in config:
+        config["ensure_weight_tying"] = adapts_tied(tree)
     if not parameters:
         return config
     version = start.get("peft_version")
