@@ -11,13 +11,13 @@ from lora_jax._folders import CheckpointError as CheckpointError
 from lora_jax._merge import merge as merge
 from lora_jax._merge import unmerge as unmerge
 from lora_jax._moments import InputMoments as InputMoments
+from lora_jax._optimizer import optimizer as optimizer
 from lora_jax._resize import resize as resize
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary
 from lora_jax._train import combine as combine
 from lora_jax._train import labels as labels
-from lora_jax._train import optimizer as optimizer
 from lora_jax._train import split as split
 from lora_jax._weight import FullWeight as FullWeight
 from lora_jax._weight import LoRAWeight as LoRAWeight

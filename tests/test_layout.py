@@ -13,12 +13,23 @@ LIBRARY = ROOT / "lora_jax"
 
 # A module imports from its own layer and from those before it. A new module needs a place here.
 LAYERS = (
-    {"_compat", "_dtypes", "_finite", "_folders", "_moments", "_paths", "_shapes", "_tables"},
+    {
+        "_compat",
+        "_dtypes",
+        "_finite",
+        "_folders",
+        "_moments",
+        "_paths",
+        "_serialization",
+        "_shapes",
+        "_tables",
+    },
     {"_algebra", "_weight"},
     {
         "_axes",
         "_extract",
         "_merge",
+        "_optimizer",
         "_resize",
         "_settings",
         "_summary",

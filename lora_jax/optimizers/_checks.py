@@ -1,10 +1,15 @@
-"""What the options of these transformations may be."""
+"""What the options of these transformations may be, and the trees that they work on."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
+
+from lora_jax._paths import listed
+from lora_jax._train import labels
+from lora_jax._weight import is_lora_weight
 
 
 def check_positive(argument: str, value: Any) -> None:
@@ -27,4 +32,37 @@ def check_transformation(argument: str, value: Any) -> None:
         raise TypeError(
             f"`{argument}` is {value!r}; expected an optax transformation, such as "
             "optax.adam(1e-3)."
+        )
+
+
+def is_placeholder(params: Any) -> bool:
+    """Says whether `params` is what `optax.tree.map_params` finds parameters in a state with.
+
+    It is a node without children of a type of optax's own.
+    """
+    is_container = params is None or isinstance(params, dict | list | tuple)
+    return not is_container and not jax.tree.leaves(params)
+
+
+def check_fits(transformation: str, params: Any, trained: Collection[str]) -> None:
+    """Raises unless something in `params` trains that a transformation has to do with.
+
+    Args:
+      transformation: its name.
+      params: what its `init` was given.
+      trained: the labels that it has to do with.
+    """
+    if is_placeholder(params):
+        return
+    if not any(is_lora_weight(node) for node in jax.tree.leaves(params, is_leaf=is_lora_weight)):
+        raise ValueError(
+            "`params` has no LoRAWeight; expected what `wrap` returned, or its trainable half from "
+            "split(wrapped)."
+        )
+    found = set(jax.tree.leaves(labels(params)))
+    if not found.intersection(trained):
+        raise ValueError(
+            f"`{transformation}` was given a tree in which nothing trains that it moves; expected "
+            f"at least one of {listed(sorted(trained))}, and `params` has {listed(sorted(found))}. "
+            "A leaf that `wrap(..., freeze=...)` froze does not train."
         )

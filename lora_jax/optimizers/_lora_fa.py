@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from lora_jax._weight import LoRAWeight, is_lora_weight, map_adapter_nodes
-from lora_jax.optimizers._checks import check_positive, check_transformation
-from lora_jax.optimizers._extra_args import open_to_extra_args
-from lora_jax.optimizers._nodes import KnownWeight, is_absent, map_lora_weights, map_with_weights
+from lora_jax._train import TRAINABLE
+from lora_jax._weight import LoRAWeight
+from lora_jax.optimizers._checks import check_fits, check_positive, check_transformation
+from lora_jax.optimizers._nodes import KnownWeight, map_lora_weights, map_with_weights
+from lora_jax.optimizers._parts import is_absent, on_part
 from lora_jax.optimizers._preconditioning import inverse_gram, times
 
 
@@ -41,8 +42,8 @@ def lora_fa(
 
     Raises:
       TypeError: `tx` is no transformation, or `damping` no number.
-      ValueError: `damping` is not positive and finite; or, from `update`, the parameters or the
-        scale are missing, or there is no adapter.
+      ValueError: `damping` is not positive and finite; from `init`, nothing trains but lora_A; or,
+        from `update`, the parameters or the scale are missing.
 
     Source: Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models
     Fine-tuning, 2023.
@@ -58,7 +59,7 @@ def lora_fa(
     """
     check_transformation("tx", tx)
     check_positive("damping", damping)
-    inner = open_to_extra_args(tx)
+    inner = on_part(tx, lambda label: label != "lora_A")
 
     def preconditioned(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
         if is_absent(update.lora_B):
@@ -70,32 +71,22 @@ def lora_fa(
         lora_B = times(update.lora_B, inverse / scale**2, update.axes, "out")
         return dataclasses.replace(update, lora_B=lora_B)
 
+    def init(params: Any) -> optax.OptState:
+        check_fits("lora_fa", params, set(TRAINABLE) - {"lora_A"})
+        return inner.init(params)
+
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         extra_args = {"wrapped": params, **extra_args}
         scaled = map_with_weights(
             preconditioned, updates, params=params, wrapped=extra_args["wrapped"], name="lora_fa"
         )
-        inner_updates, state = inner.update(
-            _without_A(scaled), state, _without_A(params), **extra_args
-        )
-        return map_lora_weights(_with_zero_A, inner_updates, updates=updates), state
+        updates, state = inner.update(scaled, state, params, **extra_args)
+        return map_lora_weights(_with_zero_A, updates), state
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: inner.init(_without_A(params)), update
-    )
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _without_A(tree: Any) -> Any:
-    """Returns `tree` with each lora_A masked out, as `optax.masked` does it."""
-    return map_adapter_nodes(
-        lambda node: (
-            dataclasses.replace(node, lora_A=optax.MaskedNode()) if is_lora_weight(node) else node
-        ),
-        tree,
-    )
-
-
-def _with_zero_A(path: str, inner_update: LoRAWeight, update: LoRAWeight) -> LoRAWeight:
+def _with_zero_A(path: str, update: LoRAWeight) -> LoRAWeight:
     del path
-    lora_A = update.lora_A if is_absent(update.lora_A) else jnp.zeros_like(update.lora_A)
-    return dataclasses.replace(inner_update, lora_A=lora_A)
+    lora_A = update.lora_A if is_absent(update.lora_A) else -jnp.zeros_like(update.lora_A)
+    return dataclasses.replace(update, lora_A=lora_A)

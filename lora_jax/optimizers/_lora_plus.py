@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._weight import LoRAWeight
-from lora_jax.optimizers._checks import check_positive
-from lora_jax.optimizers._nodes import is_absent, map_lora_weights
+from lora_jax.optimizers._checks import check_fits, check_positive
+from lora_jax.optimizers._nodes import map_lora_weights
+from lora_jax.optimizers._parts import is_absent
 
 
 def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
@@ -30,7 +31,7 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
 
     Raises:
       TypeError: `ratio` is no number.
-      ValueError: `ratio` is not positive and finite; or, from `update`, there is no adapter.
+      ValueError: `ratio` is not positive and finite; or, from `init`, no lora_B trains.
 
     Source: Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, 2024.
 
@@ -52,10 +53,14 @@ def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
         factor = jnp.asarray(ratio, update.lora_B.dtype)
         return dataclasses.replace(update, lora_B=factor * update.lora_B)
 
+    def init(params: Any) -> optax.OptState:
+        check_fits("lora_plus", params, {"lora_B"})
+        return optax.init_empty_state(params)
+
     def update(
         updates: Any, state: optax.OptState, params: Any = None
     ) -> tuple[Any, optax.OptState]:
         del params
         return map_lora_weights(multiplied, updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(init, update)

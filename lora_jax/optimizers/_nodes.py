@@ -11,15 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import optax
 
 from lora_jax._paths import leaves_with_paths
 from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
-
-
-def is_absent(leaf: Any) -> bool:
-    """Says whether a leaf was masked out, or is in the other half of a split tree."""
-    return leaf is None or isinstance(leaf, optax.MaskedNode)
+from lora_jax.optimizers._parts import is_absent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import Any
 import optax
 
 from lora_jax._weight import LoRAWeight
-from lora_jax.optimizers._checks import check_positive
-from lora_jax.optimizers._nodes import KnownWeight, is_absent, map_with_weights
+from lora_jax.optimizers._checks import check_fits, check_positive
+from lora_jax.optimizers._nodes import KnownWeight, map_with_weights
+from lora_jax.optimizers._parts import is_absent
 from lora_jax.optimizers._preconditioning import inverse_gram, times
 
 
@@ -37,8 +38,8 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArg
 
     Raises:
       TypeError: `damping` is no number.
-      ValueError: `damping` is not positive and finite; or, from `update`, the parameters or a
-        factor are missing, or there is no adapter.
+      ValueError: `damping` is not positive and finite; from `init`, no factor trains; or, from
+        `update`, the parameters or a factor are missing.
 
     Source: Zhang & Pilanci, Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models, 2024.
 
@@ -60,6 +61,10 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArg
             lora_B = times(lora_B, inverse, update.axes, "out")
         return dataclasses.replace(update, lora_A=lora_A, lora_B=lora_B)
 
+    def init(params: Any) -> optax.OptState:
+        check_fits("riemannian", params, {"lora_A", "lora_B"})
+        return optax.init_empty_state(params)
+
     def update(
         updates: Any,
         state: optax.OptState,
@@ -74,4 +79,4 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArg
         )
         return updates, state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(init, update)

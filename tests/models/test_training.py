@@ -1,5 +1,6 @@
 """Flax's own training loops over wrapped parameters: the loss falls and nothing frozen moves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -125,37 +126,83 @@ class Regression(nnx.Module):
         return self.head(nnx.relu(self.layer(x)))
 
 
-class Adapters(nnx.Module):
-    """The trainable half of a wrapped tree as parameters of an NNX module."""
-
-    def __init__(self, adapters: Any) -> None:
-        leaves, self.structure = jax.tree.flatten(adapters)
-        self.leaves = nnx.List([nnx.Param(leaf) for leaf in leaves])
-
-    def __call__(self) -> Any:
-        return jax.tree.unflatten(self.structure, [leaf[...] for leaf in self.leaves])
-
-
-def test_nnx_optimizer() -> None:
-    x = noise(16, 24)
+def nnx_regression(x: jax.Array, **options: Any) -> tuple[Any, Any, Any]:
+    """Returns a module's graph, the adapted function of its parameters, and these wrapped."""
     graphdef, params = nnx.split(Regression(nnx.Rngs(0)), nnx.Param)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(x)
 
-    wrapped = adapted_params(apply, params, x)
-    start, frozen = lora_jax.split(wrapped)
-    adapters = Adapters(start)
-    optimizer = nnx.Optimizer(adapters, optax.adam(3e-2), wrt=nnx.Param)
+    wrapped = lora_jax.wrap(params, "kernel", rank=2, **options)
+    return graphdef, lora_jax.adapt(apply), wrapped
+
+
+NNX_TRANSFORMATIONS = {
+    "adam": lambda: optax.adam(3e-2),
+    "lora_plus": lambda: optax.chain(optax.adam(1e-2), lora_jax.optimizers.lora_plus(4.0)),
+    "lora_fa": lambda: lora_jax.optimizers.lora_fa(optax.sgd(3e-1, momentum=0.9)),
+    "each label": lambda: {"lora_A": optax.adam(3e-2), "lora_B": optax.adam(3e-2)},
+}
+
+
+@pytest.mark.parametrize("make", NNX_TRANSFORMATIONS.values(), ids=NNX_TRANSFORMATIONS)
+def test_nnx_optimizer(make: Callable[[], Any]) -> None:
+    """The module's parameters hold the wrapped weights."""
+    x = noise(16, 24)
+    graphdef, adapted, wrapped = nnx_regression(x, dora=True, train="head/bias")
+    module = nnx.merge(graphdef, wrapped, copy=True)
+    optimizer = nnx.Optimizer(module, lora_jax.optimizer(make()), wrt=nnx.Param)
 
     @nnx.jit
-    def step(adapters: Adapters, optimizer: nnx.Optimizer) -> jax.Array:
-        def loss(adapters: Adapters) -> jax.Array:
-            return squared_error(lora_jax.adapt(apply)(lora_jax.combine(adapters(), frozen), x), x)
+    def step(module: nnx.Module, optimizer: nnx.Optimizer) -> jax.Array:
+        def loss(module: nnx.Module) -> jax.Array:
+            return squared_error(adapted(nnx.state(module, nnx.Param), x), x)
 
-        value, gradients = nnx.value_and_grad(loss)(adapters)
-        optimizer.update(adapters, gradients)
+        value, gradients = nnx.value_and_grad(loss)(module)
+        optimizer.update(module, gradients)
         return value
 
-    losses = [float(step(adapters, optimizer)) for _ in range(STEPS)]
-    assert_trained(losses, wrapped, lora_jax.combine(adapters(), frozen))
+    losses = [float(step(module, optimizer)) for _ in range(STEPS)]
+    after = nnx.state(module, nnx.Param)
+    assert jax.tree.structure(after) == jax.tree.structure(wrapped)
+    assert losses[-1] < 0.9 * losses[0]
+    assert frozen_bits(after) == frozen_bits(wrapped)
+    assert after["layer"]["kernel"].get_value().lora_B.any()
+
+
+def test_nnx_optimizer_steps_as_optax_does() -> None:
+    x = noise(16, 24)
+    graphdef, _, wrapped = nnx_regression(x)
+    tx = lora_jax.optimizer(optax.adam(1e-2))
+    module = nnx.merge(graphdef, wrapped, copy=True)
+    optimizer = nnx.Optimizer(module, tx, wrt=nnx.Param)
+    trained, state = wrapped, tx.init(wrapped)
+    gradients = jax.tree.map(jnp.ones_like, wrapped)
+    for _ in range(3):
+        optimizer.update(module, gradients)
+        updates, state = tx.update(gradients, state, trained)
+        trained = optax.apply_updates(trained, updates)
+    after = jax.tree.leaves(nnx.state(module, nnx.Param))
+    for found, expected in zip(after, jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_optax_on_the_parameters_of_an_nnx_module() -> None:
+    """The tree is whole, so that a transformation finds both factors of a weight."""
+    x = noise(16, 24)
+    _, adapted, wrapped = nnx_regression(x)
+    tx = lora_jax.optimizer(optax.chain(lora_jax.optimizers.riemannian(), optax.adam(3e-2)))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(trained: Any, state: Any) -> tuple[Any, Any, jax.Array]:
+        value, gradients = jax.value_and_grad(lambda tree: squared_error(adapted(tree, x), x))(
+            trained
+        )
+        updates, state = tx.update(gradients, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    trained, state, losses = jax.tree.map(jnp.copy, wrapped), tx.init(wrapped), []
+    for _ in range(STEPS):
+        trained, state, value = step(trained, state)
+        losses.append(float(value))
+    assert_trained(losses, wrapped, trained)

@@ -34,7 +34,10 @@ AXES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A method: as a transformation around another, and what it does to the two gradients."""
+    """A method: as a transformation around another, and what it does to the two gradients.
+
+    Without one of the labels that it `moves` it has nothing to do.
+    """
 
     around: Callable[[Any], Any]
     before: Callable[..., tuple[Any, Any]] = lambda A, B, scale, gradient_A, gradient_B: (
@@ -42,6 +45,7 @@ class Variant:
         gradient_B,
     )
     rates: tuple[float, float] = (1.0, 1.0)
+    moves: tuple[str, ...] = ("lora_A", "lora_B")
 
 
 def projected(A: Any, B: Any, scale: float, gradient_A: Any, gradient_B: Any) -> tuple[Any, Any]:
@@ -60,8 +64,10 @@ def riemannian_gradients(
 
 
 VARIANTS = {
-    "lora_plus": Variant(lambda tx: optax.chain(tx, lora_plus(RATIO)), rates=(1.0, RATIO)),
-    "lora_fa": Variant(lora_fa, projected, rates=(0.0, 1.0)),
+    "lora_plus": Variant(
+        lambda tx: optax.chain(tx, lora_plus(RATIO)), rates=(1.0, RATIO), moves=("lora_B",)
+    ),
+    "lora_fa": Variant(lora_fa, projected, rates=(0.0, 1.0), moves=("lora_B",)),
     "riemannian": Variant(lambda tx: optax.chain(riemannian(), tx), riemannian_gradients),
 }
 

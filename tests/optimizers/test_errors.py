@@ -18,8 +18,48 @@ from tests.optimizers.reference import VARIANTS, Variant, wrapped_params
 def test_a_tree_without_adapters_raises(variant: Variant) -> None:
     params = {"kernel": jnp.ones((4, 3))}
     tx = variant.around(optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"`params` has no LoRAWeight; .*`wrap` returned"):
+        tx.init(params)
     with pytest.raises(ValueError, match=r"`updates` has no LoRAWeight; .*`wrap` returned"):
-        tx.update(params, tx.init(params), params)
+        tx.update(params, tx.init(wrapped_params(FEW, dtype=jnp.float32)), params)
+
+
+def only_lora_A_trains() -> Any:
+    return lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2, init="mica")
+
+
+AROUND: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda tx: tx,
+    "optimizer": lora_jax.optimizer,
+    "label": lambda tx: lora_jax.optimizer({"magnitude": tx}),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+@each_variant
+def test_a_tree_in_which_nothing_fits_raises(
+    variant: Variant, around: Callable[[Any], Any]
+) -> None:
+    """Something trains, but nothing that the method moves."""
+    wrapped = lora_jax.wrap(
+        {"kernel": jnp.ones((4, 3))}, "kernel", rank=2, dora=True, freeze=("lora_A", "lora_B")
+    )
+    tx = around(variant.around(optax.sgd(1.0)))
+    if variant is VARIANTS["lora_fa"]:  # it trains all but lora_A
+        tx.init(wrapped)
+        wrapped = only_lora_A_trains()
+    with pytest.raises(ValueError, match=r"nothing trains"):
+        tx.init(wrapped)
+
+
+def test_the_error_names_what_is_missing() -> None:
+    wrapped = only_lora_A_trains()
+    message = (
+        "`lora_fa` was given a tree in which nothing trains that it moves; expected at least one "
+        "of 'full', 'lora_B', 'magnitude', and `params` has 'lora_A'"
+    )
+    with pytest.raises(ValueError, match=message):
+        lora_jax.optimizer(lora_fa(optax.sgd(1.0))).init(wrapped)
 
 
 NEEDS_FACTORS = {name: VARIANTS[name] for name in ("lora_fa", "riemannian")}

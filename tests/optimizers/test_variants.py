@@ -27,6 +27,7 @@ from tests.optimizers.forms import (
 from tests.optimizers.reference import (
     DECAY,
     RATE,
+    VARIANTS,
     Adamw,
     Sgd,
     Variant,
@@ -134,13 +135,18 @@ def test_one_transformation_for_each_label(variant: Variant) -> None:
     """A group of `multi_transform` has the other factor masked, and finds it in `wrapped`."""
     wrapped = wrapped_params(FEW)
     gradients = gradients_of(wrapped, steps=2)
-    groups = {label: variant.around(optax.sgd(RATE)) for label in ("lora_A", "lora_B")}
+    groups = {label: variant.around(optax.sgd(RATE)) for label in variant.moves}
+    if variant.rates[0]:
+        groups = {"lora_A": optax.sgd(RATE), **groups}
     check(variant, Sgd, wrapped, gradients, eager(Masked(groups), wrapped, gradients))
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("leaf", ["lora_A", "lora_B"])
-@each_variant
+@pytest.mark.parametrize(
+    ("variant", "leaf"),
+    [(variant, leaf) for variant in VARIANTS.values() for leaf in variant.moves],
+    ids=[f"{name}-{leaf}" for name, variant in VARIANTS.items() for leaf in variant.moves],
+)
 def test_a_factor_that_does_not_train_serves_the_other(variant: Variant, leaf: str) -> None:
     wrapped = wrapped_params(FEW)
     gradients = gradients_of(wrapped, steps=1)
