@@ -8,9 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
+from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoRAWeight:
@@ -69,6 +71,9 @@ class LoRAWeight:
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     norm: Float[Array, "..."] | Any = None
 
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))
+
     @property
     def is_stacked(self) -> bool:
         """Whether it holds several adapters, as `stack` makes them."""
@@ -90,6 +95,7 @@ class LoRAWeight:
         return self.base.dtype
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullWeight:
@@ -102,6 +108,9 @@ class FullWeight:
 
     base: Any
     value: Inexact[Array, "..."] | Any
+
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))
 
     @property
     def shape(self) -> tuple[int, ...]:
