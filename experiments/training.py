@@ -40,8 +40,13 @@ def cross_entropy(logits: Float[Array, "batch classes"], labels: Array) -> Float
 
 # The same function jitted anew is compiled anew; a study of many trainings compiles each kind once.
 @lru_cache(maxsize=8)
-def training_step(apply_fn: ApplyFn, tx: optax.GradientTransformation) -> Step:
-    """Returns the compiled step; it reuses the memory of the params and state that it is given."""
+def training_step(
+    apply_fn: ApplyFn, tx: optax.GradientTransformation, *, donate: bool = True
+) -> Step:
+    """Returns the compiled step; it reuses the memory of the params and state that it is given.
+
+    With `donate=False` it leaves them alone, and so copies what doesn't train in every step.
+    """
 
     def step(
         params: Any, state: optax.OptState, inputs: Array, labels: Array
@@ -53,7 +58,7 @@ def training_step(apply_fn: ApplyFn, tx: optax.GradientTransformation) -> Step:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
 
 
 class Training:
@@ -62,8 +67,15 @@ class Training:
     The params that it is given stay as they are.
     """
 
-    def __init__(self, apply_fn: ApplyFn, params: Any, tx: optax.GradientTransformation) -> None:
-        self._step = training_step(apply_fn, tx)
+    def __init__(
+        self,
+        apply_fn: ApplyFn,
+        params: Any,
+        tx: optax.GradientTransformation,
+        *,
+        donate: bool = True,
+    ) -> None:
+        self._step = training_step(apply_fn, tx, donate=donate)
         self.params = jax.tree.map(jnp.copy, params)
         self._state = tx.init(self.params)
 
