@@ -5,7 +5,13 @@ from typing import Any
 
 import jax
 
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
+from lora_jax._weight import (
+    FullWeight,
+    LoRAWeight,
+    is_adapter_node,
+    map_adapter_nodes,
+    without_kept_norm,
+)
 
 _FROZEN = "frozen"
 _FACTORS = ("lora_A", "lora_B", "magnitude")
@@ -36,7 +42,8 @@ def split(wrapped: Any) -> tuple[Any, Any]:
     """Returns the trainable half of `wrapped` and the frozen one; each has None for the other's.
 
     Differentiate with respect to the first and `combine` inside the loss, and any optimiser on it
-    is safe.
+    is safe. What a stack of adapters keeps of its factors, their norms (DoRA), is in neither half,
+    since the factors are about to change; without it, it is computed where it is needed.
 
     Args:
       wrapped: what `wrap` returned.
@@ -52,6 +59,7 @@ def split(wrapped: Any) -> tuple[Any, Any]:
       >>> [leaf.shape for leaf in jax.tree.leaves(adapters)]
       [(4, 2), (2, 3)]
     """
+    wrapped = map_adapter_nodes(without_kept_norm, wrapped)
     return parts(wrapped, lambda label: label != _FROZEN)
 
 

@@ -41,8 +41,8 @@ class LoRAWeight:
       layers: which places of the first batch axis are adapted; None for all. All of the above but
         `base` hold these places only.
       frozen: the names of leaves that don't train although they could, such as `"lora_A"`.
-      norm: $\lVert W + s A B \rVert$ for each output feature, in a stack of adapters, whose factors
-        change no more; else None, and it is computed where it is needed.
+      norm: $\lVert W + s A B \rVert$ for each output feature, kept in a stack of adapters whose
+        factors change no more; else None, and it is computed where it is needed.
 
     In a stack of adapters `lora_A`, `lora_B`, `scale`, `magnitude` and `norm` have one more axis in
     front, and the rest is shared.
@@ -140,6 +140,13 @@ def map_adapter_nodes(function: Callable[[Any], Any], tree: Any) -> Any:
         tree,
         is_leaf=is_adapter_node,
     )
+
+
+def without_kept_norm(node: Any) -> Any:
+    """Returns the node without its norm, which belongs to the factors that it was computed of."""
+    if isinstance(node, LoRAWeight) and node.norm is not None:
+        return dataclasses.replace(node, norm=None)
+    return node
 
 
 def check_single(path: str, node: LoRAWeight) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from lora_jax._algebra import with_norm
 from lora_jax._paths import leaves_with_paths, map_with_paths
-from lora_jax._weight import is_adapter_node
+from lora_jax._weight import FullWeight, is_adapter_node
 from lora_jax.checkpoint._leaves import LeavesWithPaths
-from lora_jax.checkpoint._nodes import adapter_nodes, saved_arrays
+from lora_jax.checkpoint._nodes import AdapterNode, adapter_nodes, saved_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,16 @@ def with_leaves(
         for path, node in adapter_nodes(wrapped).items()
     }
     new_wrapped = map_with_paths(
-        lambda path, node: (
-            dataclasses.replace(node, **arrays[path]) if is_adapter_node(node) else node
-        ),
+        lambda path, node: _restored(node, arrays[path]) if is_adapter_node(node) else node,
         wrapped,
         is_leaf=is_adapter_node,
     )
     return new_wrapped, jax.tree.unflatten(jax.tree.structure(optimizer_state), list(remaining))
+
+
+def _restored(node: AdapterNode, arrays: Mapping[str, Any]) -> AdapterNode:
+    restored = dataclasses.replace(node, **arrays)
+    if isinstance(restored, FullWeight) or restored.norm is None:
+        return restored
+    # A stack keeps the norms of its factors, which have come just now.
+    return with_norm(restored)

@@ -117,6 +117,12 @@ def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
                 f"`wrapped` has no `{missing[0]}` at '{path}'; expected a whole tree, such as "
                 "combine(adapters, frozen)."
             )
+    stacked = [path for path, node in nodes if is_lora_weight(node) and node.is_stacked]
+    if stacked:
+        raise CheckpointError(
+            f"`wrapped` holds several adapters at {listed(stacked)}; expected one, as a file does: "
+            "save(path, select(stacked, id), ...)."
+        )
     nameless = [path for path, _ in nodes if all(rule.fields_of(path) is None for rule in names)]
     if nameless:
         raise CheckpointError(

@@ -240,7 +240,8 @@ def without_change(node: LoRAWeight) -> dict[str, Any]:
     if node.magnitude is None:
         return numbers
     norm = jnp.sqrt(node.squared_norm)
-    return {**numbers, "magnitude": norm.astype(node.magnitude.dtype), "norm": norm}
+    kept = {} if node.norm is None else {"norm": norm}
+    return {**numbers, "magnitude": norm.astype(node.magnitude.dtype), **kept}
 
 
 def numbers_of(node: LoRAWeight) -> dict[str, Any]:

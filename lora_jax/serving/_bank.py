@@ -153,7 +153,9 @@ def _fitting(path: str, node: LoRAWeight, bank: LoRAWeight) -> LoRAWeight:
             f"room for {bank.layers}; expected some of them. Give both to stack([...])."
         )
     node = dataclasses.replace(node, base=bank.base)
-    node = with_norm(with_rank(spread(node, bank.layers), bank.rank))
+    node = with_rank(spread(node, bank.layers), bank.rank)
+    if bank.norm is not None:
+        node = with_norm(node)
     for name, array in numbers_of(node).items():
         dtype = getattr(bank, name).dtype
         if common_dtype(array.dtype, dtype) != dtype:

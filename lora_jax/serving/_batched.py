@@ -1,5 +1,6 @@
 """One call for a batch in which each example has its own adapter."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._compat import is_tracer
+from lora_jax._weight import LoRAWeight
 from lora_jax.serving._alike import map_lora_weights
 from lora_jax.serving._stack import check_known, check_stacked, slot
 from lora_jax.transform import adapt
@@ -48,7 +50,8 @@ def adapt_batched(
 
     Raises:
       ValueError: when called: an unknown id, an argument that does not fit `ids`, or an output
-        without a batch axis.
+        without a batch axis; or, when differentiated with respect to `stacked`, it keeps the norms
+        of its adapters (DoRA), which `split` leaves out.
       TypeError: when called: `ids` are no whole numbers.
 
     Source: Chen et al., Punica: Multi-Tenant LoRA Serving, 2023.
@@ -74,7 +77,7 @@ def adapt_batched(
             single = list(leaves)
             for (place, axis), example in zip(mapped.items(), examples, strict=True):
                 single[place] = jnp.expand_dims(example, axis)
-            wrapped = map_lora_weights(lambda node: slot(node, adapter_id), stacked)
+            wrapped = map_lora_weights(lambda node: _served(slot(node, adapter_id)), stacked)
             outputs = adapted(wrapped, *jax.tree.unflatten(structure, single), **kwargs)
             return jax.tree.map(lambda output: _without_batch_axis(output, out_axes), outputs)
 
@@ -82,6 +85,29 @@ def adapt_batched(
         return over(ids, *(leaves[place] for place in mapped))
 
     return batched
+
+
+def _served(node: LoRAWeight) -> LoRAWeight:
+    """Returns the weight; where its norm is kept, with factors that don't train beside it."""
+    if node.norm is None:
+        return node
+    factors = {"lora_A": node.lora_A, "lora_B": node.lora_B, "scale": node.scale}
+    return dataclasses.replace(node, **_fixed(factors))
+
+
+@jax.custom_jvp
+def _fixed(factors: dict[str, Any]) -> dict[str, Any]:
+    return factors
+
+
+@_fixed.defjvp
+def _fixed_jvp(primals: Any, tangents: Any) -> Any:
+    raise ValueError(
+        "`stacked` keeps the norms of its adapters (DoRA), and after a step they would be those of "
+        "the factors before; expected a derivative with respect to the half that trains: "
+        "adapters, frozen = split(stacked), which leaves them out, or an adapter by itself: "
+        "select(stacked, id)."
+    )
 
 
 def _checked_ids(stacked: Any, ids: Any) -> Array:

@@ -38,8 +38,8 @@ def stack(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | N
     layers gets places for those of the others, at which it changes nothing.
 
     With `capacity` the tree is a bank: `add_adapter`, `replace_adapter` and `remove_adapter` change
-    its numbers and none of its shapes, so that compiled functions of it stay valid. A bank is for
-    inference; to train an adapter further, `select` it.
+    its numbers and none of its shapes, so that compiled functions of it stay valid. To train an
+    adapter further `select` it; to train all of them in place, `split` the bank.
 
     Args:
       adapters: wrapped trees of the same params with the same targets.
@@ -126,7 +126,7 @@ def adapter_ids(stacked: Any) -> tuple[int, ...]:
       (0, 1)
     """
     check_stacked(stacked)
-    numbers = [[node.lora_A, node.lora_B, node.scale] for _, node in lora_nodes(stacked)]
+    numbers = _occupying(stacked)
     if any(map(is_tracer, jax.tree.leaves(numbers))):
         raise ValueError(
             "`stacked` is traced, so that its places can't be looked at; call this outside of "
@@ -177,7 +177,7 @@ def checked_id(adapter_id: Any) -> int:
 
 def check_known(stacked: Any, ids: Sequence[int]) -> None:
     """Raises if one of `ids` is neither -1 nor that of an adapter."""
-    if any(is_tracer(node.scale) for _, node in lora_nodes(stacked)):
+    if any(map(is_tracer, jax.tree.leaves(_occupying(stacked)))):
         known: Sequence[int] = range(capacity_of(stacked))
     else:
         known = adapter_ids(stacked)
@@ -219,6 +219,11 @@ def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
     dtype = common_dtype(*(array.dtype for array in arrays))
     rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
     return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])
+
+
+def _occupying(stacked: Any) -> list[list[Any]]:
+    """Returns the numbers of each weight of which one is not zero where there is an adapter."""
+    return [[node.lora_A, node.lora_B, node.scale] for _, node in lora_nodes(stacked)]
 
 
 @jax.jit
