@@ -93,7 +93,8 @@ def optimizer(
 class NoUpdate:
     """The update of a leaf to which nothing can be added, such as a key: adding it changes nothing.
 
-    `optax.apply_updates` adds it like any other.
+    `optax.apply_updates` adds it like any other. Weights that are kept in the host's memory get it,
+    too.
     """
 
     # NumPy arrays leave the sum to this class.
@@ -143,10 +144,15 @@ def _no_change(update: Any, leaf: Any) -> Any:
     """Returns what changes no bit of a leaf when it is added to it."""
     if is_absent(update):
         return update
-    dtype = jnp.asarray(leaf).dtype
-    if jnp.issubdtype(dtype, jnp.inexact):
-        # -0.0 + 0.0 is 0.0, but x + -0.0 is x for every x.
-        return -jnp.zeros_like(leaf)
-    if dtype == jax.dtypes.float0 or jnp.issubdtype(dtype, jax.dtypes.extended):
+    if not _can_be_added_to(leaf):
         return NoUpdate()
-    return jnp.zeros_like(leaf)
+    # -0.0 + 0.0 is 0.0, but x + -0.0 is x for every x.
+    zeros = jnp.zeros_like(leaf)
+    return -zeros if jnp.issubdtype(zeros.dtype, jnp.inexact) else zeros
+
+
+def _can_be_added_to(leaf: Any) -> bool:
+    """Says whether a leaf is of numbers, and where the device computes with them."""
+    type_of_leaf = jax.typeof(leaf)
+    is_number = jnp.issubdtype(type_of_leaf.dtype, jnp.number) or type_of_leaf.dtype == jnp.bool_
+    return is_number and type_of_leaf.memory_space != jax.memory.Space.Host

@@ -19,6 +19,7 @@ LAYERS = (
         "_finite",
         "_folders",
         "_moments",
+        "_partition",
         "_paths",
         "_serialization",
         "_shapes",

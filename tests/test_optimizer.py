@@ -1,5 +1,6 @@
 """The optimiser for wrapped trees; what optax offers to put into it is in optimizers/test_optax."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -280,6 +281,28 @@ def test_gradients_with_none_for_what_has_none() -> None:
     updates, _ = TX.update(gradients, TX.init(wrapped), wrapped)
     after = eqx.apply_updates(wrapped, updates)
     assert changed(wrapped, after) == {"lora_B"}
+
+
+def test_a_weight_in_the_memory_of_the_host_stays_there() -> None:
+    """Nothing is added to it: a device computes with what is in its own memory."""
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    node = lora_jax.wrap({"kernel": random(4, 3)}, "kernel", rank=2)["kernel"]
+    wrapped = {"kernel": dataclasses.replace(node, base=jax.device_put(node.base, host))}
+
+    def fetched(params: Any) -> jax.Array:
+        kernel = jax.device_put(params["kernel"], jax.memory.Space.Device)
+        return jnp.ones((2, 4)) @ kernel
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(wrapped: Any, state: Any) -> tuple[Any, Any]:
+        gradients = jax.grad(lambda tree: jnp.sum(lora_jax.adapt(fetched)(tree) ** 2))(wrapped)
+        updates, state = TX.update(gradients, state, wrapped)
+        return optax.apply_updates(wrapped, updates), state
+
+    after, _ = step(wrapped, TX.init(wrapped))
+    assert after["kernel"].base.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(after["kernel"].base, random(4, 3))
+    assert after["kernel"].lora_B.any()
 
 
 # --- what a step copies ------------------------------------------------------------------------

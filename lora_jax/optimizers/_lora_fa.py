@@ -11,7 +11,7 @@ from lora_jax._weight import LoRAWeight
 from lora_jax.optimizers._checks import check_fits, check_positive, check_transformation
 from lora_jax.optimizers._nodes import KnownWeight, map_lora_weights, map_with_weights
 from lora_jax.optimizers._parts import is_absent, on_part
-from lora_jax.optimizers._preconditioning import inverse_gram, times
+from lora_jax.optimizers._preconditioning import preconditioned
 
 
 def lora_fa(
@@ -61,14 +61,17 @@ def lora_fa(
     check_positive("damping", damping)
     inner = on_part(tx, lambda label: label != "lora_A")
 
-    def preconditioned(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
+    def projected(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
         if is_absent(update.lora_B):
             return update
-        inverse = inverse_gram(weight.leaf("lora_A"), update.axes, "in", damping)
-        scale = weight.leaf("scale").astype(inverse.dtype)
-        # A stack of adapters has a stack of scales.
-        scale = scale.reshape(scale.shape + (1,) * (inverse.ndim - scale.ndim))
-        lora_B = times(update.lora_B, inverse / scale**2, update.axes, "out")
+        lora_B = preconditioned(
+            update.lora_B,
+            weight.leaf("lora_A"),
+            update.axes,
+            "in",
+            damping=damping,
+            scale=weight.leaf("scale"),
+        )
         return dataclasses.replace(update, lora_B=lora_B)
 
     def init(params: Any) -> optax.OptState:
@@ -78,7 +81,7 @@ def lora_fa(
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         extra_args = {"wrapped": params, **extra_args}
         scaled = map_with_weights(
-            preconditioned, updates, params=params, wrapped=extra_args["wrapped"], name="lora_fa"
+            projected, updates, params=params, wrapped=extra_args["wrapped"], name="lora_fa"
         )
         updates, state = inner.update(scaled, state, params, **extra_args)
         return map_lora_weights(_with_zero_A, updates), state

@@ -9,10 +9,45 @@ import numpy as np
 from jax.scipy.linalg import cho_solve
 from jaxtyping import Array, Float
 
-from lora_jax._dtypes import common_dtype
+from lora_jax._dtypes import common_dtype, epsilon
+from lora_jax._partition import base_sharding, cut_as
 from lora_jax._shapes import Axes
 
 Side = Literal["in", "out"]
+
+
+def preconditioned(
+    gradient: Float[Array, "..."],
+    factor: Float[Array, "..."],
+    axes: Axes,
+    side: Side,
+    *,
+    damping: float | Array,
+    scale: Float[Array, "..."] | None = None,
+) -> Float[Array, "..."]:
+    r"""Returns a factor's gradient times $(F^\top F + \delta I)^{-1} / s^2$ of the other factor.
+
+    It is cut over a mesh as the gradient is.
+
+    Args:
+      gradient: that of lora_A (\*batch, \*in, r) or of lora_B (\*batch, r, \*out).
+      factor: the other one.
+      axes: the roles of the weight's axes.
+      side: what `factor` holds: `"in"` for lora_A, `"out"` for lora_B.
+      damping: $\delta$, a positive number.
+      scale: $s$, which a stack of adapters has a stack of; 1 unless given.
+    """
+    other_side: Side = "out" if side == "in" else "in"
+
+    def computed(gradient: Array, factor: Array, damping: Array, scale: Array | None) -> Array:
+        inverse = inverse_gram(factor, axes, side, damping)
+        if scale is not None:
+            # Where the scale is zero, so is the gradient, and no step can change the weight.
+            divisor = jnp.where(scale == 0, 1, scale).astype(inverse.dtype)
+            inverse /= divisor.reshape(divisor.shape + (1,) * (inverse.ndim - divisor.ndim)) ** 2
+        return times(gradient, inverse, axes, other_side)
+
+    return cut_as(base_sharding(gradient), computed, gradient, factor, jnp.asarray(damping), scale)
 
 
 def inverse_gram(
@@ -23,7 +58,8 @@ def inverse_gram(
     The entries of $F^\top F$ are sums of n products and so have an error of about
     $\sqrt n\, \epsilon \lVert F^\top F \rVert$. Damping below that would leave a factor without
     full rank to chance: directions that aren't there get an inverse made of rounding errors, or the
-    Cholesky decomposition fails. So $\delta$ is `damping`, and at least four times that error.
+    Cholesky decomposition fails. So $\delta$ is `damping`, and at least four times that error;
+    of a factor of zeros at least the smallest number of the dtype, where `damping` rounds to zero.
 
     Args:
       factor: lora_A (\*batch, \*in, r) or lora_B (\*batch, r, \*out).
@@ -42,7 +78,7 @@ def inverse_gram(
     )
     terms = factor.size // (gram.size // gram.shape[-1])
     norm = jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True)
-    rounding = 4 * terms**0.5 * float(np.finfo(wide).eps) * norm
+    rounding = jnp.maximum(4 * terms**0.5 * epsilon(wide) * norm, float(np.finfo(wide).tiny))
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=wide), gram.shape)
     delta = jnp.maximum(jnp.asarray(damping, wide), rounding)
     lower = jnp.linalg.cholesky(gram + delta * identity)

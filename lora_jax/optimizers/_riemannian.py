@@ -9,7 +9,7 @@ from lora_jax._weight import LoRAWeight
 from lora_jax.optimizers._checks import check_fits, check_positive
 from lora_jax.optimizers._nodes import KnownWeight, map_with_weights
 from lora_jax.optimizers._parts import is_absent
-from lora_jax.optimizers._preconditioning import inverse_gram, times
+from lora_jax.optimizers._preconditioning import preconditioned
 
 
 def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
@@ -51,14 +51,12 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArg
     """
     check_positive("damping", damping)
 
-    def preconditioned(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
-        lora_A, lora_B = update.lora_A, update.lora_B
+    def natural(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
+        lora_A, lora_B, axes = update.lora_A, update.lora_B, update.axes
         if not is_absent(lora_A):
-            inverse = inverse_gram(weight.leaf("lora_B"), update.axes, "out", damping)
-            lora_A = times(lora_A, inverse, update.axes, "in")
+            lora_A = preconditioned(lora_A, weight.leaf("lora_B"), axes, "out", damping=damping)
         if not is_absent(lora_B):
-            inverse = inverse_gram(weight.leaf("lora_A"), update.axes, "in", damping)
-            lora_B = times(lora_B, inverse, update.axes, "out")
+            lora_B = preconditioned(lora_B, weight.leaf("lora_A"), axes, "in", damping=damping)
         return dataclasses.replace(update, lora_A=lora_A, lora_B=lora_B)
 
     def init(params: Any) -> optax.OptState:
@@ -75,7 +73,7 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArg
     ) -> tuple[Any, optax.OptState]:
         del extra_args
         updates = map_with_weights(
-            preconditioned, updates, params=params, wrapped=wrapped, name="riemannian"
+            natural, updates, params=params, wrapped=wrapped, name="riemannian"
         )
         return updates, state
 
