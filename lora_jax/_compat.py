@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,16 @@ def source_line(equation: Equation) -> str | None:
             file_name = frame.file_name.rpartition("site-packages" + os.sep)[2]
             return f"{file_name}:{frame.line_num} ({frame.function_name})"
     return None
+
+
+def varying_axes(array: Any) -> frozenset[str]:
+    """Returns the mesh axes over which an array in `shard_map` varies, if `check_vma` is on."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def as_varying(array: Any, names: Collection[str]) -> Any:
+    """Returns an array in `shard_map` as one that varies over these mesh axes too."""
+    return jax.lax.pcast(array, tuple(sorted(names)), to="varying") if names else array
 
 
 def callers_level() -> int:

@@ -8,6 +8,7 @@ it doesn't cover the case at hand, and then W + AB is built. A new rule is one f
 from collections.abc import Mapping
 
 from lora_jax.transform import (
+    _collective,
     _contraction,
     _control,
     _convolution,
@@ -24,4 +25,5 @@ RULES: Mapping[str, Rule] = {
     **_indexing.RULES,
     **_control.RULES,
     **_custom.RULES,
+    **_collective.RULES,
 }

@@ -1,0 +1,279 @@
+r"""Rules for collectives inside `shard_map`: what they move of a weight, they move of its factors.
+
+A device holds a shard of the base, and of each factor a shard or the whole. Let i number the
+devices along the mesh axes of the collective, so that the value on device i is
+$g_i \circ (W_i + \sum_k s_{ki} A_{ki} B_{ki})$. What is the same on all of these devices needs no
+moving, and JAX's types say what that is: with `check_vma=True`, the type of x names the mesh
+axes over which x varies. Without the check nothing is known to be the same, and a rule that needs
+to know it builds the weight.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, as_varying, evaluate_equation, varying_axes
+from lora_jax.transform._factored import (
+    Factor,
+    Factored,
+    Term,
+    base_of,
+    without_windows,
+)
+from lora_jax.transform._interpreter import Interpreter, Rule
+
+# Moves an aligned factor, or returns None where it can't be moved alone.
+_Move = Callable[["_Group", Array], Array | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The devices between which a collective moves values of a weight.
+
+    Attributes:
+      equation: the collective.
+      names: the mesh axes that it goes along.
+      base: the weight's base, before.
+    """
+
+    equation: Equation
+    names: frozenset[str]
+    base: Array
+
+    def varies(self, array: Array) -> bool:
+        """Whether an array may differ between these devices."""
+        is_checked = self.names <= varying_axes(self.base)
+        return not is_checked or bool(self.names & varying_axes(array))
+
+    def moved(self, array: Array) -> Array:
+        """Returns an array with the collective done to it."""
+        missing = self.names & varying_axes(self.base) - varying_axes(array)
+        primitive = self.equation.primitive
+        outputs = primitive.bind(as_varying(array, missing), **self.equation.params)
+        return outputs[0] if primitive.multiple_results else outputs
+
+    def with_same_scale(self, term: Term) -> Term:
+        """Returns a term whose scale is the same on all devices; lora_A takes one that is not."""
+        if not self.varies(term.scale):
+            return term
+        scaled = term.moved(term.lora_A * term.scale.astype(term.lora_A.dtype), term.lora_B)
+        return dataclasses.replace(scaled, scale=jnp.ones((), term.scale.dtype))
+
+
+def all_gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
+    r"""Returns the shards of all devices along one axis, gathered factor by factor.
+
+    Joined along an axis that the weight has, a factor that holds this axis is joined alike, and the
+    other one must be the same for all shards: $[A_1 B; A_2 B] = [A_1; A_2] B$. Joined along a new
+    axis, both may differ: the new one is a batch axis.
+    """
+    axis, is_tiled = equation.params["all_gather_dimension"], equation.params["tiled"]
+
+    def moved(group: _Group, factor: Array) -> Array | None:
+        if not is_tiled:
+            return group.moved(factor) if group.varies(factor) else jnp.expand_dims(factor, axis)
+        if factor.shape[axis] != 1:
+            return group.moved(factor)
+        return None if group.varies(factor) else factor
+
+    return _each_moved(
+        equation, inputs, moved, (axis,) if is_tiled else (), None if is_tiled else axis
+    )
+
+
+def all_to_all(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
+    """Returns pieces of the shards of all devices, exchanged factor by factor.
+
+    A factor that holds the axes which are split and joined is exchanged alike; one that holds
+    neither must be the same on all devices.
+    """
+    params = equation.params
+    split, joined, is_tiled = params["split_axis"], params["concat_axis"], params["tiled"]
+    axes = {split, joined} if is_tiled else {split}
+
+    def moved(group: _Group, factor: Array) -> Array | None:
+        held = {axis for axis in axes if factor.shape[axis] != 1}
+        if held == axes:
+            return group.moved(factor)
+        if held or group.varies(factor):
+            return None
+        return factor if is_tiled else jnp.expand_dims(factor.squeeze(split), joined)
+
+    if not is_tiled:
+        inputs = [_without_windows(value, None) for value in inputs]
+    return _each_moved(equation, inputs, moved, tuple(axes), None)
+
+
+def permuted(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
+    """Returns the weight of another device, or zero: everything that may differ comes from there.
+
+    Where nothing comes from, the base is zero, and so must one factor be.
+    """
+    (value,) = inputs
+    group = _group(equation, value)
+
+    def moved(array: Array) -> Array:
+        return group.moved(array) if group.varies(array) else array
+
+    def moved_term(term: Term) -> Term:
+        term = dataclasses.replace(term, scale=moved(term.scale))
+        if group.varies(term.lora_A) or group.varies(term.lora_B):
+            return term.moved(moved(term.lora_A), moved(term.lora_B))
+        return term.moved(group.moved(term.lora_A), term.lora_B)
+
+    base = evaluate_equation(equation, [value.base])[0]
+    gain = value.gain and Factor.of_aligned(moved(value.gain.aligned))
+    return [Factored(base, tuple(map(moved_term, value.terms)), gain)]
+
+
+def psum(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
+    r"""Returns the sum of the weights of all devices: $\sum_i A_i B = (\sum_i A_i) B$."""
+
+    def moved(group: _Group, factor: Array) -> Array | None:
+        return group.moved(factor)
+
+    return _each_summed(equation, inputs, moved, lambda factor: factor)
+
+
+def reduce_scatter(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
+    """Returns each device's piece of the sum of all weights; one factor holds what is cut."""
+    axis, is_tiled = equation.params["scatter_dimension"], equation.params["tiled"]
+
+    def moved(group: _Group, factor: Array) -> Array | None:
+        return group.moved(factor) if factor.shape[axis] != 1 else None
+
+    def kept(factor: Array) -> Array | None:
+        if factor.shape[axis] != 1:
+            return None
+        return factor if is_tiled else factor.squeeze(axis)
+
+    inputs = [_without_windows(value, (axis,) if is_tiled else None) for value in inputs]
+    return _each_summed(equation, inputs, moved, kept)
+
+
+def _each_moved(
+    equation: Equation,
+    inputs: Sequence[Any],
+    moved: _Move,
+    without_windows_on: Sequence[int],
+    new_axis: int | None,
+) -> list[Any] | None:
+    """Returns the outputs of a collective that moves each factor on its own, or None."""
+    values = [_without_windows(value, without_windows_on) for value in inputs]
+    bases = evaluate_equation(equation, [base_of(value) for value in values])
+    outputs: list[Any] = []
+    for value, base in zip(values, bases, strict=True):
+        if not isinstance(value, Factored):
+            outputs.append(base)
+            continue
+        group = _group(equation, value)
+        terms = [
+            _with_factors(
+                term,
+                moved(group, term.lora_A),
+                moved(group, term.lora_B),
+                term.window
+                if new_axis is None
+                else (*term.window[:new_axis], None, *term.window[new_axis:]),
+            )
+            for term in map(group.with_same_scale, value.terms)
+        ]
+        gain = None if value.gain is None else moved(group, value.gain.aligned)
+        if None in terms or (gain is None and value.gain is not None):
+            return None
+        outputs.append(_factored(base, terms, gain))
+    return outputs
+
+
+def _each_summed(
+    equation: Equation,
+    inputs: Sequence[Any],
+    moved: _Move,
+    kept: Callable[[Array], Array | None],
+) -> list[Any] | None:
+    """Returns the outputs of a collective that sums, which is linear in one factor, or None."""
+    bases = evaluate_equation(equation, [base_of(value) for value in inputs])
+    outputs: list[Any] = []
+    for value, base in zip(inputs, bases, strict=True):
+        if not isinstance(value, Factored):
+            outputs.append(base)
+            continue
+        group = _group(equation, value)
+        terms = [
+            _summed_term(group, term, moved, kept, base.ndim)
+            for term in map(group.with_same_scale, value.terms)
+        ]
+        gain = None if value.gain is None else kept(value.gain.aligned)
+        if value.gain is not None and (gain is None or group.varies(value.gain.aligned)):
+            return None
+        if None in terms:
+            return None
+        outputs.append(_factored(base, terms, gain))
+    return outputs
+
+
+def _summed_term(
+    group: _Group,
+    term: Term,
+    moved: _Move,
+    kept: Callable[[Array], Array | None],
+    ndim: int,
+) -> Term | None:
+    window = term.window if len(term.window) == ndim else (None,) * ndim
+    for summed, other in ((term.lora_A, term.lora_B), (term.lora_B, term.lora_A)):
+        if not group.varies(other):
+            first, second = moved(group, summed), kept(other)
+            found = _with_factors(term, first, second, window)
+            if found is not None:
+                return found
+    return None
+
+
+def _with_factors(
+    term: Term, lora_A: Array | None, lora_B: Array | None, window: tuple[Any, ...]
+) -> Term | None:
+    if lora_A is None or lora_B is None:
+        return None
+    return term.moved(lora_A, lora_B, window)
+
+
+def _factored(base: Array, terms: Sequence[Term | None], gain: Array | None) -> Factored:
+    known = tuple(term for term in terms if term is not None)
+    return Factored(base, known, None if gain is None else Factor.of_aligned(gain))
+
+
+def _group(equation: Equation, value: Factored) -> _Group:
+    names = equation.params.get("axis_name", equation.params.get("axes"))
+    names = names if isinstance(names, tuple) else (names,)
+    return _Group(equation, frozenset(names), value.base)
+
+
+def _without_windows(value: Any, axes: Collection[int] | None) -> Any:
+    """Returns a value without windows on these axes, or on any."""
+    if not isinstance(value, Factored):
+        return value
+    terms = tuple(
+        without_windows(term, value.shape)
+        if any(
+            window is not None and (axes is None or axis in axes)
+            for axis, window in enumerate(term.window)
+        )
+        else term
+        for term in value.terms
+    )
+    return dataclasses.replace(value, terms=terms)
+
+
+RULES: dict[str, Rule] = {
+    "all_gather": all_gather,
+    "all_gather_invariant": all_gather,
+    "all_to_all": all_to_all,
+    "pbroadcast": permuted,
+    "ppermute": permuted,
+    "psum": psum,
+    "psum_invariant": psum,
+    "reduce_scatter": reduce_scatter,
+}
