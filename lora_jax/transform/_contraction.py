@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +189,9 @@ def _change(
     scales = [term.scale for term in terms if term is not None]
     if dropped:
         scales[0] = interpreter.scale_of(next(term for term in terms if term is not None))
+    count = _constant_count(operands, labels, output, ranges, arrays)
+    if count != 1:
+        scales.append(jnp.asarray(count, scales[0].dtype))
     joined = product(
         [without_unit_axes(array.astype(dtype), named) for array, named in arrays],
         output,
@@ -198,6 +201,33 @@ def _change(
         sharding=sharding_of(result),
     )
     return _placed(joined, output, ranges, result)
+
+
+def _constant_count(
+    operands: Sequence[Any],
+    labels: Sequence[Labels],
+    output: Labels,
+    ranges: Mapping[int, tuple[int, int]],
+    arrays: Sequence[tuple[Array, Labels]],
+) -> int:
+    """Returns over how many equal products a summand sums: along axes that none of its arrays has.
+
+    A factor has size 1 on an axis that it does not depend on. Where both weights were broadcast
+    along an axis that the product sums over, no array tells its size.
+    """
+    size_of = {
+        **_sizes(operands, labels),
+        **{label: stop - start for label, (start, stop) in ranges.items()},
+    }
+    held = {
+        label
+        for array, named in arrays
+        for label, size in zip(named, array.shape, strict=True)
+        if size != 1
+    }
+    return math.prod(
+        size for label, size in size_of.items() if label not in held and label not in output
+    )
 
 
 def ragged_dot_general(
@@ -214,8 +244,9 @@ def ragged_dot_general(
     if not is_plain or isinstance(x, Factored) or equation.params["group_offset"] is not None:
         return None
     terms = [without_windows(term, weight.shape) for term in weight.terms]
+    factors = [pair for pair in map(_expert_factors, terms) if pair is not None]
     # Gains of the form (experts, 1, out), one for each expert's output features.
-    if not all(_is_expert_term(term) for term in terms) or 1 in weight.held_by_gain:
+    if len(factors) < len(terms) or 1 in weight.held_by_gain:
         return None
     result = evaluate_equation(equation, [x, weight.base, group_sizes])[0]
     for path, part in weight.parts().items():
@@ -232,11 +263,11 @@ def ragged_dot_general(
             )
         )
     with scope_of(equation), jax.named_scope("lora"):
-        for use, term in enumerate(terms):
+        for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):
             adapter_input = interpreter.dropped_out(x, use)
             scale = interpreter.scale_of(term)
             result += _expert_change(
-                equation, adapter_input, term, scale, group_sizes, result.dtype
+                equation, adapter_input, kernel, mixer, scale, group_sizes, result
             )
         if weight.gain is not None:
             gain = _gain_of_rows(weight.gain.aligned.squeeze(-1), group_sizes, x.shape[0])
@@ -252,19 +283,30 @@ def _gain_of_rows(gain: Array, group_sizes: Array, rows: int) -> Array:
     )
 
 
-def _is_expert_term(term: Term) -> bool:
-    """Says whether lora_A has the shape (experts, in, 1, r) and lora_B (experts, 1, out, r)."""
-    return term.lora_A.shape[2] == 1 and term.lora_B.shape[1] == 1
+def _expert_factors(term: Term) -> tuple[Array, Array] | None:
+    """Returns the factors of shapes (experts, in, 1, r) and (experts, 1, out, r), or None."""
+    for kernel, mixer in ((term.lora_A, term.lora_B), (term.lora_B, term.lora_A)):
+        if kernel.shape[2] == 1 and mixer.shape[1] == 1:
+            return kernel, mixer
+    return None
 
 
 def _expert_change(
-    equation: Equation, x: Array, term: Term, scale: Array, group_sizes: Array, result_dtype: Any
+    equation: Equation,
+    x: Array,
+    kernel: Array,
+    mixer: Array,
+    scale: Array,
+    group_sizes: Array,
+    result: Array,
 ) -> Array:
-    dtype = common_dtype(x.dtype, term.lora_A.dtype, term.lora_B.dtype)
+    dtype = common_dtype(x.dtype, kernel.dtype, mixer.dtype)
     experts = group_sizes.shape[0]
 
-    def of_each_expert(factor: Array) -> Array:
-        return jnp.broadcast_to(factor, (experts, *factor.shape[1:])).astype(dtype)
+    def of_each_expert(factor: Array, axis: int, size: int) -> Array:
+        """Returns a factor as (experts, size, r), whether it depends on these axes or not."""
+        kernels = factor.squeeze(axis)
+        return jnp.broadcast_to(kernels, (experts, size, kernels.shape[-1])).astype(dtype)
 
     def ragged_dot(x: Array, weight: Array) -> Array:
         return jax.lax.ragged_dot(
@@ -275,10 +317,10 @@ def _expert_change(
             preferred_element_type=product_dtype(equation, dtype),
         )
 
-    hidden = ragged_dot(x.astype(dtype), of_each_expert(term.lora_A).squeeze(2))
-    mixer = of_each_expert(term.lora_B).squeeze(1).swapaxes(1, 2)
+    hidden = ragged_dot(x.astype(dtype), of_each_expert(kernel, 2, x.shape[1]))
     hidden = hidden * scale.astype(hidden.dtype)
-    return ragged_dot(hidden.astype(dtype), mixer).astype(result_dtype)
+    mixers = of_each_expert(mixer, 1, result.shape[1]).swapaxes(1, 2)
+    return ragged_dot(hidden.astype(dtype), mixers).astype(result.dtype)
 
 
 def _placed(

@@ -66,7 +66,8 @@ def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Se
 
 def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a plain call."""
-    return interpreter.within(equation).run(equation.params["call_jaxpr"], inputs)
+    inner = interpreter.within(equation).with_key(interpreter.body_key())
+    return inner.run(equation.params["call_jaxpr"], inputs)
 
 
 def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:

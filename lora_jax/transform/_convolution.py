@@ -51,7 +51,8 @@ def conv_general_dilated(
     with scope_of(equation), jax.named_scope("lora"):
         for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):
             adapter_input, scale = interpreter.dropped_out(x, use), interpreter.scale_of(term)
-            result += _change(equation, adapter_input, kernel, mixer, scale, base)
+            whole = _whole_kernel(equation, kernel, weight.shape)
+            result += _change(equation, adapter_input, whole, mixer, scale, base)
         if weight.gain is not None:
             out_axis = equation.params["dimension_numbers"].out_spec[1]
             shape = [size if axis == out_axis else 1 for axis, size in enumerate(base.shape)]
@@ -69,6 +70,13 @@ def _kernel_and_mixer(term: Term, feature_axis: int) -> tuple[Array, Array] | No
         if kernel.shape[feature_axis] == 1 and mixes_only_features:
             return kernel, mixer
     return None
+
+
+def _whole_kernel(equation: Equation, kernel: Array, shape: tuple[int, ...]) -> Array:
+    """Returns a factor with its whole extent on all axes but the output features."""
+    feature_axis = feature_axis_of(equation)
+    sizes = [1 if axis == feature_axis else size for axis, size in enumerate(shape)]
+    return jnp.broadcast_to(kernel, (*sizes, kernel.shape[-1]))
 
 
 def _change(

@@ -59,6 +59,5 @@ def _is_kept(key: PRNGKeyArray, shape: tuple[int, ...], dropped_levels: int) -> 
     """
     *before, last = shape or (1,)
     words = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
-    levels = halves.reshape(*before, -1)[..., :last].reshape(shape)
-    return levels >= jnp.asarray(dropped_levels, jnp.uint16)
+    halves = jnp.concatenate([words & jnp.uint32(_LEVELS - 1), words >> jnp.uint32(16)], axis=-1)
+    return halves[..., :last].reshape(shape) >= jnp.uint32(dropped_levels)

@@ -1,12 +1,13 @@
 """`explain`: where each adapted weight is used, how that is computed, and at what cost."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from lora_jax._shapes import Axes
+from lora_jax._shapes import Axes, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.transform._adapt import rewrite, weight_paths, with_trained_values
@@ -89,7 +90,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Returns where each adapted weight is used, how that is computed, and at what cost.
 
     The function is traced, not run. Costs are operations of one forward pass: those of the base op,
-    and what the adapter adds to them with factored products or with W + AB built.
+    and what the adapter adds to them with factored products or with W + AB built. The norm of a
+    DoRA weight is a row of its own, since all uses of the weight share it.
 
     Args:
       fn: the function as its author wrote it, not adapted.
@@ -120,7 +122,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 shape=node.shape,
                 axes=node.axes,
                 rank=node.rank,
-                uses=_gathered([use for use in uses if use.path == path]),
+                uses=_with_norm(path, node, _gathered([use for use in uses if use.path == path])),
             )
             for path, node in _adapted_weights(arguments)
         )
@@ -134,6 +136,22 @@ def _adapted_weights(arguments: Any) -> list[tuple[str, LoRAWeight]]:
         for path, (_, leaf) in zip(weight_paths(flat), flat, strict=True)
         if is_lora_weight(leaf)
     ]
+
+
+def _with_norm(path: str, node: LoRAWeight, uses: tuple[Use, ...]) -> tuple[Use, ...]:
+    """Returns the uses of a weight, and before them the norm that those of a DoRA weight share.
+
+    The norm takes the products WᵀA, G = AᵀA and GB, and the sums of B ∘ WᵀA and B ∘ GB over r.
+    """
+    if not uses or node.magnitude is None or node.norm is not None:
+        return uses
+    shape = layers_shape(node.shape, node.axes, node.layers)
+    size, rank = math.prod(shape), node.rank
+    batch, inputs, outputs = (side_size(shape, node.axes, role) for role in ("batch", "in", "out"))
+    products = size + batch * rank * (inputs + outputs)
+    factored = 2 * rank * products + 4 * rank * batch * outputs
+    dense = (2 * rank + 1) * size + 2 * size  # built, the weight is squared and summed
+    return (Use(path, "norm", "", "factored", 0, factored, dense), *uses)
 
 
 def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:

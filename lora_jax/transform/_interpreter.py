@@ -115,7 +115,7 @@ class Interpreter:
         function = self.shared.get(signature)
         if function is None:
             uses: list[Use] = []
-            body = dataclasses.replace(self._within(equation), times=1, recorder=uses.append)
+            body = dataclasses.replace(self.within(equation), times=1, recorder=uses.append)
             call = transformed(lambda key, *inputs: body.with_key(key).run(closed_jaxpr, inputs))
             outputs = call(*keyed)
             labels = tuple(str(place) for place in places)
@@ -212,11 +212,11 @@ class Interpreter:
             return self
         return dataclasses.replace(self, dropout=self.dropout.with_key(key))
 
-    def within(self, equation: Equation, times: int = 1, body: int = 0) -> "Interpreter":
-        """Returns an interpreter for a body of an equation, which runs `times` times."""
-        return self._within(equation, times).with_key(self.body_key(body))
+    def within(self, equation: Equation, times: int = 1) -> "Interpreter":
+        """Returns an interpreter for a body of an equation, which runs `times` times.
 
-    def _within(self, equation: Equation, times: int = 1) -> "Interpreter":
+        With dropout, the body needs a key of its own as well.
+        """
         return dataclasses.replace(
             self, callers=(*self.callers, equation), times=self.times * times
         )

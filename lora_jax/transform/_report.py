@@ -25,7 +25,7 @@ class Use:
 
     Attributes:
       path: the weight's place in the arguments.
-      primitive: the name of the JAX primitive.
+      primitive: the name of the JAX primitive; `"norm"` for the norm of a DoRA weight.
       source: the line of the model's own source.
       how: `"factored"`; `"dense"` where building W + AB is cheaper by count of operations;
         `"materialized"` where no rule covers the primitive.

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._compat import Equation, evaluate_equation, is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax.transform._factored import (
     Factor,
@@ -90,7 +91,8 @@ def convert_element_type(
     """Returns the weight in another floating-point dtype: base and factors are converted alike."""
     (value,) = inputs
     dtype = equation.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
+    # In 8 bits or fewer a sum of factors would be another number than the sum that is rounded.
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
         return None
     converted = _moved(equation, value, lambda factor: factor.astype(dtype))
     # A gain near 1 would lose in bfloat16 what it learned; it is cast with the result.
@@ -243,6 +245,73 @@ def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
     ]
 
 
+def unstack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the parts of the weight along one axis, each without it."""
+    (value,) = inputs
+    axis = equation.params["axis"]
+    value = _without_windows_on(value, [index == axis for index in range(value.ndim)])
+    bases = evaluate_equation(equation, [value.base])
+
+    def part(place: int) -> Callable[[Array], Array]:
+        return lambda factor: jax.lax.index_in_dim(
+            factor, place if factor.shape[axis] != 1 else 0, axis, keepdims=False
+        )
+
+    return [
+        _with(value, base, part(place), lambda windows: (*windows[:axis], *windows[axis + 1 :]))
+        for place, base in enumerate(bases)
+    ]
+
+
+def tile(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight repeated along its axes; what a factor does not hold stays as it is."""
+    (value,) = inputs
+    reps = equation.params["reps"]
+    value = _without_windows_on(value, [rep != 1 for rep in reps])
+
+    def repeated(factor: Array) -> Array:
+        held = zip(reps, factor.shape, strict=False)
+        return jnp.tile(factor, (*(rep if size != 1 else 1 for rep, size in held), 1))
+
+    return [_moved(equation, value, repeated)]
+
+
+def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight within a larger array: each term fills a window of it.
+
+    Between the elements of the weight there is no window; there it is built.
+    """
+    value, padding_value = inputs
+    config = equation.params["padding_config"]
+    if not isinstance(value, Factored) or any(min(sides) < 0 or sides[2] for sides in config):
+        return None
+    if value.gain is not None and not _is_zero(padding_value):
+        return None
+
+    def widened(windows: Windows) -> Windows:
+        return tuple(
+            window
+            if lo == hi == 0
+            else (lo + (window or (0, size))[0], lo + (window or (0, size))[1])
+            for window, (lo, hi, _), size in zip(windows, config, value.shape, strict=True)
+        )
+
+    base = evaluate_equation(equation, [value.base, padding_value])[0]
+    terms = tuple(dataclasses.replace(term, window=widened(term.window)) for term in value.terms)
+    if value.gain is None:
+        return [Factored(base, terms)]
+    gain = value.gain.aligned
+    held = [
+        sides if size != 1 else (0, 0, 0) for sides, size in zip(config, gain.shape, strict=False)
+    ]
+    padded = jax.lax.pad(gain, jnp.ones((), gain.dtype), (*held, (0, 0, 0)))
+    return [Factored(base, terms, Factor.of_aligned(padded))]
+
+
+def _is_zero(value: Any) -> bool:
+    return not is_tracer(value) and not np.any(np.asarray(value))
+
+
 def dynamic_slice(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> list[Any] | None:
@@ -350,17 +419,30 @@ def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    terms = tuple(term for value in inputs for term in terms_of(value))
-    return [Factored(_on_bases(equation, inputs), terms)]
+    base = _on_bases(equation, inputs)
+    return [Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.ndim)))]
 
 
 def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
     """Returns the difference of a weight and an array or another weight."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    first, second = inputs
-    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in terms_of(second))
-    return [Factored(_on_bases(equation, inputs), terms_of(first) + negated)]
+    base = _on_bases(equation, inputs)
+    first, second = (_terms_on(value, base.ndim) for value in inputs)
+    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in second)
+    return [Factored(base, first + negated)]
+
+
+def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
+    """Returns the terms of a value of `ndim` axes, or of a scalar, as terms of `ndim` axes."""
+    terms = terms_of(value)
+    if jnp.ndim(base_of(value)) == ndim:
+        return terms
+    ones = (1,) * ndim
+    return tuple(
+        term.moved(term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * ndim)
+        for term in terms
+    )
 
 
 def _moved(
@@ -406,6 +488,8 @@ def _rescaled(
     operation: Callable[[Array, Array], Array],
 ) -> list[Any] | None:
     """Returns the value times or over an array that each term absorbs, into scale or one factor."""
+    if value.ndim < other.ndim:  # one number of a weight, times an array
+        return None
     terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
@@ -499,6 +583,7 @@ RULES: dict[str, Rule] = {
     "name": on_base_alone,
     "neg": neg,
     "optimization_barrier": optimization_barrier,
+    "pad": pad,
     "reshape": reshape,
     "pvary": on_base_alone,
     "rev": rev,
@@ -510,5 +595,7 @@ RULES: dict[str, Rule] = {
     "stack": stack,
     "stop_gradient": on_every_array,
     "sub": sub,
+    "tile": tile,
     "transpose": transpose,
+    "unstack": unstack,
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import lora_jax
+from tests.agreement import assert_agree
 
 KEY = jax.random.key(6)
 
@@ -248,7 +250,61 @@ def test_a_scale_that_is_a_plain_number(scale: Any) -> None:
 
 def test_equal_numbers_of_different_types_are_different() -> None:
     adapted = lora_jax.adapt(lambda p, x, n: (project(p, x), type(n)))
-    assert [adapted(WRAPPED, X, n)[1] for n in (1, True, 1.0)] == [int, bool, float]
+    assert [adapted(WRAPPED, X, n)[1] for n in (1, True)] == [int, bool]
+
+
+def test_another_float_traces_nothing_again() -> None:
+    fn = Counted(lambda p, x, n: n * project(p, x))
+    adapted = lora_jax.adapt(fn)
+    for number in np.linspace(-1, 1, 20).tolist():
+        assert_agree(adapted(WRAPPED, X, number), number * project(MERGED, X))
+    assert fn.count == 1
+
+
+def test_a_float_has_no_dtype_of_its_own() -> None:
+    half = X.astype(jnp.bfloat16)
+    adapted = lora_jax.adapt(lambda p, x, n: (project(p, X), x * n))
+    assert adapted(WRAPPED, half, 0.5)[1].dtype == jnp.bfloat16
+
+
+def only_if_positive(params: Any, x: jax.Array, number: float) -> jax.Array:
+    return project(params, x) * number if number > 0 else x
+
+
+def as_a_number(params: Any, x: jax.Array, number: float) -> jax.Array:
+    assert isinstance(number, float)
+    return project(params, x) * math.exp(number)
+
+
+def by_name(params: Any, x: jax.Array, number: float) -> jax.Array:
+    return project(params, x) * {0.5: 2.0, 1.5: 3.0}[number]
+
+
+@pytest.mark.parametrize("fn", [only_if_positive, as_a_number, by_name])
+def test_a_float_whose_value_matters(fn: Callable[..., jax.Array]) -> None:
+    counted = Counted(fn)
+    adapted = lora_jax.adapt(counted)
+    for _ in range(3):
+        for number in (0.5, 1.5):
+            assert_agree(adapted(WRAPPED, X, number), fn(MERGED, X, number))
+    # One trace finds out that the value is needed, and each value has one of its own.
+    assert counted.count == 3
+
+
+def test_an_error_of_the_function_is_raised_as_it_is() -> None:
+    def fn(params: Any, x: jax.Array, number: float) -> jax.Array:
+        raise KeyError(type(number))
+
+    with pytest.raises(KeyError, match="float"):
+        lora_jax.adapt(fn)(WRAPPED, X, 0.5)
+
+
+def test_zeros_of_either_sign_are_different() -> None:
+    def fn(params: Any, x: jax.Array, number: float) -> jax.Array:
+        return project(params, x) * math.copysign(1.0, float(number))
+
+    adapted = lora_jax.adapt(fn)
+    assert_agree(adapted(WRAPPED, X, 0.0), -adapted(WRAPPED, X, -0.0))
 
 
 @dataclasses.dataclass
@@ -264,6 +320,47 @@ def test_an_object_that_changes_is_read_again() -> None:
     first = adapted(WRAPPED, X, options)
     options.factor = 2.0
     np.testing.assert_allclose(adapted(WRAPPED, X, options), 2 * first, rtol=1e-6)
+
+
+def test_equal_objects_trace_once() -> None:
+    fn = Counted(lambda p, x, o: project(p, x) * o.factor)
+    adapted = lora_jax.adapt(fn)
+    for _ in range(5):
+        adapted(WRAPPED, X, Mutable(2.0))
+        adapted(WRAPPED, X, Mutable(3.0))
+    assert fn.count == 2
+
+
+class Incomparable:
+    """Neither hashable nor comparable, as an object that holds arrays is."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, factor: float) -> None:
+        self.factor = np.array([factor, factor])
+
+    def __eq__(self, other: object) -> Any:
+        return self.factor == other.factor  # type: ignore[attr-defined]
+
+
+def test_what_cant_be_compared_is_read_each_time() -> None:
+    adapted = lora_jax.adapt(lambda p, x, o: project(p, x) * float(o.factor[0]))
+    options = Incomparable(1.0)
+    for factor in (1.0, 2.0):
+        options.factor[0] = factor
+        assert_agree(adapted(WRAPPED, X, options), factor * project(MERGED, X))
+
+
+def test_an_argument_of_the_functions_own_called_lora_key() -> None:
+    def fn(params: Any, x: jax.Array, lora_key: Any = None) -> jax.Array:
+        return project(params, x) * (1 if lora_key is None else 2)
+
+    adapted = lora_jax.adapt(fn)
+    assert_agree(adapted(WRAPPED, X), project(MERGED, X))
+    assert_agree(adapted(WRAPPED, X, lora_key=KEY), 2 * project(MERGED, X))
+    assert_agree(adapted(WRAPPED, X, KEY), 2 * project(MERGED, X))
+    with pytest.raises(ValueError, match="argument `lora_key` of its own"):
+        lora_jax.adapt(fn, dropout=0.1)
 
 
 def test_equal_objects_give_equal_results() -> None:
@@ -465,6 +562,22 @@ def test_a_warning_names_path_op_and_line_once(fn: Callable[..., Any]) -> None:
     assert message.startswith("'W' reaches `sin` at ")
     assert f"test_adapt.py:{SINE_LINE} (with_sine)" in message
     assert warned(lambda: adapted(WRAPPED, X)) == []
+
+
+def test_a_warning_points_at_the_users_code() -> None:
+    with pytest.warns(lora_jax.MaterializationWarning) as caught:
+        lora_jax.adapt(with_sine)(WRAPPED, X)
+    with pytest.warns(lora_jax.MaterializationWarning) as caught_in_jit:
+        jax.jit(lora_jax.adapt(with_sine))(WRAPPED, X)
+    assert {warning.filename for warning in (*caught, *caught_in_jit)} == {__file__}
+
+
+def test_each_weight_of_a_shared_function_is_warned_of() -> None:
+    layer = jax.jit(lambda kernel, x: x @ jnp.sin(kernel))
+    wrapped = trained(V=(24, 24), W=(24, 24))
+    fn = lora_jax.adapt(lambda p, x: layer(p["W"], layer(p["V"], x)))
+    first, second = warned(lambda: fn(wrapped, X))
+    assert (first[:3], second[:3]) == ("'V'", "'W'")
 
 
 def test_no_warning_for_what_is_factored_or_chosen() -> None:
