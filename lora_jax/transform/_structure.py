@@ -118,6 +118,7 @@ def squeeze(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     (value,) = inputs
     removed = equation.params["dimensions"]
     kept = [axis for axis in range(value.ndim) if axis not in removed]
+    value = _without_windows_on(value, [axis in removed for axis in range(value.ndim)])
     return [
         _moved(
             equation,
@@ -163,14 +164,15 @@ def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
         return None
     new_shape = equation.params["new_sizes"]
     groups = reshape_groups(value.shape, new_shape)
-    regrouped = {axis for old, new in groups if (len(old), len(new)) != (1, 1) for axis in old}
-    value = _without_windows_on(value, [axis in regrouped for axis in range(value.ndim)])
+    moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
+    # A window goes along with an axis that stays itself; an axis of size 1 may be gone.
+    stays = set(moved_axes.values())
+    value = _without_windows_on(value, [axis not in stays for axis in range(value.ndim)])
     factors = [factor for term in value.terms for factor in (term.lora_A, term.lora_B)]
     if value.gain is not None:
         factors.append(value.gain.aligned)
     if any(_reshaped_factor_shape(factor, new_shape, groups) is None for factor in factors):
         return None
-    moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
     return [
         _moved(
             equation,
@@ -343,7 +345,7 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
     start = 0
     for value in inputs:
         size = value.shape[axis]
-        for term in terms_of(value):
+        for term in terms_of(value) if size else ():
             inner = term.window[axis] or (0, size)
             window = (start + inner[0], start + inner[1])
             windows = (*term.window[:axis], window, *term.window[axis + 1 :])

@@ -81,9 +81,10 @@ def test_no_order_is_cheaper(
 def test_the_input_meets_the_small_factor_first() -> None:
     """x (t, i), A (i, r), B (r, o): (x A) B for few rows, x (A B) for very many."""
     operands = ((0, 1), (1, 2), (2, 3))
-    few = plan_product(operands, (0, 3), {0: 8, 1: 64, 2: 2, 3: 64})
+    sizes = {0: 8, 1: 64, 2: 2, 3: 64}
+    few = plan_product(operands, (0, 3), sizes)
     assert few.pairs[0] == (0, 1)
-    assert few.flops == 2 * 8 * 64 * 2 + 2 * 8 * 2 * 64
+    assert few.flops(sizes) == 2 * 8 * 64 * 2 + 2 * 8 * 2 * 64
     many = plan_product(operands, (0, 3), {0: 10_000, 1: 4, 2: 4, 3: 4})
     assert many.pairs[0] == (1, 2)
 
