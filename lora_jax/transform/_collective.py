@@ -3,9 +3,9 @@ r"""Rules for collectives inside `shard_map`: what they move of a weight, they m
 A device holds a shard of the base, and of each factor a shard or the whole. Let i number the
 devices along the mesh axes of the collective, so that the value on device i is
 $g_i \circ (W_i + \sum_k s_{ki} A_{ki} B_{ki})$. What is the same on all of these devices needs no
-moving, and JAX's types say what that is: with `check_vma=True`, the type of x names the mesh
-axes over which x varies. Without the check nothing is known to be the same, and a rule that needs
-to know it builds the weight.
+moving, and JAX's types say what that is: with `check_vma=True`, the type of x names the mesh axes
+over which x varies. Without the check a factor itself says along which axes it is known to be the
+same: those that cut nothing of it, until something else is mixed in.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from lora_jax.transform._factored import (
 )
 from lora_jax.transform._interpreter import Interpreter, Rule
 
-# Moves an aligned factor, or returns None where it can't be moved alone.
-_Move = Callable[["_Group", Array], Array | None]
+# Returns the aligned array of a factor after the collective, or None where it can't be moved alone.
+_Move = Callable[["_Group", Factor], Array | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +43,18 @@ class _Group:
     names: frozenset[str]
     base: Array
 
-    def varies(self, array: Array) -> bool:
-        """Whether an array may differ between these devices."""
-        is_checked = self.names <= varying_axes(self.base)
-        return not is_checked or bool(self.names & varying_axes(array))
+    def varies(self, factor: Factor) -> bool:
+        """Whether a factor may differ between these devices."""
+        return self._varies(factor.stored, factor.alike_over)
+
+    def _varies(self, array: Array, alike_over: frozenset[str]) -> bool:
+        if self.names <= varying_axes(self.base):
+            return bool(self.names & varying_axes(array))
+        return not self.names <= alike_over
+
+    def has_same_scale(self, term: Term) -> bool:
+        """Whether a term has the same scale on all of these devices."""
+        return not self._varies(term.scale, term.scale_alike_over)
 
     def moved(self, array: Array) -> Array:
         """Returns an array with the collective done to it."""
@@ -57,7 +65,7 @@ class _Group:
 
     def with_same_scale(self, term: Term) -> Term:
         """Returns a term whose scale is the same on all devices; lora_A takes one that is not."""
-        if not self.varies(term.scale):
+        if self.has_same_scale(term):
             return term
         scaled = term.moved(term.lora_A * term.scale.astype(term.lora_A.dtype), term.lora_B)
         return dataclasses.replace(scaled, scale=jnp.ones((), term.scale.dtype))
@@ -72,12 +80,13 @@ def all_gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
     """
     axis, is_tiled = equation.params["all_gather_dimension"], equation.params["tiled"]
 
-    def moved(group: _Group, factor: Array) -> Array | None:
+    def moved(group: _Group, factor: Factor) -> Array | None:
+        array = factor.aligned
         if not is_tiled:
-            return group.moved(factor) if group.varies(factor) else jnp.expand_dims(factor, axis)
-        if factor.shape[axis] != 1:
-            return group.moved(factor)
-        return None if group.varies(factor) else factor
+            return group.moved(array) if group.varies(factor) else jnp.expand_dims(array, axis)
+        if array.shape[axis] != 1:
+            return group.moved(array)
+        return None if group.varies(factor) else array
 
     return _each_moved(
         equation, inputs, moved, (axis,) if is_tiled else (), None if is_tiled else axis
@@ -94,13 +103,14 @@ def all_to_all(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
     split, joined, is_tiled = params["split_axis"], params["concat_axis"], params["tiled"]
     axes = {split, joined} if is_tiled else {split}
 
-    def moved(group: _Group, factor: Array) -> Array | None:
-        held = {axis for axis in axes if factor.shape[axis] != 1}
+    def moved(group: _Group, factor: Factor) -> Array | None:
+        array = factor.aligned
+        held = {axis for axis in axes if array.shape[axis] != 1}
         if held == axes:
-            return group.moved(factor)
+            return group.moved(array)
         if held or group.varies(factor):
             return None
-        return factor if is_tiled else jnp.expand_dims(factor.squeeze(split), joined)
+        return array if is_tiled else jnp.expand_dims(array.squeeze(split), joined)
 
     if not is_tiled:
         inputs = [_without_windows(value, None) for value in inputs]
@@ -115,25 +125,28 @@ def permuted(interpreter: Interpreter, equation: Equation, inputs: list[Any]) ->
     (value,) = inputs
     group = _group(equation, value)
 
-    def moved(array: Array) -> Array:
-        return group.moved(array) if group.varies(array) else array
+    def moved(factor: Factor) -> Array:
+        return group.moved(factor.aligned) if group.varies(factor) else factor.aligned
 
     def moved_term(term: Term) -> Term:
-        term = dataclasses.replace(term, scale=moved(term.scale))
-        if group.varies(term.lora_A) or group.varies(term.lora_B):
-            return term.moved(moved(term.lora_A), moved(term.lora_B))
+        if not group.has_same_scale(term):
+            term = dataclasses.replace(
+                term, scale=group.moved(term.scale), scale_alike_over=frozenset()
+            )
+        if group.varies(term.factor_A) or group.varies(term.factor_B):
+            return term.moved(moved(term.factor_A), moved(term.factor_B))
         return term.moved(group.moved(term.lora_A), term.lora_B)
 
     base = evaluate_equation(equation, [value.base])[0]
-    gain = value.gain and Factor.of_aligned(moved(value.gain.aligned))
+    gain = value.gain and Factor.of_aligned(moved(value.gain))
     return [Factored(base, tuple(map(moved_term, value.terms)), gain)]
 
 
 def psum(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
     r"""Returns the sum of the weights of all devices: $\sum_i A_i B = (\sum_i A_i) B$."""
 
-    def moved(group: _Group, factor: Array) -> Array | None:
-        return group.moved(factor)
+    def moved(group: _Group, factor: Factor) -> Array | None:
+        return group.moved(factor.aligned)
 
     return _each_summed(equation, inputs, moved, lambda factor: factor)
 
@@ -142,8 +155,8 @@ def reduce_scatter(interpreter: Interpreter, equation: Equation, inputs: list[An
     """Returns each device's piece of the sum of all weights; one factor holds what is cut."""
     axis, is_tiled = equation.params["scatter_dimension"], equation.params["tiled"]
 
-    def moved(group: _Group, factor: Array) -> Array | None:
-        return group.moved(factor) if factor.shape[axis] != 1 else None
+    def moved(group: _Group, factor: Factor) -> Array | None:
+        return group.moved(factor.aligned) if factor.aligned.shape[axis] != 1 else None
 
     def kept(factor: Array) -> Array | None:
         if factor.shape[axis] != 1:
@@ -173,15 +186,15 @@ def _each_moved(
         terms = [
             _with_factors(
                 term,
-                moved(group, term.lora_A),
-                moved(group, term.lora_B),
+                moved(group, term.factor_A),
+                moved(group, term.factor_B),
                 term.window
                 if new_axis is None
                 else (*term.window[:new_axis], None, *term.window[new_axis:]),
             )
             for term in map(group.with_same_scale, value.terms)
         ]
-        gain = None if value.gain is None else moved(group, value.gain.aligned)
+        gain = None if value.gain is None else moved(group, value.gain)
         if None in terms or (gain is None and value.gain is not None):
             return None
         outputs.append(_factored(base, terms, gain))
@@ -207,7 +220,7 @@ def _each_summed(
             for term in map(group.with_same_scale, value.terms)
         ]
         gain = None if value.gain is None else kept(value.gain.aligned)
-        if value.gain is not None and (gain is None or group.varies(value.gain.aligned)):
+        if value.gain is not None and (gain is None or group.varies(value.gain)):
             return None
         if None in terms:
             return None
@@ -223,9 +236,9 @@ def _summed_term(
     ndim: int,
 ) -> Term | None:
     window = term.window if len(term.window) == ndim else (None,) * ndim
-    for summed, other in ((term.lora_A, term.lora_B), (term.lora_B, term.lora_A)):
+    for summed, other in ((term.factor_A, term.factor_B), (term.factor_B, term.factor_A)):
         if not group.varies(other):
-            first, second = moved(group, summed), kept(other)
+            first, second = moved(group, summed), kept(other.aligned)
             found = _with_factors(term, first, second, window)
             if found is not None:
                 return found

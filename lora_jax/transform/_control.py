@@ -5,7 +5,7 @@ rules hold for the rewritten body too. Factored values enter bodies as they are:
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -288,16 +288,15 @@ def _cut_leaf(factor: Factor) -> Array | None:
 def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a function that runs on each shard: factors are cut as W is."""
     mesh, in_specs = equation.params["mesh"], equation.params["in_specs"]
+    names = equation.params["newly_manual_axes"]
     values = [
-        cut_for(_without_any_window(value), mesh, spec)
+        _with_replication(cut_for(_without_any_window(value), mesh, spec), spec, names)
         for value, spec in zip(inputs, in_specs, strict=True)
     ]
     specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        shard = interpreter.within(equation).with_key(
-            _key_of_shard(key, equation.params["newly_manual_axes"])
-        )
+        shard = interpreter.within(equation).with_key(_key_of_shard(key, names))
         return _arrays(shard, equation, shard.run_open(equation.params["jaxpr"], (), arguments))
 
     rewritten = jax.shard_map(
@@ -305,7 +304,7 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
         mesh=mesh,
         in_specs=(PartitionSpec(), *specs),
         out_specs=list(equation.params["out_specs"]),
-        axis_names=equation.params["newly_manual_axes"],
+        axis_names=names,
         check_vma=equation.params["check_vma"],
     )
     with scope_of(equation):
@@ -319,6 +318,22 @@ def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray
     for axis in sorted(axes):
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key
+
+
+def _with_replication(value: Any, spec: Any, names: Collection[str]) -> Any:
+    """Returns a value whose factors say along which mesh axes every device gets the same."""
+    if not isinstance(value, Factored):
+        return value
+
+    def replicated(factor: Factor) -> Factor:
+        cut = jax.tree.leaves(tuple(factor.spec(spec)))
+        return dataclasses.replace(factor, alike_over=frozenset(names) - frozenset(cut))
+
+    value = value.map_factors(replicated)
+    terms = tuple(
+        dataclasses.replace(term, scale_alike_over=frozenset(names)) for term in value.terms
+    )
+    return dataclasses.replace(value, terms=terms)
 
 
 def _factored_specs(value: Any, spec: Any) -> Any:
@@ -379,7 +394,6 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 RULES: dict[str, Rule] = {
-    "checkpoint": remat,
     "closed_call": closed_call,
     "cond": cond,
     "jit": jit,

@@ -32,15 +32,22 @@ class Factor:
       stored: the array.
       places: for each axis of the weight, and after them for the rank, which axis of `stored` it
         is, or None if the factor does not depend on it.
+      alike_over: mesh axes along which all devices are known to hold the same array, inside a
+        `shard_map` without `check_vma`, where JAX's types do not say it.
     """
 
     stored: Array
     places: Places = dataclasses.field(metadata={"static": True})
+    alike_over: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
 
     @classmethod
     def of_aligned(cls, array: Array) -> "Factor":
         """Returns a factor that is aligned already."""
         return cls(array, tuple(range(array.ndim)))
+
+    def rearranged(self, array: Array) -> "Factor":
+        """Returns the factor with the elements of its aligned array in other places."""
+        return Factor(array, tuple(range(array.ndim)), self.alike_over)
 
     @functools.cached_property
     def aligned(self) -> Array:
@@ -49,7 +56,7 @@ class Factor:
 
     def copied(self) -> "Factor":
         """Returns the same factor, aligned by the trace that asks for it."""
-        copy = Factor(self.stored, self.places)
+        copy = dataclasses.replace(self)
         assert copy.aligned.ndim == len(self.places)
         return copy
 
@@ -65,14 +72,14 @@ class Factor:
             return self
         order = (first, *(axis for axis in range(self.stored.ndim) if axis != first))
         places = tuple(None if place is None else order.index(place) for place in self.places)
-        return Factor(self.stored.transpose(order), places)
+        return dataclasses.replace(self, stored=self.stored.transpose(order), places=places)
 
     def layer(self, cut: Array | None) -> "Factor":
         """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
         if cut is None:
-            return Factor.of_aligned(self.aligned[0])
+            return self.rearranged(self.aligned[0])
         places = tuple(None if place is None else place - 1 for place in self.places[1:])
-        return Factor(cut, places)
+        return dataclasses.replace(self, stored=cut, places=places)
 
     def spec(self, axes: Sequence[Any]) -> PartitionSpec:
         """Returns how `stored` is cut where the weight's axes are cut as `axes` says.
@@ -103,6 +110,7 @@ class Term:
       window: for each axis of the weight, the range (start, stop) outside of which the term is
         zero, or None for the whole axis. Concatenation makes windows.
       origin: what the term comes from; as text, the path of its weight in the arguments.
+      scale_alike_over: mesh axes along which all devices are known to hold the same scale.
     """
 
     factor_A: Factor
@@ -110,6 +118,9 @@ class Term:
     scale: Array
     window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
     origin: Hashable = dataclasses.field(metadata={"static": True})
+    scale_alike_over: frozenset[str] = dataclasses.field(
+        default=frozenset(), metadata={"static": True}
+    )
 
     @property
     def lora_A(self) -> Array:
@@ -134,6 +145,17 @@ class Term:
             self,
             factor_A=Factor.of_aligned(lora_A),
             factor_B=Factor.of_aligned(lora_B),
+            window=self.window if window is None else window,
+        )
+
+    def rearranged(
+        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
+    ) -> "Term":
+        """Returns the same as `moved` where only the places of the factors' elements change."""
+        return dataclasses.replace(
+            self,
+            factor_A=self.factor_A.rearranged(lora_A),
+            factor_B=self.factor_B.rearranged(lora_B),
             window=self.window if window is None else window,
         )
 
@@ -292,7 +314,7 @@ def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
             lora_A = _padded(lora_A, axis, window, shape[axis])
         if lora_B.shape[axis] != 1 or not A_depends:
             lora_B = _padded(lora_B, axis, window, shape[axis])
-    return term.moved(lora_A, lora_B, (None,) * len(shape))
+    return term.rearranged(lora_A, lora_B, (None,) * len(shape))
 
 
 def block_shape(term: Term, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -307,7 +307,7 @@ def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
         sides if size != 1 else (0, 0, 0) for sides, size in zip(config, gain.shape, strict=False)
     ]
     padded = jax.lax.pad(gain, jnp.ones((), gain.dtype), (*held, (0, 0, 0)))
-    return [Factored(base, terms, Factor.of_aligned(padded))]
+    return [Factored(base, terms, value.gain.rearranged(padded))]
 
 
 def _is_zero(value: Any) -> bool:
@@ -335,7 +335,8 @@ def dynamic_slice(
         return factor
 
     base = evaluate_equation(equation, [value.base, *starts])[0]
-    return [_with(value, base, cut)]
+    # Each device may start elsewhere.
+    return [_with(value, base, cut).map_factors(lambda factor: Factor.of_aligned(factor.aligned))]
 
 
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -360,7 +361,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
     """Returns weights stacked along a new axis: each one's terms fill one place of it."""
     axis = equation.params["axis"]
     terms = tuple(
-        term.moved(
+        term.rearranged(
             jnp.expand_dims(term.lora_A, axis),
             jnp.expand_dims(term.lora_B, axis),
             (*term.window[:axis], (place, place + 1), *term.window[axis:]),
@@ -369,7 +370,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
         for term in terms_of(value)
     )
     gains = [
-        gain and Factor.of_aligned(jnp.expand_dims(gain.aligned, axis))
+        gain and gain.rearranged(jnp.expand_dims(gain.aligned, axis))
         for gain in map(gain_of, inputs)
     ]
     gain = _joined_gain(gains, axis, [1] * len(inputs))
@@ -442,7 +443,9 @@ def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
         return terms
     ones = (1,) * ndim
     return tuple(
-        term.moved(term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * ndim)
+        term.rearranged(
+            term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * ndim
+        )
         for term in terms
     )
 
@@ -464,10 +467,12 @@ def _with(
     windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
 ) -> Factored:
     terms = tuple(
-        term.moved(factor_moved(term.lora_A), factor_moved(term.lora_B), windows_moved(term.window))
+        term.rearranged(
+            factor_moved(term.lora_A), factor_moved(term.lora_B), windows_moved(term.window)
+        )
         for term in value.terms
     )
-    gain = value.gain and Factor.of_aligned(factor_moved(value.gain.aligned))
+    gain = value.gain and value.gain.rearranged(factor_moved(value.gain.aligned))
     return Factored(base, terms, gain)
 
 
@@ -507,7 +512,8 @@ def _rescaled_term(
 ) -> Term | None:
     if other.ndim == 0:
         scale = operation(term.scale, other.astype(term.scale.dtype))
-        return dataclasses.replace(term, scale=scale)
+        alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
+        return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
     term = without_windows(term, shape)
     held = {axis for axis, size in enumerate(other.shape) if size != 1}
 

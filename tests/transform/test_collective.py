@@ -118,13 +118,14 @@ def test_a_collective_is_that_of_the_dense_weight(
     assert_agree(actual, expected)
 
 
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("axes", LAYOUTS, ids="".join)
 @pytest.mark.parametrize("name", sorted(FACTORED))
 def test_nothing_is_built_for_what_is_only_moved(
-    name: str, axes: tuple[str, str], axis: int, mesh: jax.sharding.Mesh
+    name: str, axes: tuple[str, str], axis: int, check: bool, mesh: jax.sharding.Mesh
 ) -> None:
-    fn = sharded(COLLECTIVES[name], mesh, axis, check=True)
+    fn = sharded(COLLECTIVES[name], mesh, axis, check=check)
     cut = on(mesh, TREES[axes, False], P(*("d" if i == axis else None for i in range(2))))
     x = jax.device_put(X, NamedSharding(mesh, P()))
     report = lora_jax.explain(fn, cut, x)
