@@ -6,7 +6,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Num
 
+from lora_jax._serialization import exportable, introduce_to_flax
 
+
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputMoments:
@@ -34,3 +37,6 @@ class InputMoments:
     second: Float[Array, "batch in in"] | Any
     first: Float[Array, "batch in"] | Any
     count: Num[Array, "batch"] | Any
+
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))

@@ -145,6 +145,16 @@ assert (read["kernel"].base == 2).all()
     assert done.returncode == 0, done.stderr
 
 
+def test_moments_of_inputs() -> None:
+    moments = lora_jax.input_moments(apply, PARAMS, [X], "kernel")
+    target = jax.tree.map(jnp.zeros_like, moments)
+    written = flax.serialization.to_bytes(moments)
+    assert_same(flax.serialization.from_bytes(target, written), moments)
+    doubled = jax.jit(lambda moments: jax.tree.map(lambda x: 2 * x, moments))
+    read = jax.export.deserialize(jax.export.export(doubled)(moments).serialize())
+    assert_same(read.call(moments), doubled(moments))
+
+
 # --- Orbax --------------------------------------------------------------------------------------
 
 
