@@ -17,7 +17,7 @@ about √n · δ / step, since the signs ± are as good as random.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,22 +56,24 @@ def fingerprint(array: Any) -> int:
     """Returns the fingerprint of the bits of an array."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    return int(_sum_over_parts(_mixed_bits, array, np.float32(0))) % 2**32
+    return _sums_over_parts(_mixed_bits, array, 0.0)[0]
 
 
 def signed_sums(array: Any, step: float) -> tuple[int, ...]:
     """Returns the signed sums of an array of real numbers, in steps of this size."""
-    sums = _sum_over_parts(_signed_numbers, array, np.float32(step))
-    return tuple(int(each) % 2**32 for each in sums)
+    return _sums_over_parts(_signed_numbers, array, step)
 
 
-def _sum_over_parts(terms: Callable[..., Array], array: Any, step: np.float32) -> Any:
-    """Returns the sum of `terms(words or values, places, step)` over an array, wherever it is."""
-    parts = [
-        _sum_of_part(terms, array.shape, part, _starts(index, array.ndim), step)
+Terms = Sequence[UInt32[Array, "..."]]
+
+
+def _sums_over_parts(terms: Callable[..., Terms], array: Any, step: float) -> tuple[int, ...]:
+    """Returns the sums of `terms(part, places, step)` over an array, wherever it is."""
+    sums_of_parts = [
+        _sums_of_part(terms, array.shape, part, _starts(index, array.ndim), np.float32(step))
         for part, index in _parts(array)
     ]
-    return sum(np.asarray(each, np.uint64) for each in parts)
+    return tuple(sum(map(int, sums)) % 2**32 for sums in zip(*sums_of_parts, strict=True))
 
 
 def _parts(array: Any) -> list[tuple[Any, tuple[slice, ...]]]:
@@ -93,38 +95,46 @@ def _starts(index: tuple[slice, ...], axes: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sum_of_part(
-    terms: Callable[..., Array],
+def _sums_of_part(
+    terms: Callable[..., Terms],
     shape: tuple[int, ...],
     part: Array,
     starts: UInt32[Array, " axes"],
     step: Array,
-) -> UInt32[Array, "..."]:
-    """Returns the sum over the part of an array of `shape` that begins at `starts`."""
+) -> Sequence[UInt32[Array, ""]]:
+    """Returns the sums over the part of an array of `shape` that begins at `starts`."""
     places = jnp.zeros(part.shape, jnp.uint32)
     for axis, size in enumerate(shape):
         along = jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis)
         # Horner's scheme for the place in the whole array, which may wrap around.
         places = places * jnp.uint32(size % 2**32) + along + starts[axis]
-    return terms(part, places, step)
+    summed = terms(part, places, step)
+    # In one pass: of sums one by one, XLA on CPU first writes down what it adds up.
+    return jax.lax.reduce(
+        summed,
+        [np.uint32(0)] * len(summed),
+        lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
+        tuple(range(summed[0].ndim)),
+    )
 
 
-def _mixed_bits(part: Array, places: UInt32[Array, "..."], step: Array) -> UInt32[Array, ""]:
+def _mixed_bits(part: Array, places: UInt32[Array, "..."], step: Array) -> Terms:
+    del step
     words = _words(part)
     along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
     places = places[..., None] * jnp.uint32(words.shape[-1]) + along
-    return jnp.sum(_mixed(words + places * jnp.uint32(_GOLDEN)), dtype=jnp.uint32)
+    # A second sum, which is not asked for, so that they are taken in one pass.
+    return [_mixed(words + places * jnp.uint32(_GOLDEN)), words]
 
 
-def _signed_numbers(
-    part: Array, places: UInt32[Array, "..."], step: Array
-) -> UInt32[Array, "sums"]:
+def _signed_numbers(part: Array, places: UInt32[Array, "..."], step: Array) -> Terms:
     numbers = jnp.nan_to_num(jnp.round(part.astype(jnp.float32) / step))
     numbers = jnp.clip(numbers, -_LARGEST_NUMBER, _LARGEST_NUMBER).astype(jnp.int32)
     random = _mixed(places * jnp.uint32(_GOLDEN))
-    signs = [jnp.where((random >> k) & 1, 1, -1).astype(jnp.int32) for k in range(_SIGNED_SUMS)]
-    sums = [jnp.sum((sign * numbers).astype(jnp.uint32), dtype=jnp.uint32) for sign in signs]
-    return jnp.stack(sums)
+    return [
+        jnp.where((random >> k) & 1, numbers, -numbers).astype(jnp.uint32)
+        for k in range(_SIGNED_SUMS)
+    ]
 
 
 def _mixed(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -142,3 +142,12 @@ def test_an_array_of_which_a_process_has_a_part(place, monkeypatch):
     expected = fingerprint(array), signed_sums(array, 1e-6)
     monkeypatch.setattr(_fingerprint, "_parts", lambda array: [(array, ())])
     assert (fingerprint(array), signed_sums(array, 1e-6)) == expected
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("terms", [_fingerprint._mixed_bits, _fingerprint._signed_numbers])
+def test_a_weight_is_read_and_not_copied(terms):
+    array = jax.ShapeDtypeStruct((1000, 500), jnp.float32)
+    starts = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    lowered = _fingerprint._sums_of_part.lower(terms, array.shape, array, starts, np.float32(1))
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 1000
