@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._paths import listed
-from lora_jax._train import TRAINABLE, labels
+from lora_jax._train import FACTORS, TRAINABLE, labels
 from lora_jax.optimizers._checks import is_placeholder
 from lora_jax.optimizers._parts import is_absent, on_part
 
@@ -136,7 +136,7 @@ def _whole_nodes(state: optax.OptState, init: Callable[[Any], Any], params: Any)
 
 def _is_taken_apart(node: Any) -> bool:
     return isinstance(node, Mapping) and any(
-        isinstance(node.get(name), jax.Array) for name in ("lora_A", "lora_B", "magnitude")
+        isinstance(node.get(name), jax.Array) for name in (*FACTORS, "value")
     )
 
 

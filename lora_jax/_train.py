@@ -14,8 +14,8 @@ from lora_jax._weight import (
 )
 
 _FROZEN = "frozen"
-_FACTORS = ("lora_A", "lora_B", "magnitude")
-TRAINABLE = (*_FACTORS, "full")
+FACTORS = ("lora_A", "lora_B", "magnitude")
+TRAINABLE = (*FACTORS, "full")
 
 
 def labels(wrapped: Any) -> Any:
@@ -116,7 +116,7 @@ def _is_none(leaf: Any) -> bool:
 
 def _node_labels(node: Any) -> Any:
     if isinstance(node, LoRAWeight):
-        return _labelled(node, {name: name for name in _FACTORS if name not in node.frozen})
+        return _labelled(node, {name: name for name in FACTORS if name not in node.frozen})
     if isinstance(node, FullWeight):
         return _labelled(node, {"value": "full"})
     return _FROZEN

@@ -141,7 +141,9 @@ NNX_TRANSFORMATIONS = {
     "adam": lambda: optax.adam(3e-2),
     "lora_plus": lambda: optax.chain(optax.adam(1e-2), lora_jax.optimizers.lora_plus(4.0)),
     "lora_fa": lambda: lora_jax.optimizers.lora_fa(optax.sgd(3e-1, momentum=0.9)),
-    "each label": lambda: {"lora_A": optax.adam(3e-2), "lora_B": optax.adam(3e-2)},
+    "each label": lambda: {
+        label: optax.adam(3e-2) for label in ("lora_A", "lora_B", "magnitude", "full")
+    },
 }
 
 
