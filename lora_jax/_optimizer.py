@@ -21,7 +21,8 @@ def optimizer(
 
     What trains moves as it would with `tx` on the trainable half from `split`, and the state is
     the one that `tx` has there: no array of it is for a frozen leaf. The updates of frozen leaves
-    are zero, with which `optax.apply_updates` keeps every bit of them.
+    are zero, with which `optax.apply_updates` keeps every bit of them in a compiled step; op by op,
+    some processors round the very smallest numbers, below 1e-38, to zero.
 
     Extra arguments reach `tx`: trees like the wrapped one, such as `grad`, as their trainable half;
     functions of the wrapped tree, such as the `value_fn` of a line search, as functions of that
