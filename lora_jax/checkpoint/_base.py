@@ -117,7 +117,8 @@ def _bits(weight: Any) -> tuple[int, ...]:
 
 
 def _dtypes(weight: Any) -> str:
-    return ", ".join(str(array.dtype) for array in jax.tree.leaves(weight))
+    """Returns the dtypes that a weight's arrays have in JAX, which may cut those of NumPy's."""
+    return ", ".join(str(jnp.result_type(array)) for array in jax.tree.leaves(weight))
 
 
 def _has_numbers(weight: Any) -> bool:

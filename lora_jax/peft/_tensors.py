@@ -18,6 +18,8 @@ def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any]
 
     A version of PEFT that is given takes the place of that in the config.
     """
+    if not isinstance(peft_version, str | None):
+        raise TypeError(f"`peft_version` is {peft_version!r}; expected text, such as '0.17.1'.")
     config, tensors = undisturbed(source, lambda: (read_config(source), read_tensors(source)))
     return (config if peft_version is None else {**config, "peft_version": peft_version}), tensors
 

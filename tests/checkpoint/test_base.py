@@ -95,6 +95,16 @@ def test_the_base_of_a_weight_that_is_trained_in_full(tmp_path):
     assert_identical(lora_jax.split(restored)[0], lora_jax.split(wrapped)[0])
 
 
+def test_numbers_that_jax_cuts(tmp_path):
+    """What NumPy has in 64 bits is a weight of 32 until JAX is allowed 64."""
+    weights = {"kernel": np.random.default_rng(0).normal(size=(6, 4))}
+    wrapped = lora_jax.wrap(jax.tree.map(jnp.asarray, weights), "kernel", rank=2)
+    lora_jax.save(tmp_path / "adapters", wrapped)
+    lora_jax.restore(tmp_path / "adapters", weights)
+    with jax.enable_x64(True), pytest.warns(BaseMismatchWarning, match="float32, and .* float64"):
+        lora_jax.restore(tmp_path / "adapters", weights)
+
+
 class TestWithoutNumbers:
     def test_on_restoring(self, tmp_path):
         path, _ = saved(tmp_path, "lora", params())

@@ -195,6 +195,8 @@ class TestRoundTrip:
         assert_identical(loaded, wrapped)
         with pytest.raises(ValueError, match="`freeze` is 'B'; expected some of 'lora_A'"):
             load(tmp_path / "adapter", params, names=names, freeze="B")
+        with pytest.raises(TypeError, match=r"`peft_version` is 0\.18; expected text"):
+            load(tmp_path / "adapter", params, names=names, peft_version=0.18)
 
     def test_a_base_that_an_initialiser_changed(self, tmp_path):
         def half_taken_out(key, weight2d, rank, scale):
