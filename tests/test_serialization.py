@@ -34,7 +34,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     x = x @ params["kernel"]
     x, _ = jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, params["stack"][0])
     weight, bias = params["head"]
-    return x @ weight + bias
+    return x @ weight + bias[None]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

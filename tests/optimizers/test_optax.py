@@ -18,6 +18,14 @@ from tests.optimizers.reference import gradients_like
 
 Make = Callable[[], Any]
 
+
+@pytest.fixture(autouse=True)
+def promoted_ranks_of_optax() -> Iterator[None]:
+    """Some of its transformations keep one number as an array of one axis."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 # They take None for a setting of their own, and so no tree that holds None, a half included.
 NOT_FOR_NONE = {"galore", "scale_by_galore", "scale_by_muon"}
 # For gradients of each example, which have one more axis.
