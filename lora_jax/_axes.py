@@ -1,12 +1,17 @@
-"""What is known of how a function uses each weight: the result of `infer_axes`."""
+"""The role of each axis of a weight, as it is given by hand or as `infer_axes` finds it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any, cast
 
-from lora_jax._paths import listed
+from jaxtyping import Array
+
+from lora_jax._paths import compile_expression, leaves_with_paths, listed, nearest_paths
 from lora_jax._shapes import Axes
 from lora_jax._tables import table
+
+_ROLES = ("in", "out", "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +54,25 @@ class InferredAxes(Mapping[str, Axes]):
         uses: Mapping[str, tuple[WeightUse, ...]],
         given: Mapping[str, Axes] = MappingProxyType({}),
     ) -> None:
-        """Takes the uses of each weight, and axes that hold whatever the uses say."""
+        """Takes the uses of each weight, and by path axes that hold whatever the uses say."""
         self.uses = dict(uses)
+        self._given = dict(given)
         agreed = {path: _agreed_axes(found) for path, found in self.uses.items()}
-        self._axes = {path: axes for path, axes in agreed.items() if axes is not None} | dict(given)
+        self._axes = {path: axes for path, axes in agreed.items() if axes is not None} | self._given
 
-    def __or__(self, given: Mapping[str, Axes]) -> "InferredAxes":
-        """Returns the same with other axes for some paths: `infer_axes(...) | {path: axes}`."""
-        return InferredAxes(self.uses, dict(given))
+    def __or__(self, given: Mapping[str, Sequence[str]]) -> "InferredAxes":
+        """Returns the same with other axes for some weights: `infer_axes(...) | {path: axes}`.
+
+        Args:
+          given: a mapping from path or expression to axes, as `wrap` takes it.
+
+        Raises:
+          ValueError: an expression matches no weight.
+        """
+        _check_expressions(given, self.uses)
+        roles = {path: given_roles(path, given) for path in self.uses}
+        found = {path: cast(Axes, tuple(each)) for path, each in roles.items() if each is not None}
+        return InferredAxes(self.uses, self._given | found)
 
     def __getitem__(self, path: str) -> Axes:
         return self._axes[path]
@@ -145,3 +161,69 @@ def _sides(uses: tuple[WeightUse, ...]) -> set[frozenset[frozenset[int]]]:
         for use in uses
         if use.axes is not None
     }
+
+
+def axes_of(path: str, leaf: Array, axes: Mapping[str, Sequence[str]] | None) -> Axes:
+    """Returns the axes of a weight, as `axes` gives them or as its two axes must be.
+
+    Raises:
+      ValueError: `axes` gives none to a weight that needs them, or none that fit its shape.
+    """
+    if isinstance(axes, InferredAxes) and path not in axes:
+        raise ValueError(
+            f"`axes` has none for '{path}' of shape {leaf.shape}: {axes.reason_against(path)}. "
+            "Leave it out of `targets`, or give its axes by hand."
+        )
+    roles = given_roles(path, axes or {})
+    if roles is None:
+        if leaf.ndim == 2:
+            return ("in", "out")
+        raise ValueError(
+            f"`axes` is needed for '{path}' of shape {leaf.shape}: which of its {leaf.ndim} axes "
+            "are inputs and which are outputs? Say so with wrap(..., axes={'" + path + "': "
+            f"{('in',) * (leaf.ndim - 1) + ('out',)}}}) or whichever holds."
+        )
+    if len(roles) != leaf.ndim or not set(roles) <= set(_ROLES):
+        raise ValueError(
+            f"`axes` gives {tuple(roles)} for '{path}' of shape {leaf.shape}; expected one of "
+            f"'in', 'out' or 'batch' for each of its {leaf.ndim} axes."
+        )
+    if "in" not in roles or "out" not in roles:
+        raise ValueError(
+            f"`axes` gives {tuple(roles)} for '{path}'; expected at least one 'in' and one 'out'."
+        )
+    return cast(Axes, tuple(roles))
+
+
+def given_roles(path: str, axes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
+    """Returns what `axes` has for a path: its own entry, or else the first matching expression."""
+    if path in axes:
+        return axes[path]
+    for expression, roles in axes.items():
+        if compile_expression(expression, "axes").search(path):
+            return roles
+    return None
+
+
+def check_axes(axes: Any, params: Any) -> None:
+    """Raises unless `axes` is what `wrap` takes, and all of it is of use for `params`."""
+    if axes is None or isinstance(axes, InferredAxes):
+        return
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            f"`axes` is {axes!r}; expected a mapping from path or expression to the role of each "
+            "axis, such as {'query/kernel': ('in', 'out', 'out')}, or what infer_axes returned."
+        )
+    _check_expressions(axes, [path for path, _ in leaves_with_paths(params)])
+
+
+def _check_expressions(axes: Mapping[str, Any], paths: Iterable[str]) -> None:
+    """Raises if a key of `axes` is none of `paths`, nor an expression that matches one."""
+    paths = list(paths)
+    for expression in axes:
+        pattern = compile_expression(expression, "axes")
+        if expression not in paths and not any(pattern.search(path) for path in paths):
+            raise ValueError(
+                f"`axes` has {expression!r}, which matches no leaf; the nearest paths are "
+                f"{listed(nearest_paths(expression, paths))}."
+            )

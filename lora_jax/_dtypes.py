@@ -10,10 +10,18 @@ def common_dtype(*dtypes: Any) -> Any:
     """Returns the dtype that holds values of all of these.
 
     Mixing a bfloat16 weight with float32 factors is meant here, also where a user forbids JAX to
-    promote dtypes on its own.
+    promote dtypes on its own. JAX promotes no float8; bfloat16 holds every value of those.
     """
+    distinct = set(map(jnp.dtype, dtypes))
+    if len(distinct) > 1:
+        distinct = {jnp.bfloat16 if is_narrow_float(dtype) else dtype for dtype in distinct}
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*distinct)
+
+
+def is_narrow_float(dtype: Any) -> bool:
+    """Says whether a dtype is a floating-point one of eight bits or fewer."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.dtype(dtype).itemsize == 1
 
 
 def epsilon(dtype: Any) -> float:

@@ -14,7 +14,7 @@ from lora_jax._dtypes import common_dtype
 from lora_jax._finite import not_finite
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._shapes import taken_layers, with_layers
-from lora_jax._targets import Targets, select
+from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
     FullWeight,
     LoRAWeight,
@@ -151,16 +151,10 @@ def _chosen_paths(tree: Any, wrapped: Any, targets: Targets | None) -> set[str]:
     selected = select(
         shapes,
         targets,
-        adaptable=lambda path, leaf: path in paths,
+        obstacle=lambda path, leaf, named: None if path in paths else "it is not adapted",
         expected="an adapted weight",
-        biases=True,
     )
-    for path, selection in selected.items():
-        if selection.overrides:
-            raise ValueError(
-                f"`targets` overrides {listed(list(selection.overrides))} for '{path}'; what is "
-                "merged has no settings."
-            )
+    check_no_overrides(selected, "targets", "what is merged")
     return set(selected)
 
 

@@ -1,6 +1,7 @@
 """Paths of leaves: how a place in a pytree is written, matched and suggested."""
 
 import collections
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,56 @@ KeyPath = tuple[Any, ...]
 _WRAPPER_KEYS = frozenset({"value", "raw_value", "get_value"})
 
 
+@dataclasses.dataclass(frozen=True)
+class PathIndex:
+    """The leaves of a tree by their paths, each of which belongs to one leaf.
+
+    Attributes:
+      structure: the tree's structure.
+      paths: the path of every leaf, in the order of `jax.tree.leaves`.
+      leaves: the leaves, in the same order.
+    """
+
+    structure: Any
+    paths: tuple[str, ...]
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> "PathIndex":
+        """Returns the index of `tree`.
+
+        Raises:
+          ValueError: two leaves have the same path.
+        """
+        flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        key_paths = [key_path for key_path, _ in flat]
+        paths = path_strings(key_paths)
+        _check_distinct(paths, key_paths)
+        return cls(structure, tuple(paths), tuple(leaf for _, leaf in flat))
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Returns each leaf beside its path."""
+        return list(zip(self.paths, self.leaves, strict=True))
+
+    def mapped(self, function: Callable[[str, Any], Any]) -> Any:
+        """Returns the tree with `function(path, leaf)` in place of each leaf."""
+        return jax.tree.unflatten(self.structure, list(map(function, self.paths, self.leaves)))
+
+
+def leaves_with_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
+    """Returns every leaf of `tree` beside its path, in the order of `jax.tree.leaves`."""
+    return PathIndex.of(tree, is_leaf).items()
+
+
+def map_with_paths(
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Returns `tree` with every leaf replaced by `function(path, leaf)`."""
+    return PathIndex.of(tree, is_leaf).mapped(function)
+
+
 def path_strings(key_paths: Sequence[KeyPath], *, skip: int = 0) -> list[str]:
     """Returns the places of all leaves of a tree as `/`-joined simple keys.
 
@@ -27,24 +78,6 @@ def path_strings(key_paths: Sequence[KeyPath], *, skip: int = 0) -> list[str]:
         _joined(key_path[:-1] if _is_wrapped(key_path, siblings) else key_path, skip)
         for key_path in key_paths
     ]
-
-
-def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[str, Any]]:
-    """Returns every leaf of `tree` beside its path, in the order of `jax.tree.leaves`."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    paths = path_strings([key_path for key_path, _ in flat])
-    return [(path, leaf) for path, (_, leaf) in zip(paths, flat, strict=True)]
-
-
-def map_with_paths(
-    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
-    """Returns `tree` with every leaf replaced by `function(path, leaf)`."""
-    structure = jax.tree.structure(tree, is_leaf=is_leaf)
-    leaves = [function(path, leaf) for path, leaf in leaves_with_paths(tree, is_leaf)]
-    return jax.tree.unflatten(structure, leaves)
 
 
 def compile_expression(expression: str, argument: str = "targets") -> re.Pattern[str]:
@@ -83,6 +116,24 @@ def _is_wrapped(key_path: KeyPath, siblings: Mapping[KeyPath, int]) -> bool:
         return False
     key = key_path[-1]
     return isinstance(key, jax.tree_util.GetAttrKey) and key.name in _WRAPPER_KEYS
+
+
+def _check_distinct(paths: Sequence[str], key_paths: Sequence[KeyPath]) -> None:
+    if len(set(paths)) == len(paths):
+        return
+    first_places: dict[str, KeyPath] = {}
+    for path, key_path in zip(paths, key_paths, strict=True):
+        first = first_places.setdefault(path, key_path)
+        if first is not key_path:
+            raise ValueError(
+                f"Two leaves of a tree have the path '{path}': {_keys(first)} and "
+                f"{_keys(key_path)}. A path must belong to one leaf; rename a key of one of them, "
+                "such as one that contains '/'."
+            )
+
+
+def _keys(key_path: KeyPath) -> str:
+    return f"tree{jax.tree_util.keystr(key_path)}"
 
 
 def _joined(key_path: KeyPath, skip: int) -> str:

@@ -1,4 +1,4 @@
-"""Which leaves of a parameter tree `wrap` adapts, and with what settings of their own."""
+"""The forms of `targets`, and which leaves of a parameter tree they select."""
 
 import dataclasses
 import re
@@ -15,10 +15,6 @@ Targets = str | Sequence[str] | Callable[[str, Any], bool] | Mapping[str, Overri
 
 ALL_LINEAR = "all-linear"
 
-# Leaves with these names shift a module's output. They may have two axes (the heads and the head
-# dimension of an attention bias), and still a matched module does not mean them.
-_BIAS_NAMES = frozenset({"bias", "b"})
-
 # A name that no leaf has; an expression that matches it too means a module.
 _NO_LEAF = "\0"
 
@@ -31,10 +27,12 @@ class Selection:
       overrides: the settings that its expression overrides.
       rank_may_shrink: whether a rank above the weight's smaller side becomes that side, because
         nobody has named this weight.
+      names_leaf: whether the expression means this leaf, and not just any leaf of its module.
     """
 
     overrides: Overrides
     rank_may_shrink: bool = False
+    names_leaf: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +49,9 @@ def select(
     params: Any,
     targets: Targets,
     *,
-    adaptable: Callable[[str, Any], bool],
+    obstacle: Callable[[str, Any, bool], str | None],
+    expected: str,
     argument: str = "targets",
-    expected: str = "a weight of two or more axes",
-    biases: bool = False,
     inferred: InferredAxes | None = None,
 ) -> dict[str, Selection]:
     """Returns the paths that `targets` selects, and how; the first match counts.
@@ -63,32 +60,32 @@ def select(
       params: the parameter tree.
       targets: an expression, a sequence of them, a predicate `(path, leaf)`, or a mapping from
         expression to overrides.
-      adaptable: whether a matched leaf is one that can be selected.
+      obstacle: why a matched leaf can't be selected, or None if it can, from its path, the leaf,
+        and whether the expression names this leaf and not just its module.
+      expected: what can be selected, in words.
       argument: the name of the argument, for errors.
-      expected: what `adaptable` asks for, in words.
-      biases: whether a matched module means its biases too.
       inferred: what is known of how the weights are used; `"all-linear"` needs it.
 
     Raises:
-      ValueError: an expression matches nothing, or nothing that is adaptable.
+      ValueError: an expression matches nothing, or nothing that can be selected.
       TypeError: `targets` has none of these forms.
     """
     leaves = leaves_with_paths(params)
     selected: dict[str, Selection] = {}
     for selector in _selectors(targets, argument, inferred):
         matched = [(path, leaf) for path, leaf in leaves if selector.matches(path, leaf)]
-        chosen = [
-            path
-            for path, leaf in matched
-            if adaptable(path, leaf) and (biases or selector.names_leaf(path) or not _is_bias(path))
-        ]
         if not matched:
             raise ValueError(_no_match(selector, [path for path, _ in leaves], argument))
+        obstacles = {
+            path: obstacle(path, leaf, selector.names_leaf(path)) for path, leaf in matched
+        }
+        chosen = [path for path, reason in obstacles.items() if reason is None]
         if not chosen:
+            described = [f"{path} {jnp.shape(leaf)}: {obstacles[path]}" for path, leaf in matched]
+            possible = [path for path, leaf in leaves if obstacle(path, leaf, True) is None]
             raise ValueError(
-                f"`{argument}`: {selector.description} matches "
-                f"{listed([_described(path, leaf, inferred) for path, leaf in matched])}, "
-                f"of which none is {expected}."
+                f"`{argument}`: {selector.description} matches {listed(described)}; none of these "
+                f"is {expected}" + _nearest(selector, possible, ". The nearest that are: ")
             )
         if isinstance(targets, Mapping) and all(path in selected for path in chosen):
             raise ValueError(
@@ -96,8 +93,21 @@ def select(
                 "first match counts; put it first."
             )
         for path in chosen:
-            selected.setdefault(path, selector.selection)
+            names_leaf = selector.names_leaf(path)
+            selected.setdefault(
+                path, dataclasses.replace(selector.selection, names_leaf=names_leaf)
+            )
     return selected
+
+
+def check_no_overrides(selected: Mapping[str, Selection], argument: str, subject: str) -> None:
+    """Raises if a selection has settings, for which `subject` has no use."""
+    for path, selection in selected.items():
+        if selection.overrides:
+            raise ValueError(
+                f"`{argument}` overrides {listed(list(selection.overrides))} for '{path}'; "
+                f"{subject} has no settings."
+            )
 
 
 def _selectors(targets: Targets, argument: str, inferred: InferredAxes | None) -> list[_Selector]:
@@ -155,19 +165,19 @@ def _all_linear_selector(
     )
 
 
-def _described(path: str, leaf: Any, inferred: InferredAxes | None) -> str:
-    described = f"{path} {tuple(jnp.shape(leaf))}"
-    if inferred is None or path in inferred or jnp.ndim(leaf) < 2:
-        return described
-    return f"{described}: {inferred.reason_against(path)}"
-
-
 def _no_match(selector: _Selector, paths: list[str], argument: str) -> str:
-    wanted = selector.description.removeprefix("the expression ").strip("'\"")
     return (
         f"`{argument}`: {selector.description} matches no leaf. It must match whole segments of a "
-        f"path; the nearest paths are {listed(nearest_paths(wanted, paths))}."
+        f"path" + _nearest(selector, paths, "; the nearest paths are ")
     )
+
+
+def _nearest(selector: _Selector, paths: Sequence[str], introduction: str) -> str:
+    """Returns the end of an error, with those of `paths` that are the most like an expression."""
+    if not paths:
+        return "."
+    wanted = selector.description.removeprefix("the expression ").strip("'\"")
+    return f"{introduction}{listed(nearest_paths(wanted, paths))}."
 
 
 def _names_leaf(pattern: re.Pattern[str], path: str) -> bool:
@@ -179,7 +189,3 @@ def _names_leaf(pattern: re.Pattern[str], path: str) -> bool:
 
 def _matches_to_the_end(pattern: re.Pattern[str], path: str) -> bool:
     return any(match.end() == len(path) for match in pattern.finditer(path))
-
-
-def _is_bias(path: str) -> bool:
-    return path.rpartition("/")[2] in _BIAS_NAMES

@@ -6,7 +6,7 @@ import math
 import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._algebra import lora_weight, on_original, original, squared_norms
-from lora_jax._axes import InferredAxes
+from lora_jax._axes import InferredAxes, axes_of, check_axes
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
-from lora_jax._paths import (
-    compile_expression,
-    leaves_with_paths,
-    listed,
-    map_with_paths,
-    nearest_paths,
-)
+from lora_jax._paths import leaves_with_paths, listed, map_with_paths
+from lora_jax._selection import adapted_leaves, trained_leaves
 from lora_jax._settings import Settings
 from lora_jax._shapes import (
     Axes,
@@ -35,7 +30,7 @@ from lora_jax._shapes import (
     taken_layers,
     to_matrices,
 )
-from lora_jax._targets import Selection, Targets, select
+from lora_jax._targets import Selection, Targets
 from lora_jax._weight import (
     FullWeight,
     LoRAWeight,
@@ -44,8 +39,6 @@ from lora_jax._weight import (
     map_adapter_nodes,
 )
 from lora_jax.init import DataInitializer, Frozen, Initializer, initializer
-
-_ROLES = ("in", "out", "batch")
 
 
 def wrap(
@@ -76,10 +69,11 @@ def wrap(
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
         `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
         `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `freeze` and `dtype`
-        (`{"query": dict(rank=16)}`). A matched module means its weights of two or more
-        axes, not its biases. `"all-linear"`, with `axes=infer_axes(...)`, means every weight of a
-        product or convolution but the output head's; where a weight's smaller side is below
-        `rank`, its rank is that side.
+        (`{"query": dict(rank=16)}`). A matched module means its floating-point weights of
+        two or more axes, not its biases; a bias is told by its name and by the weights beside it,
+        or by `axes=infer_axes(...)`. `"all-linear"`, with `axes=infer_axes(...)`, means every
+        weight of a product or convolution but the output head's; where a weight's smaller side is
+        below `rank`, its rank is that side.
       rank: r, at least 1 and at most the weight's smaller side.
       alpha: $\alpha$, with scale = $\alpha / r$; r unless given.
       key: a random key; each weight draws from its own, derived from `key` and its path, so that
@@ -99,7 +93,7 @@ def wrap(
       freeze: leaves that are not to train, of `"lora_A"`, `"lora_B"` and `"magnitude"`; no gradient
         of them is computed.
       dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
-      exclude: what is not to be adapted, in the forms of `targets`, whatever `targets` says.
+      exclude: what of the selected weights is not to be adapted, in the forms of `targets`.
       train: what to train in full beside the adapters, in the forms of `targets`.
 
     Returns:
@@ -107,7 +101,8 @@ def wrap(
       what `train` selects.
 
     Raises:
-      ValueError: an argument or an override does not fit; the message names it and the leaf.
+      ValueError: an argument or an override does not fit, a selected leaf may be a bias or a part
+        of a quantised weight, or two leaves have one path; the message names it and the leaf.
       TypeError: an argument has the wrong type.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Kalajdzievski, A
@@ -132,28 +127,21 @@ def wrap(
         freeze=freeze,
         dtype=dtype,
     )
-    _check_axes(axes, params)
+    check_axes(axes, params)
     key = jax.random.key(0) if key is None else _checked_key(key)
-    inferred = axes if isinstance(axes, InferredAxes) else None
-    selected = select(
-        params,
-        targets,
-        adaptable=lambda path, leaf: _is_adaptable(path, leaf, inferred),
-        inferred=inferred,
-        expected="a weight of two or more axes"
-        + ("" if inferred is None else " that the function uses as one"),
+    adapted = adapted_leaves(
+        params, targets, exclude, axes if isinstance(axes, InferredAxes) else None
     )
-    selected = _without_excluded(params, selected, exclude)
-    trained = _trained_paths(params, train, selected)
+    trained = trained_leaves(params, train, adapted)
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
             # A copy: one buffer can't be donated as two arguments of a training step.
             return FullWeight(base=leaf, value=jnp.copy(leaf))
-        if path in selected:
-            settings = defaults.overridden(path, selected[path].overrides)
-            leaf_axes = _axes_of(path, leaf, axes)
-            rank = _fitting_rank(path, leaf, leaf_axes, settings.rank, selected[path])
+        if path in adapted:
+            settings = defaults.overridden(path, adapted[path].overrides)
+            leaf_axes = axes_of(path, leaf, axes)
+            rank = _fitting_rank(path, leaf, leaf_axes, settings.rank, adapted[path])
             return _wrapped_weight(
                 path, leaf, leaf_axes, dataclasses.replace(settings, rank=rank), key
             )
@@ -346,100 +334,6 @@ def _check_factors(
         )
 
 
-def _without_excluded(
-    params: Any, selected: Mapping[str, Selection], exclude: Targets | None
-) -> dict[str, Selection]:
-    if exclude is None:
-        return dict(selected)
-    excluded = select(
-        params,
-        exclude,
-        adaptable=lambda path, leaf: True,
-        argument="exclude",
-        expected="a leaf",
-        biases=True,
-    )
-    for path, selection in excluded.items():
-        if selection.overrides:
-            raise ValueError(
-                f"`exclude` overrides {listed(list(selection.overrides))} for '{path}'; what is "
-                "excluded has no settings."
-            )
-    kept = {path: selection for path, selection in selected.items() if path not in excluded}
-    if not kept:
-        raise ValueError(
-            f"`exclude` leaves nothing of what `targets` selects: {listed(sorted(selected))}."
-        )
-    return kept
-
-
-def _trained_paths(params: Any, train: Targets | None, selected: Mapping[str, Any]) -> set[str]:
-    if train is None:
-        return set()
-    trained = select(
-        params,
-        train,
-        adaptable=lambda path, leaf: _is_floating(leaf) and path not in selected,
-        argument="train",
-        expected="a floating-point array that `targets` does not select",
-        biases=True,
-    )
-    for path, selection in trained.items():
-        if selection.overrides:
-            raise ValueError(
-                f"`train` overrides {listed(list(selection.overrides))} for '{path}'; what is "
-                "trained in full has no settings."
-            )
-    return set(trained)
-
-
-def _axes_of(path: str, leaf: Array, axes: Mapping[str, Sequence[str]] | None) -> Axes:
-    if isinstance(axes, InferredAxes) and path not in axes:
-        raise ValueError(
-            f"`axes` has none for '{path}' of shape {leaf.shape}: {axes.reason_against(path)}. "
-            "Leave it out of `targets`, or give its axes by hand."
-        )
-    roles = _given_roles(path, axes or {})
-    if roles is None:
-        if leaf.ndim == 2:
-            return ("in", "out")
-        raise ValueError(
-            f"`axes` is needed for '{path}' of shape {leaf.shape}: which of its {leaf.ndim} axes "
-            "are inputs and which are outputs? Say so with wrap(..., axes={'" + path + "': "
-            f"{('in',) * (leaf.ndim - 1) + ('out',)}}}) or whichever holds."
-        )
-    if len(roles) != leaf.ndim or not set(roles) <= set(_ROLES):
-        raise ValueError(
-            f"`axes` gives {tuple(roles)} for '{path}' of shape {leaf.shape}; expected one of "
-            f"'in', 'out' or 'batch' for each of its {leaf.ndim} axes."
-        )
-    if "in" not in roles or "out" not in roles:
-        raise ValueError(
-            f"`axes` gives {tuple(roles)} for '{path}'; expected at least one 'in' and one 'out'."
-        )
-    return cast(Axes, tuple(roles))
-
-
-def _given_roles(path: str, axes: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    if path in axes:
-        return axes[path]
-    for expression, roles in axes.items():
-        if compile_expression(expression, "axes").search(path):
-            return roles
-    return None
-
-
-def _is_floating(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_adaptable(path: str, leaf: Any, inferred: InferredAxes | None) -> bool:
-    if not _is_floating(leaf) or leaf.ndim < 2:
-        return False
-    # A weight whose uses disagree is no bystander: passing it over would hide the disagreement.
-    return inferred is None or path in inferred or path in inferred.disagreements
-
-
 def check_not_wrapped(params: Any) -> None:
     """Raises if `params` holds a node that `wrap` made."""
     wrapped = [
@@ -496,21 +390,3 @@ def _checked_key(key: Any) -> PRNGKeyArray:
     if not is_key:
         raise TypeError(f"`key` is {key!r}; expected a random key, such as jax.random.key(0).")
     return key
-
-
-def _check_axes(axes: Any, params: Any) -> None:
-    if axes is None or isinstance(axes, InferredAxes):
-        return
-    if not isinstance(axes, Mapping):
-        raise TypeError(
-            f"`axes` is {axes!r}; expected a mapping from path or expression to the role of each "
-            "axis, such as {'query/kernel': ('in', 'out', 'out')}, or what infer_axes returned."
-        )
-    paths = [path for path, _ in leaves_with_paths(params)]
-    for expression in axes:
-        pattern = compile_expression(expression, "axes")
-        if expression not in paths and not any(pattern.search(path) for path in paths):
-            raise ValueError(
-                f"`axes` has {expression!r}, which matches no leaf; the nearest paths are "
-                f"{listed(nearest_paths(expression, paths))}."
-            )

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import lora_jax
+from lora_jax import peft
 from lora_jax._paths import leaves_with_paths, map_with_paths, nearest_paths
 
 
@@ -123,3 +124,97 @@ def test_the_nearest_path_comes_first(wanted: str, best: str) -> None:
     found = nearest_paths(wanted, paths)
     assert found[0] == best
     assert len(found) == 3
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass
+class AttributeAndKey:
+    """A container whose two children have different keys that read alike."""
+
+    first: Any
+    second: Any
+
+    def tree_flatten_with_keys(self) -> Any:
+        keys = jax.tree_util.GetAttrKey("kernel"), jax.tree_util.DictKey("kernel")
+        return tuple(zip(keys, (self.first, self.second), strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, children: Any) -> Any:
+        return cls(*children)
+
+
+# For each way in which two leaves get one path: the tree of two leaves, and where they are.
+CLASHES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a key that ends with a slash's segment": (
+        lambda leaf: {"a/b": {"c": leaf}, "a": {"b/c": leaf}},
+        r"'a/b/c': tree\['a'\]\['b/c'\] and tree\['a/b'\]\['c'\]",
+    ),
+    "a key with all segments": (
+        lambda leaf: {"a/b": leaf, "a": {"b": leaf}},
+        r"'a/b': tree\['a'\]\['b'\] and tree\['a/b'\]",
+    ),
+    "a place in a list": (
+        lambda leaf: {"a": [leaf, leaf], "a/1": leaf},
+        r"'a/1': tree\['a'\]\[1\] and tree\['a/1'\]",
+    ),
+    "a key and an attribute": (
+        lambda leaf: {"a": AttributeAndKey(leaf, leaf)},
+        r"'a/kernel': tree\['a'\]\.kernel and tree\['a'\]\['kernel'\]",
+    ),
+}
+
+
+def matrices_of(params: Any, x: jax.Array) -> Any:
+    return sum(jnp.sum(x @ leaf) for leaf in jax.tree.leaves(params))
+
+
+def adapter_node() -> Any:
+    return lora_jax.wrap({"kernel": matrix()}, "kernel", rank=1)["kernel"]
+
+
+RULES = [peft.Rule("{module:.+}.weight", "{module:.+}")]
+
+OF_PARAMS: dict[str, Callable[[Any, Any], Any]] = {
+    "wrap": lambda tree, folder: lora_jax.wrap(tree, ".*", rank=1),
+    "infer_axes": lambda tree, folder: lora_jax.infer_axes(matrices_of, tree, matrix()),
+    "input_moments": lambda tree, folder: lora_jax.input_moments(
+        matrices_of, tree, [matrix()], ".*"
+    ),
+    "extract": lambda tree, folder: lora_jax.extract(tree, tree, ".*", rank=1),
+    "init.lora_ga": lambda tree, folder: lora_jax.init.lora_ga(tree),
+    "restore": lambda tree, folder: lora_jax.restore(folder, tree),
+    "peft.preview": lambda tree, folder: peft.preview(tree, names=RULES),
+}
+OF_WRAPPED: dict[str, Callable[[Any, Any], Any]] = {
+    "merge": lambda tree, folder: lora_jax.merge(tree),
+    "merge some": lambda tree, folder: lora_jax.merge(tree, "a"),
+    "unmerge": lambda tree, folder: lora_jax.unmerge(tree, tree, targets="a"),
+    "resize": lambda tree, folder: lora_jax.resize(tree, 2),
+    "summary": lambda tree, folder: lora_jax.summary(tree),
+    "save": lambda tree, folder: lora_jax.save(folder / "other", tree),
+    "stack": lambda tree, folder: lora_jax.stack([tree]),
+    "peft.save": lambda tree, folder: peft.save(folder / "other", tree, names=RULES),
+}
+
+
+@pytest.mark.parametrize("clash", CLASHES)
+@pytest.mark.parametrize("name", [*OF_PARAMS, *OF_WRAPPED])
+def test_two_leaves_of_one_path_are_refused(name: str, clash: str, saved: Any) -> None:
+    make, message = CLASHES[clash]
+    tree = make(matrix() if name in OF_PARAMS else adapter_node())
+    with pytest.raises(ValueError, match=f"{message}.*rename a key"):
+        (OF_PARAMS | OF_WRAPPED)[name](tree, saved)
+    assert not (saved / "other").exists()
+
+
+def test_a_clash_of_leaves_that_nobody_adapts_is_refused_too() -> None:
+    tree = {"norm/scale": jnp.ones(2), "norm": {"scale": jnp.ones(2)}, "kernel": matrix()}
+    with pytest.raises(ValueError, match="have the path 'norm/scale'"):
+        lora_jax.wrap(tree, "kernel", rank=1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("adapters") / "saved"
+    lora_jax.save(folder, {"kernel": adapter_node()})
+    return folder

@@ -65,7 +65,6 @@ class Method:
                 key=key,
                 axes=_axes(apply_fn, params) if is_linear else None,
                 dora=self.name == "dora",
-                exclude=_HEAD if is_linear else None,
                 train=_HEAD,
             )
 

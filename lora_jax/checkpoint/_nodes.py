@@ -17,16 +17,8 @@ _OF_THE_BASE = frozenset({"base", "squared_norm", "norm"})
 
 def adapter_nodes(wrapped: PyTree, argument: str = "wrapped") -> dict[str, AdapterNode]:
     """Returns the nodes that `wrap` made, by their path; errors name `argument`."""
-    nodes: dict[str, AdapterNode] = {}
-    for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node):
-        if not is_adapter_node(node):
-            continue
-        if path in nodes:
-            raise CheckpointError(
-                f"`{argument}` has two adapted leaves with the path '{path}', by which a "
-                "checkpoint tells them apart; rename a key that contains '/'."
-            )
-        nodes[path] = node
+    leaves = leaves_with_paths(wrapped, is_leaf=is_adapter_node)
+    nodes = {path: node for path, node in leaves if is_adapter_node(node)}
     if not nodes:
         raise CheckpointError(
             f"`{argument}` has no adapters; expected what wrap(params, targets) returned."

@@ -228,11 +228,6 @@ class TestSaveRefuses:
             lora_jax.save(tmp_path / "adapters", lora_jax.split(wrapped)[half])
         assert contents(tmp_path) == {}
 
-    def test_two_leaves_with_one_path(self, tmp_path):
-        params = {"a": {"b": jnp.ones((6, 4))}, "a/b": jnp.ones((6, 4))}
-        with pytest.raises(CheckpointError, match="two adapted leaves with the path 'a/b'"):
-            lora_jax.save(tmp_path / "adapters", lora_jax.wrap(params, "a/b", rank=1))
-
     def test_a_taken_path(self, saved, wrapped):
         before = contents(saved)
         with pytest.raises(CheckpointError, match="holds a checkpoint.*overwrite=True"):
