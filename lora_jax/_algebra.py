@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from lora_jax._dtypes import common_dtype
+from lora_jax._dtypes import common_dtype, epsilon
+from lora_jax._partition import base_sharding, cut_as, feature_sharding
 from lora_jax._shapes import (
     Axes,
     Layers,
@@ -126,27 +126,53 @@ def low_rank(lora_A: Array, lora_B: Array, axes: Axes) -> Array:
 
 def dense(weight: LoRAWeight) -> Array:
     """Returns what a weight stands for, computed in at least float32 and cast once."""
-    part = taken_layers(weight.base, weight.axes, weight.layers)
+
+    def computed(weight: LoRAWeight) -> Array:
+        value = _with_change(
+            taken_layers(weight.base, weight.axes, weight.layers), weight, weight.scale
+        )
+        if weight.magnitude is not None:
+            norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
+            gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
+            value = value * gain.squeeze(-1).astype(value.dtype)
+        return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
+
+    return cut_as(base_sharding(weight.base), computed, weight)
+
+
+def without_change(merged: Array, weight: LoRAWeight) -> Array:
+    r"""Returns $W' - s A B$, the inverse of `dense` for a weight without a magnitude."""
+
+    def computed(merged: Array, weight: LoRAWeight) -> Array:
+        part = taken_layers(merged, weight.axes, weight.layers)
+        base = _with_change(part, weight, -weight.scale)
+        return with_layers(merged, base.astype(merged.dtype), weight.axes, weight.layers)
+
+    adapter = dataclasses.replace(weight, base=None)
+    return cut_as(base_sharding(merged), computed, merged, adapter)
+
+
+def _with_change(part: Array, weight: LoRAWeight, scale: Array) -> Array:
+    """Returns part + scale · A · B in at least float32."""
     wide = common_dtype(part.dtype, weight.lora_A.dtype, jnp.float32)
-    lora_A, lora_B, scale = (
-        array.astype(wide) for array in (weight.lora_A, weight.lora_B, weight.scale)
-    )
-    value = part.astype(wide) + scale * low_rank(lora_A, lora_B, weight.axes)
-    if weight.magnitude is not None:
-        norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
-        gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
-        value = value * gain.squeeze(-1).astype(wide)
-    return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
+    lora_A, lora_B = weight.lora_A.astype(wide), weight.lora_B.astype(wide)
+    return part.astype(wide) + scale.astype(wide) * low_rank(lora_A, lora_B, weight.axes)
 
 
 def squared_norms(base: Array, axes: Axes, layers: Layers | None = None) -> Array:
     """Returns the squared norm of each output feature of a weight, of shape (*batch, *out)."""
-    part = taken_layers(base, axes, layers)
-    return _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
+
+    def squared(base: Array) -> Array:
+        part = taken_layers(base, axes, layers)
+        return _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
+
+    return cut_as(feature_sharding(base, axes, layers), squared, base)
 
 
 def gain(weight: LoRAWeight) -> Array:
     r"""Returns $m / \lVert W + s A B \rVert$, of shape (*batch, *out), the norm without gradient.
+
+    It is computed in at least float32, whatever the dtype of the magnitude.
 
     Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
     """
@@ -161,13 +187,21 @@ def norms(weight: LoRAWeight) -> Array:
     ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
     where nothing is larger than W itself, and ‖W‖² was computed once.
     """
+    return cut_as(feature_sharding(weight.base, weight.axes, weight.layers), _norms, weight)
+
+
+def _norms(weight: LoRAWeight) -> Array:
     axes = weight.axes
     part = taken_layers(weight.base, axes, weight.layers)
-    wide = common_dtype(part.dtype, weight.lora_A.dtype, weight.squared_norm.dtype)
+    squared_norm = weight.squared_norm
+    if common_dtype(squared_norm.dtype, jnp.float32) != squared_norm.dtype:
+        # A tree that was cast to half precision: so was the base, and its square may not fit.
+        squared_norm = squared_norms(weight.base, axes, weight.layers)
+    wide = common_dtype(part.dtype, weight.lora_A.dtype, squared_norm.dtype)
     base, lora_A, lora_B, scale, squared_norm = jax.lax.stop_gradient(
         tuple(
             array.astype(wide)
-            for array in (part, weight.lora_A, weight.lora_B, weight.scale, weight.squared_norm)
+            for array in (part, weight.lora_A, weight.lora_B, weight.scale, squared_norm)
         )
     )
     batch = _letters(positions(axes, "batch"))
@@ -186,7 +220,7 @@ def norms(weight: LoRAWeight) -> Array:
     squared_change = scale**2 * jnp.sum(lora_B * spread, axis=len(batch))
     # What is left where the change all but cancels the weight is rounding: below it the norm means
     # nothing, and a gain of any size could come of it.
-    rounding = 4 * float(np.finfo(wide).eps) * (squared_norm + squared_change)
+    rounding = 4 * epsilon(wide) * (squared_norm + squared_change)
     return jnp.sqrt(jnp.maximum(squared_norm + cross + squared_change, rounding))
 
 
@@ -199,15 +233,22 @@ def _shifted(
     base: Array, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
 ) -> Array:
     """Returns base + initial_A · initial_B in the base's dtype."""
-    part = taken_layers(base, axes, layers)
-    wide = common_dtype(part.dtype, initial_A.dtype, jnp.float32)
-    shifted = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)
-    return with_layers(base, shifted.astype(base.dtype), axes, layers)
+
+    def shifted(base: Array, initial_A: Array, initial_B: Array) -> Array:
+        part = taken_layers(base, axes, layers)
+        wide = common_dtype(part.dtype, initial_A.dtype, jnp.float32)
+        moved = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)
+        return with_layers(base, moved.astype(base.dtype), axes, layers)
+
+    return cut_as(base_sharding(base), shifted, base, initial_A, initial_B)
 
 
 def _over(magnitude: Array, norm: Array) -> Array:
-    """Returns magnitude / norm; an output feature that is zero stays zero."""
-    return magnitude / jnp.maximum(norm, float(np.finfo(norm.dtype).tiny)).astype(magnitude.dtype)
+    """Returns magnitude / norm, at least in float32; an output feature that is zero stays zero."""
+    wide = common_dtype(magnitude.dtype, norm.dtype, jnp.float32)
+    magnitude, norm = magnitude.astype(wide), norm.astype(wide)
+    is_zero = norm == 0
+    return jnp.where(is_zero, 0, magnitude / jnp.where(is_zero, 1, norm))
 
 
 def _sum_of_squares(weight: Array, axes: Axes) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
+from lora_jax._partition import Partition, base_sharding, cut_as, factor_shardings, uncut
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._resize import balanced_factors
 from lora_jax._shapes import factor_shapes, to_matrices
@@ -46,7 +47,8 @@ def extract(
         smallest rank that keeps it.
       axes: as for `wrap`.
       dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
-      train: which other leaves to keep in full; they become `FullWeight` nodes.
+      train: which other leaves to keep in full, in the dtypes of `params`; they become
+        `FullWeight` nodes.
 
     Returns:
       The wrapped tree; `merge` of it approximates `tuned`.
@@ -93,26 +95,45 @@ def extract(
         if is_lora_weight(node):
             return _extracted(path, node, jnp.asarray(tuned_leaves[path]), energy)
         if isinstance(node, FullWeight):
-            return FullWeight(base=node.base, value=jnp.array(tuned_leaves[path]))
+            return _trained_in_full(node, tuned_leaves[path])
         return node
 
     return map_with_paths(extracted, wrapped, is_leaf=is_adapter_node)
 
 
+def _trained_in_full(node: FullWeight, tuned: Any) -> FullWeight:
+    # A copy, so that a training step that donates it leaves `tuned` alone.
+    value = cut_as(
+        base_sharding(node.base), lambda tuned: jnp.array(tuned).astype(node.dtype), tuned
+    )
+    return dataclasses.replace(node, value=value)
+
+
 def _extracted(path: str, node: LoRAWeight, tuned: Array, energy: float | None) -> LoRAWeight:
-    wide = common_dtype(node.dtype, jnp.float32)
-    change = to_matrices(tuned.astype(wide) - node.base.astype(wide), node.axes)
-    U, S, Vt = jnp.linalg.svd(change, full_matrices=False)
+    wide = common_dtype(node.dtype, tuned.dtype, jnp.float32)
+
+    def decomposition(base: Array, tuned: Array) -> tuple[Array, Array, Array]:
+        change = to_matrices(tuned.astype(wide) - base.astype(wide), node.axes)
+        U, S, Vt = jnp.linalg.svd(change, full_matrices=False)
+        return U, S, Vt
+
+    partition = Partition.of(node.base)
+    # The decomposition needs the whole matrix anyway.
+    whole = None if partition is None else uncut(partition.mesh)
+    U, S, Vt = cut_as(whole, decomposition, node.base, tuned)
     rank = node.rank if energy is None else _rank_of_energy(S, energy)
     key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
-    lora_A, lora_B = balanced_factors(U[..., :rank], S[:, :rank], Vt[:, :rank], key)
-    A_shape, B_shape = factor_shapes(node.shape, node.axes, rank)
-    return dataclasses.replace(
-        node,
-        lora_A=lora_A.reshape(A_shape).astype(node.lora_A.dtype),
-        lora_B=lora_B.reshape(B_shape).astype(node.lora_B.dtype),
-        scale=jnp.ones_like(node.scale),
-    )
+
+    def factors(U: Array, S: Array, Vt: Array) -> tuple[Array, Array]:
+        lora_A, lora_B = balanced_factors(U[..., :rank], S[:, :rank], Vt[:, :rank], key)
+        A_shape, B_shape = factor_shapes(node.shape, node.axes, rank)
+        return (
+            lora_A.reshape(A_shape).astype(node.lora_A.dtype),
+            lora_B.reshape(B_shape).astype(node.lora_B.dtype),
+        )
+
+    lora_A, lora_B = cut_as(factor_shardings(node.base, node.axes, None, rank), factors, U, S, Vt)
+    return dataclasses.replace(node, lora_A=lora_A, lora_B=lora_B, scale=jnp.ones_like(node.scale))
 
 
 def _check_overrides(targets: Targets, allowed: Sequence[str]) -> None:
@@ -155,4 +176,6 @@ def _matching_leaves(params: Any, tuned: Any) -> dict[str, Any]:
 def _is_same(leaf: Any, other: Any) -> bool:
     if not hasattr(leaf, "dtype"):
         return leaf is other or bool(leaf == other)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf, other = jax.random.key_data(leaf), jax.random.key_data(other)
     return leaf is other or np.array_equal(np.asarray(leaf), np.asarray(other))

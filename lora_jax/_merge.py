@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import dense, low_rank
+from lora_jax._algebra import dense, without_change
 from lora_jax._compat import is_tracer
-from lora_jax._dtypes import common_dtype
 from lora_jax._finite import not_finite
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
-from lora_jax._shapes import taken_layers, with_layers
+from lora_jax._shapes import factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
     FullWeight,
@@ -123,16 +121,20 @@ def _unmerged(path: str, leaf: Array, node: LoRAWeight | FullWeight) -> LoRAWeig
             f"'{path}' has a magnitude (DoRA), and what is merged has nothing of the weight's own "
             "norm; keep `wrapped`, of which unwrap(wrapped) gives the original exactly."
         )
-    part = taken_layers(leaf, node.axes, node.layers)
-    wide = common_dtype(leaf.dtype, node.lora_A.dtype, jnp.float32)
-    change = low_rank(node.lora_A.astype(wide), node.lora_B.astype(wide), node.axes)
-    if change.shape != part.shape:
+    if not _fits(leaf, node):
         raise ValueError(
-            f"`merged` has the shape {leaf.shape} at '{path}', and its adapter changes "
-            f"{change.shape}; expected what merge(wrapped) returned."
+            f"`merged` has the shape {leaf.shape} at '{path}', which does not fit the factors of "
+            f"its adapter, {node.lora_A.shape} and {node.lora_B.shape}, with the axes {node.axes}; "
+            "expected what merge(wrapped) returned."
         )
-    base = (part.astype(wide) - node.scale.astype(wide) * change).astype(leaf.dtype)
-    return dataclasses.replace(node, base=with_layers(leaf, base, node.axes, node.layers))
+    return dataclasses.replace(node, base=without_change(leaf, node))
+
+
+def _fits(leaf: Array, node: LoRAWeight) -> bool:
+    if leaf.ndim != len(node.axes):
+        return False
+    shapes = factor_shapes(layers_shape(leaf.shape, node.axes, node.layers), node.axes, node.rank)
+    return (node.lora_A.shape, node.lora_B.shape) == shapes
 
 
 def _chosen_paths(tree: Any, wrapped: Any, targets: Targets | None) -> set[str]:

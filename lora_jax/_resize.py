@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import on_original
+from lora_jax._algebra import on_original, with_norm
 from lora_jax._dtypes import common_dtype
+from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import (
     compile_expression,
     leaves_with_paths,
@@ -21,7 +22,7 @@ from lora_jax._paths import (
     nearest_paths,
 )
 from lora_jax._settings import check_rank
-from lora_jax._shapes import factor_shapes, layers_shape, side_size
+from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
 from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
 from lora_jax.init import kaiming
 
@@ -40,7 +41,8 @@ def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | N
     rank.
 
     Args:
-      wrapped: what `wrap` returned, trained or not.
+      wrapped: what `wrap` returned, trained or not; or a stack of adapters, each of which is
+        resized.
       rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that it
         does not match keep theirs.
       key: a random key for new columns; `jax.random.key(0)` unless given.
@@ -69,29 +71,76 @@ def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | N
             return node
         # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
         own_key = jax.random.fold_in(key, zlib.crc32(f"{path} beyond {node.rank}".encode()))
-        resized = _grown if ranks[path] > node.rank else _pruned
-        return resized(node, ranks[path], own_key)
+        return _resized(node, ranks[path], own_key)
 
     return map_with_paths(with_new_rank, wrapped, is_leaf=is_adapter_node)
 
 
-def _pruned(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
-    node = on_original(node)
-    inputs, outputs = (side_size(node.shape, node.axes, role) for role in ("in", "out"))
-    wide = common_dtype(node.lora_A.dtype, jnp.float32)
-    lora_A, lora_B = truncated(
-        node.lora_A.reshape(-1, inputs, node.rank).astype(wide),
-        node.lora_B.reshape(-1, node.rank, outputs).astype(wide),
+def _resized(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
+    grows = rank > node.rank
+    node = node if grows else on_original(node)
+    shape = layers_shape(node.shape, node.axes, node.layers)
+
+    def of_single(lora_A: Array, lora_B: Array, scale: Array) -> tuple[Array, Array]:
+        if grows:
+            factors = _grown(lora_A, lora_B, shape, node.axes, rank, key)
+        else:
+            factors = _pruned(lora_A, lora_B, shape, node.axes, rank, key)
+        if not node.is_stacked:
+            return factors
+        # A place of a stack that is all zero is empty, and stays so.
+        is_empty = (scale == 0) & ~jnp.any(lora_A) & ~jnp.any(lora_B)
+        return jnp.where(is_empty, 0, factors[0]), factors[1]
+
+    lora_A, lora_B = cut_as(
+        factor_shardings(node.base, node.axes, node.layers, rank, is_stacked=node.is_stacked),
+        jax.vmap(of_single) if node.is_stacked else of_single,
+        node.lora_A,
+        node.lora_B,
+        node.scale,
+    )
+    resized = dataclasses.replace(node, lora_A=lora_A, lora_B=lora_B)
+    return resized if grows or node.norm is None else with_norm(resized)
+
+
+def _pruned(
+    lora_A: Array,
+    lora_B: Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    rank: int,
+    key: PRNGKeyArray,
+) -> tuple[Array, Array]:
+    """Returns the factors of the best approximation of a weight's change of a lower rank."""
+    inputs, outputs = (side_size(shape, axes, role) for role in ("in", "out"))
+    present = lora_A.shape[-1]
+    wide = common_dtype(lora_A.dtype, jnp.float32)
+    new_A, new_B = truncated(
+        lora_A.reshape(-1, inputs, present).astype(wide),
+        lora_B.reshape(-1, present, outputs).astype(wide),
         rank,
         key,
     )
-    A_shape, B_shape = factor_shapes(
-        layers_shape(node.shape, node.axes, node.layers), node.axes, rank
-    )
-    return dataclasses.replace(
-        node,
-        lora_A=lora_A.reshape(A_shape).astype(node.lora_A.dtype),
-        lora_B=lora_B.reshape(B_shape).astype(node.lora_B.dtype),
+    A_shape, B_shape = factor_shapes(shape, axes, rank)
+    return new_A.reshape(A_shape).astype(lora_A.dtype), new_B.reshape(B_shape).astype(lora_B.dtype)
+
+
+def _grown(
+    lora_A: Array,
+    lora_B: Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    rank: int,
+    key: PRNGKeyArray,
+) -> tuple[Array, Array]:
+    """Returns the factors with new columns of lora_A and as many rows of zeros of lora_B."""
+    added = rank - lora_A.shape[-1]
+    inputs, batch = side_size(shape, axes, "in"), side_size(shape, axes, "batch")
+    columns = _new_columns(key, batch, inputs, added, lora_A.dtype)
+    A_shape, B_shape = factor_shapes(shape, axes, added)
+    return (
+        jnp.concatenate([lora_A, columns.reshape(A_shape)], axis=-1),
+        jnp.concatenate([lora_B, jnp.zeros(B_shape, lora_B.dtype)], axis=axes.count("batch")),
     )
 
 
@@ -132,21 +181,6 @@ def balanced_factors(U: Array, S: Array, Vt: Array, key: PRNGKeyArray) -> tuple[
     lora_A = jnp.where(is_zero[:, None, :], fresh, U * root[:, None, :])
     lora_B = jnp.where(is_zero[..., None], 0, root[..., None] * Vt)
     return lora_A, lora_B
-
-
-def _grown(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
-    added = rank - node.rank
-    inputs = side_size(node.shape, node.axes, "in")
-    adapted = layers_shape(node.shape, node.axes, node.layers)
-    batch = side_size(adapted, node.axes, "batch")
-    columns = _new_columns(key, batch, inputs, added, node.lora_A.dtype)
-    A_shape, B_shape = factor_shapes(adapted, node.axes, added)
-    rank_axis = node.axes.count("batch")
-    return dataclasses.replace(
-        node,
-        lora_A=jnp.concatenate([node.lora_A, columns.reshape(A_shape)], axis=-1),
-        lora_B=jnp.concatenate([node.lora_B, jnp.zeros(B_shape, node.lora_B.dtype)], rank_axis),
-    )
 
 
 def _new_columns(key: PRNGKeyArray, batch: int, inputs: int, count: int, dtype: Any) -> Array:

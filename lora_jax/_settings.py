@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._dtypes import is_narrow_float
 from lora_jax._paths import listed
 from lora_jax.init import DataInitializer, Initializer, initializer
 
@@ -111,11 +112,15 @@ def _check_freeze(subject: str, freeze: Any) -> None:
 
 def _check_dtype(subject: str, dtype: Any) -> None:
     try:
-        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        trains = dtype is None or (
+            jnp.issubdtype(jnp.dtype(dtype), jnp.floating) and not is_narrow_float(dtype)
+        )
     except TypeError:
-        is_floating = False
-    if not is_floating:
-        raise TypeError(f"{subject} is {dtype!r}; expected a floating-point dtype or None.")
+        trains = False
+    if not trains:
+        raise TypeError(
+            f"{subject} is {dtype!r}; expected a floating-point dtype of at least 16 bits, or None."
+        )
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], None]] = {

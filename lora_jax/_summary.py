@@ -39,8 +39,8 @@ class ParameterCounts:
 
     @property
     def percent(self) -> float:
-        """The trainable numbers as a percentage of the original ones."""
-        return 100 * self.trainable / self.original
+        """The trainable numbers as a percentage of the original ones; 0 where there are none."""
+        return 100 * self.trainable / self.original if self.original else 0.0
 
 
 def count_parameters(wrapped: Any) -> ParameterCounts:

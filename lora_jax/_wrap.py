@@ -1,11 +1,8 @@
 """Putting adapters beside the weights of a parameter tree, and taking them out again."""
 
 import dataclasses
-import functools
-import math
 import operator
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,18 +14,14 @@ from lora_jax._algebra import lora_weight, on_original, original, squared_norms
 from lora_jax._axes import InferredAxes, axes_of, check_axes
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
+from lora_jax._initial_factors import initial_factors
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._selection import adapted_leaves, trained_leaves
 from lora_jax._settings import Settings
 from lora_jax._shapes import (
     Axes,
     Layers,
-    factor_shapes,
-    layers_shape,
     side_size,
-    sizes,
-    taken_layers,
-    to_matrices,
 )
 from lora_jax._targets import Selection, Targets
 from lora_jax._weight import (
@@ -38,7 +31,7 @@ from lora_jax._weight import (
     is_lora_weight,
     map_adapter_nodes,
 )
-from lora_jax.init import DataInitializer, Frozen, Initializer, initializer
+from lora_jax.init import DataInitializer, Initializer
 
 
 def wrap(
@@ -206,32 +199,18 @@ def _wrapped_weight(
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
     wide = common_dtype(dtype, jnp.float32)
-    scale = settings.scale(settings.rank)
-    init, statistics = _function_and_statistics(settings.init, path, leaf, axes, layers)
-    initial = _initial_matrices(
-        init,
-        axes,
-        settings.rank,
-        scale,
-        dtype,
-        jax.random.fold_in(key, zlib.crc32(path.encode())),
-        taken_layers(leaf, axes, layers),
-        statistics,
-    )
-    _check_factors(path, leaf, axes, settings.rank, initial.lora_A, initial.lora_B)
-    A_shape, B_shape = factor_shapes(layers_shape(leaf.shape, axes, layers), axes, settings.rank)
-    lora_A, lora_B = initial.lora_A.reshape(A_shape), initial.lora_B.reshape(B_shape)
+    initial = initial_factors(path, leaf, axes, layers, settings, dtype, key)
     frozen = tuple(dict.fromkeys((*initial.frozen, *settings.frozen)))
-    _check_trains(path, frozen, lora_B, dora=settings.dora)
-    scale_array = jnp.asarray(scale, wide)
+    _check_trains(path, frozen, initial.lora_B, dora=settings.dora)
+    scale = jnp.asarray(settings.scale(settings.rank), wide)
     weight = lora_weight(
         leaf,
-        lora_A,
-        lora_B,
-        scale_array,
+        initial.lora_A,
+        initial.lora_B,
+        scale,
         axes,
-        initial_A=None if initial.keeps_base else scale_array * lora_A.astype(wide),
-        initial_B=None if initial.keeps_base else jnp.copy(lora_B),
+        initial_A=None if initial.keeps_base else scale * initial.lora_A.astype(wide),
+        initial_B=None if initial.keeps_base else jnp.copy(initial.lora_B),
         layers=layers,
         frozen=frozen,
     )
@@ -259,78 +238,6 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
         raise ValueError(
             f"`freeze` keeps lora_B of '{path}' at zero, where lora_A has no gradient; freeze "
             "'lora_A', or choose an `init` whose lora_B is not zero, such as 'mica' or 'pissa'."
-        )
-
-
-def _function_and_statistics(
-    init: str | Initializer | DataInitializer,
-    path: str,
-    leaf: Array,
-    axes: Axes,
-    layers: Layers | None,
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Returns the function that makes the factors, and what it takes beside its usual arguments."""
-    init = initializer(init)
-    if not isinstance(init, DataInitializer):
-        return init, ()
-    statistics = init.statistics_of(path, leaf.shape, axes)
-    if layers is not None:
-        batch = sizes(leaf.shape, axes, "batch")
-        places = np.arange(math.prod(batch)).reshape(batch)[list(layers)].ravel()
-        statistics = jax.tree.map(lambda array: array[places], statistics)
-    return init.function, (statistics,)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Initial:
-    """What an initialiser gave for a stack of matrices."""
-
-    lora_A: Array
-    lora_B: Array
-    keeps_base: bool = dataclasses.field(metadata={"static": True})
-    frozen: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _initial_matrices(
-    init: Callable[..., Any],
-    axes: Axes,
-    rank: int,
-    scale: float,
-    dtype: Any,
-    key: PRNGKeyArray,
-    weight: Array,
-    statistics: tuple[Any, ...],
-) -> _Initial:
-    """Returns the factors as matrices; the base that they leave is computed from them."""
-
-    def of_matrix(key: PRNGKeyArray, weight2d: Array, *statistics: Any) -> _Initial:
-        base, *factors = init(key, weight2d, rank, scale, *statistics)
-        named = dict(zip(("lora_A", "lora_B"), factors, strict=True))
-        return _Initial(
-            **{name: _array_of(factor).astype(dtype) for name, factor in named.items()},
-            keeps_base=base is weight2d,
-            frozen=tuple(name for name, factor in named.items() if isinstance(factor, Frozen)),
-        )
-
-    matrices = to_matrices(weight, axes)
-    keys = jax.random.split(key, matrices.shape[0])
-    return jax.vmap(of_matrix)(keys, matrices, *statistics)
-
-
-def _array_of(factor: Array | Frozen) -> Array:
-    return factor.array if isinstance(factor, Frozen) else factor
-
-
-def _check_factors(
-    path: str, leaf: Array, axes: Axes, rank: int, lora_A: Array, lora_B: Array
-) -> None:
-    inputs, outputs = (side_size(leaf.shape, axes, role) for role in ("in", "out"))
-    if (lora_A.shape[1:], lora_B.shape[1:]) != ((inputs, rank), (rank, outputs)):
-        raise ValueError(
-            f"`init` returned lora_A of shape {lora_A.shape[1:]} and lora_B of shape "
-            f"{lora_B.shape[1:]} for '{path}'; expected {(inputs, rank)} and {(rank, outputs)}."
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.test_wrap import random
 
 
@@ -118,3 +119,32 @@ def test_a_weight_that_did_not_change_can_still_train() -> None:
     node = wrapped["dense"]["kernel"]
     assert np.all(np.any(np.asarray(node.lora_A), axis=0))
     assert not np.any(np.asarray(node.lora_B))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float8_e4m3fn"])
+@pytest.mark.parametrize("tuned_dtype", ["bfloat16", "float32", "numpy"])
+def test_every_leaf_keeps_the_dtype_of_the_params(dtype: str, tuned_dtype: str) -> None:
+    before = {"kernel": random(8, 6).astype(dtype), "bias": jnp.zeros(6, dtype)}
+    after = {"kernel": random(8, 6, seed=1), "bias": jnp.linspace(0, 1, 6)}
+    as_numpy = tuned_dtype == "numpy"
+    after = {
+        name: np.asarray(leaf) if as_numpy else leaf.astype(tuned_dtype)
+        for name, leaf in after.items()
+    }
+    train = "bias" if dtype != "float8_e4m3fn" else None
+    after = after if train else {**after, "bias": before["bias"]}
+    wrapped = lora_jax.extract(before, after, "kernel", rank=6, train=train)
+    merged = lora_jax.merge(wrapped)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
+    for name in merged:
+        expected = jnp.asarray(after[name]).astype(dtype).astype(jnp.float32)
+        tolerance = 2 * float(jnp.finfo(dtype).eps) + 1e-5
+        assert_agree(merged[name].astype(jnp.float32), expected, tolerance=tolerance)
+
+
+def test_random_keys_among_the_params() -> None:
+    before = {"kernel": random(8, 6), "key": jax.random.key(0)}
+    after = {"kernel": random(8, 6, seed=1), "key": jax.random.key(0)}
+    assert lora_jax.extract(before, after, "kernel", rank=6)["kernel"].rank == 6
+    with pytest.raises(ValueError, match="differs from `params` at 'key'"):
+        lora_jax.extract(before, {**after, "key": jax.random.key(1)}, "kernel", rank=6)

@@ -30,6 +30,7 @@ LAYERS = (
     {
         "_axes",
         "_extract",
+        "_initial_factors",
         "_merge",
         "_optimizer",
         "_resize",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.test_laws import as_if_trained
 from tests.test_wrap import random
 
@@ -186,3 +187,70 @@ def test_rows_that_would_never_train_are_refused() -> None:
 def test_bfloat16_factors_are_pruned() -> None:
     wrapped = lora_jax.wrap({"kernel": random(16, 12)}, "kernel", rank=4, dtype=jnp.bfloat16)
     assert lora_jax.resize(wrapped, 2)["kernel"].lora_A.dtype == jnp.bfloat16
+
+
+# --- stacks of adapters --------------------------------------------------------------------------
+
+BANKS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "pissa": {"init": "pissa"},
+    "dora": {"dora": True},
+    "some layers": {"layers": [1]},
+}
+
+
+@pytest.fixture(scope="module", params=BANKS)
+def bank(request: pytest.FixtureRequest) -> Any:
+    """Two adapters of different ranks, and a place that is empty."""
+    options = BANKS[request.param]
+    names = "stack|mixed" if "layers" in options else ".*"
+    tree = {name: leaf for name, leaf in params().items() if name in names or names == ".*"}
+    axes = {name: AXES[name] for name in tree}
+    adapters = [
+        as_if_trained(
+            lora_jax.wrap(
+                tree, ".*", rank=rank, alpha=3.0, key=jax.random.key(rank), axes=axes, **options
+            )
+        )
+        for rank in (2, 3)
+    ]
+    return lora_jax.stack(adapters, capacity=3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+class TestStack:
+    def test_each_adapter_is_resized_by_itself(self, bank: Any, rank: int) -> None:
+        resized = lora_jax.resize(bank, rank)
+        for adapter_id in (0, 1):
+            alone = lora_jax.resize(lora_jax.select(bank, adapter_id), rank)
+            one = lora_jax.select(resized, adapter_id)
+            assert_agree(lora_jax.merge(one), lora_jax.merge(alone))
+            for node, expected in zip(nodes(one), nodes(alone), strict=True):
+                assert node.lora_A.shape == expected.lora_A.shape
+                assert node.lora_B.shape == expected.lora_B.shape
+
+    def test_the_bank_stays_one(self, bank: Any, rank: int) -> None:
+        resized = lora_jax.resize(bank, rank)
+        assert lora_jax.adapter_ids(resized) == (0, 1)
+        base = lora_jax.unwrap(resized)
+        assert_agree(lora_jax.merge(lora_jax.select(resized, -1)), base)
+        added = lora_jax.add_adapter(resized, lora_jax.select(resized, 1))
+        assert lora_jax.adapter_ids(added) == (0, 1, 2)
+
+    def test_a_batch_over_it(self, bank: Any, rank: int) -> None:
+        """A bank knows the norms of its adapters, which change with the factors."""
+        resized = lora_jax.resize(bank, rank)
+
+        def fn(tree: Any, x: Any) -> Any:
+            return jnp.einsum("ncd,obcd->nob", x, tree["mixed"])
+
+        x = random(2, 2, 4, seed=9)
+        together = jax.jit(lora_jax.adapt_batched(fn))(resized, jnp.arange(2), x)
+        one_by_one = [
+            fn(lora_jax.merge(lora_jax.select(resized, i)), x[i][None])[0] for i in (0, 1)
+        ]
+        assert_agree(together, jnp.stack(one_by_one))
+
+
+def nodes(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, lora_jax.LoRAWeight))

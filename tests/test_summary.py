@@ -84,3 +84,10 @@ def test_a_rank_as_large_as_a_side_is_marked(shape: tuple[int, int]) -> None:
     params = {"kernel": jnp.ones(shape)}
     assert "3 (whole side)" in lora_jax.summary(lora_jax.wrap(params, "kernel", rank=3))
     assert "whole side" not in lora_jax.summary(lora_jax.wrap(params, "kernel", rank=2))
+
+
+@pytest.mark.parametrize("tree", [{}, None, [], {"a": None}, {"a": jnp.zeros((0, 3))}], ids=str)
+def test_a_tree_without_numbers(tree: Any) -> None:
+    counts = lora_jax.count_parameters(tree)
+    assert (counts.original, counts.total, counts.percent) == (0, 0, 0.0)
+    assert "0 original, 0 added, 0 together; 0 train (0.000 %)" in lora_jax.summary(tree)

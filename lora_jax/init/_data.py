@@ -1,16 +1,18 @@
 """Initialisers that have seen data."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._moments import InputMoments
 from lora_jax._paths import listed, nearest_paths
-from lora_jax._shapes import Axes, side_size, to_matrices
+from lora_jax._shapes import Axes, Layers, side_size, sizes, taken_layers, to_matrices
 from lora_jax.init._protocol import Frozen
 
 DataFunction = Callable[
@@ -49,7 +51,7 @@ class DataInitializer:
     shaped_as_weights: bool = dataclasses.field(default=False, kw_only=True)
 
     def statistics_of(self, path: str, shape: tuple[int, ...], axes: Axes) -> Any:
-        """Returns the statistics of each of a weight's matrices, along a leading axis.
+        """Returns the statistics of a weight.
 
         Args:
           path: the weight's path.
@@ -72,7 +74,7 @@ class DataInitializer:
                     f"`init` has statistics of shape {jnp.shape(statistics)} for '{path}'; "
                     f"expected {shape}, the weight's own. Gather them from these `params`."
                 )
-            return to_matrices(jnp.asarray(statistics), axes)
+            return statistics
         matrices = side_size(shape, axes, "batch")
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(statistics)]
         if any(leaf_shape[:1] != (matrices,) for leaf_shape in shapes):
@@ -82,6 +84,32 @@ class DataInitializer:
                 "the `axes` that wrap is given."
             )
         return statistics
+
+
+def per_matrix(
+    statistics: Any,
+    shape: tuple[int, ...],
+    axes: Axes,
+    layers: Layers | None,
+    *,
+    shaped_as_weights: bool,
+) -> Any:
+    """Returns statistics with a leading axis of the matrices of a weight that are adapted.
+
+    Args:
+      statistics: what `statistics_of` returns.
+      shape: the weight's shape.
+      axes: the role of each of its axes.
+      layers: the adapted places of its first batch axis, or None for all.
+      shaped_as_weights: as for `DataInitializer`.
+    """
+    if shaped_as_weights:
+        return to_matrices(taken_layers(jnp.asarray(statistics), axes, layers), axes)
+    if layers is None:
+        return statistics
+    batch = sizes(shape, axes, "batch")
+    places = np.arange(math.prod(batch)).reshape(batch)[list(layers)].ravel()
+    return jax.tree.map(lambda array: array[places], statistics)
 
 
 def moments_per_matrix(moments: Mapping[str, InputMoments]) -> dict[str, InputMoments]:

@@ -35,7 +35,7 @@ class Initializer(Protocol):
     copied. Any other base says that the factors start as a part of the weight, and must be
     `weight2d - scale * lora_A @ lora_B`: `wrap` computes that itself, from the weight and the
     factors in the dtype in which they are kept, so that `restore` can find the same base again bit
-    for bit.
+    for bit. It raises where what came back is something else.
 
     A factor inside a `Frozen` does not train.
 

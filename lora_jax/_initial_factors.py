@@ -1,0 +1,238 @@
+"""The factors that a new adapter starts with: an initialiser, compiled for a weight."""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from lora_jax._compat import is_tracer
+from lora_jax._dtypes import common_dtype, epsilon
+from lora_jax._partition import cut_as, factor_shardings, uncut
+from lora_jax._settings import Settings
+from lora_jax._shapes import Axes, Layers, factor_shapes, taken_layers, to_matrices
+from lora_jax.init import DataInitializer, Frozen, initializer
+from lora_jax.init._data import per_matrix
+
+# How many compiled initialisers are kept: one for each set of settings.
+_KEPT = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialFactors:
+    """What an initialiser gave for a weight.
+
+    Attributes:
+      lora_A: of shape (*batch, *in, r).
+      lora_B: of shape (*batch, r, *out).
+      keeps_base: whether the base is the weight itself, and not W - s · A · B.
+      frozen: the names of the factors that do not train.
+    """
+
+    lora_A: Array
+    lora_B: Array
+    keeps_base: bool
+    frozen: tuple[str, ...]
+
+
+def initial_factors(
+    path: str,
+    weight: Array,
+    axes: Axes,
+    layers: Layers | None,
+    settings: Settings,
+    dtype: Any,
+    key: PRNGKeyArray,
+) -> InitialFactors:
+    """Returns the factors for a weight in `dtype`, cut over the mesh as the weight is.
+
+    Args:
+      path: the weight's path, from which its own random key is derived.
+      weight: the weight.
+      axes: the role of each of its axes.
+      layers: the adapted places of its first batch axis, or None.
+      settings: how it is adapted; `rank` fits it.
+      dtype: the factors' dtype.
+      key: the random key that all weights share.
+
+    Raises:
+      ValueError: the initialiser has no statistics of the weight, returns arrays of other shapes,
+        or a base that is neither the weight nor W - s · A · B.
+    """
+    init = initializer(settings.init)
+    statistics: tuple[Any, ...] = ()
+    if isinstance(init, DataInitializer):
+        statistics = (init.statistics_of(path, weight.shape, axes),)
+    program = _program(
+        _by_content(init.function if isinstance(init, DataInitializer) else init),
+        isinstance(init, DataInitializer) and init.shaped_as_weights,
+        axes,
+        layers,
+        settings.rank,
+        settings.scale(settings.rank),
+        dtype,
+        factor_shardings(weight, axes, layers, settings.rank),
+    )
+    own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    try:
+        (lora_A, lora_B, differences), kind = program(own_key, weight, statistics)
+    except _WrongShapesError as error:
+        raise ValueError(f"`init` returned {error} for '{path}'.") from None
+    _check_base(path, differences, weight.dtype)
+    return InitialFactors(lora_A, lora_B, kind.keeps_base, kind.frozen)
+
+
+class _WrongShapesError(Exception):
+    """An initialiser returned arrays of other shapes than those of the weight's factors."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What tracing an initialiser says: whether the base stays, and what does not train."""
+
+    keeps_base: bool
+    frozen: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _program(
+    init: Callable[..., Any],
+    shaped_as_weights: bool,
+    axes: Axes,
+    layers: Layers | None,
+    rank: int,
+    scale: float,
+    dtype: Any,
+    shardings: Any,
+) -> Callable[..., Any]:
+    """Returns a compiled function from key, weight and statistics to factors and differences.
+
+    A program that is no longer kept goes with what it has compiled, so that new initialisers, as
+    in a loop that makes a closure each time, do not pile up.
+    """
+
+    def of_matrix(key: PRNGKeyArray, weight2d: Array, *statistics: Any) -> Any:
+        base, *factors = init(key, weight2d, rank, scale, *statistics)
+        arrays = [factor.array if isinstance(factor, Frozen) else factor for factor in factors]
+        _check_shapes(weight2d, rank, base, *arrays)
+        keeps_base = base is weight2d
+        names = zip(("lora_A", "lora_B"), factors, strict=True)
+        frozen = tuple(name for name, factor in names if isinstance(factor, Frozen))
+        difference = () if keeps_base else _difference(base, weight2d, scale, *arrays)
+        return (*(array.astype(dtype) for array in arrays), difference), _Kind(keeps_base, frozen)
+
+    def of_weight(key: PRNGKeyArray, weight: Array, statistics: tuple[Any, ...]) -> Any:
+        part = taken_layers(weight, axes, layers)
+        matrices = to_matrices(part, axes)
+        known = [
+            per_matrix(each, weight.shape, axes, layers, shaped_as_weights=shaped_as_weights)
+            for each in statistics
+        ]
+        keys = jax.random.split(key, matrices.shape[0])
+        (lora_A, lora_B, differences), kind = jax.vmap(of_matrix)(keys, matrices, *known)
+        A_shape, B_shape = factor_shapes(part.shape, axes, rank)
+        return (lora_A.reshape(A_shape), lora_B.reshape(B_shape), differences), kind
+
+    if shardings is None:
+        return jax.jit(of_weight)
+    whole = uncut(shardings[0].mesh)
+    # A weight whose numbers are not used still says on which devices the program runs.
+    return jax.jit(
+        functools.partial(cut_as, ((*shardings, whole), whole), of_weight), keep_unused=True
+    )
+
+
+def _difference(base: Array, weight2d: Array, scale: float, lora_A: Array, lora_B: Array) -> Array:
+    """Returns how far a base is from W - s · A · B, relative to the sizes of W and s · A · B."""
+    wide = common_dtype(weight2d.dtype, lora_A.dtype, lora_B.dtype, jnp.float32)
+    product = scale * jnp.matmul(
+        lora_A.astype(wide), lora_B.astype(wide), precision=jax.lax.Precision.HIGHEST
+    )
+    expected = (weight2d.astype(wide) - product).astype(weight2d.dtype).astype(wide)
+    size = jnp.linalg.norm(weight2d.astype(wide)) + jnp.linalg.norm(product)
+    return jnp.linalg.norm(base.astype(wide) - expected) / jnp.where(size == 0, 1, size)
+
+
+def _check_base(path: str, differences: Any, dtype: Any) -> None:
+    """Raises if an initialiser returned another base than W - s · A · B, where that is known."""
+    for each in jax.tree.leaves(differences):
+        if is_tracer(each):
+            continue
+        # An initialiser may round its product as the hardware does by default, to bfloat16 or so.
+        allowed = max(2 * epsilon(dtype), epsilon(jnp.bfloat16) / 4)
+        difference = float(np.max(np.asarray(each)))
+        if difference > allowed:
+            raise ValueError(
+                f"`init` returned a base for '{path}' that differs from weight2d - scale * lora_A "
+                f"@ lora_B by {difference:.2g} of their size; expected that, or weight2d itself. "
+                "What the model computes at the start must be what it computed before."
+            )
+
+
+def _check_shapes(weight2d: Array, rank: int, base: Array, lora_A: Array, lora_B: Array) -> None:
+    inputs, outputs = weight2d.shape
+    shapes = {
+        "a base": (base.shape, (inputs, outputs)),
+        "lora_A": (lora_A.shape, (inputs, rank)),
+        "lora_B": (lora_B.shape, (rank, outputs)),
+    }
+    if any(shape != expected for shape, expected in shapes.values()):
+        came = ", ".join(f"{name} of shape {shape}" for name, (shape, _) in shapes.items())
+        wanted = ", ".join(f"{expected}" for _, expected in shapes.values())
+        raise _WrongShapesError(f"{came}, where {wanted} are expected,")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Applied:
+    """A `functools.partial` that equals others with the same function and the same arguments."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        arguments = [value for _, value in self.arguments]
+        keywords = {name: value for name, _, value in self.keywords}
+        return self.function(*arguments, *args, **keywords)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unhashable:
+    """A function that equals itself alone, since it can't say what else it equals."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashable) and other.function is self.function
+
+    def __hash__(self) -> int:
+        return id(self.function)
+
+
+def _by_content(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that hashes and compares by what it computes, as far as that shows."""
+    if isinstance(function, functools.partial):
+        applied = _Applied(
+            function.func,
+            tuple((type(value), value) for value in function.args),
+            tuple((name, type(value), value) for name, value in sorted(function.keywords.items())),
+        )
+        return applied if _is_hashable(applied) else function
+    return function if _is_hashable(function) else _Unhashable(function)
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
