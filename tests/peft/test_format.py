@@ -17,6 +17,7 @@ import lora_jax
 from lora_jax import CheckpointError
 from lora_jax import init as lora_init
 from lora_jax.peft import Rule, load, read_config, save
+from tests.agreement import assert_agree
 from tests.peft.models import LAYERS, MODELS, WIDTH, as_if_trained
 
 PREFIX = "base_model.model."
@@ -350,6 +351,28 @@ class TestByHand:
         loaded = load(folder, {"q": jnp.ones((3, 2, 2))}, names=[rule])["q"]
         assert np.array_equal(loaded.magnitude, [[0, 1], [2, 3]])
         assert np.array_equal(loaded.squared_norm, np.full((2, 2), 3))
+
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+    def test_magnitudes_beside_a_column_of_zeros(self, tmp_path, dtype):
+        """A feature that is zero stays zero; in half precision its norm has no inverse either."""
+        generator = np.random.default_rng(0)
+        A, B, kernel = (generator.normal(size=shape) for shape in ((2, 6), (5, 2), (6, 5)))
+        B[1], kernel[:, 1] = 0, 0
+        A, B, kernel = (array.astype(dtype) for array in (A, B, kernel))
+        magnitude = np.array([0.5, 1, 2, 0.25, 1], dtype)
+        tensors = {"lora_A.weight": A, "lora_B.weight": B, "lora_magnitude_vector": magnitude}
+        named = {f"q.{name}": tensor for name, tensor in tensors.items()}
+        folder = write_adapter(tmp_path / "adapter", named, use_dora=True)
+        params = {"q": jnp.asarray(kernel)}
+        loaded = load(folder, params, names=[Rule("q.weight", "q")])
+        wide = [array.astype(np.float64) for array in (kernel, A, B, magnitude)]
+        changed = wide[0] + 2 * (wide[2] @ wide[1]).T
+        norms = np.linalg.norm(changed, axis=0)
+        expected = changed * np.where(norms == 0, 0, wide[3] / np.where(norms == 0, 1, norms))
+        tolerance = 4 * float(jnp.finfo(dtype).eps)
+        assert_agree(lora_jax.merge(loaded)["q"], expected, tolerance=tolerance)
+        apply = lora_jax.adapt(lambda params, x: x @ params["q"])
+        assert_agree(apply(loaded, jnp.eye(6, dtype=dtype)), expected, tolerance=tolerance)
 
     @pytest.mark.parametrize(
         ("config", "scales"),
