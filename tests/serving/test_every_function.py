@@ -102,6 +102,13 @@ class TestTakesABank:
     def test_on_original_base(self, kind: str) -> None:
         assert_same(lora_jax.on_original_base(bank_of(kind)), bank_of(kind))
 
+    @pytest.mark.parametrize("rank", [1, 4])
+    def test_resize(self, kind: str, rank: int) -> None:
+        resized = lora_jax.resize(bank_of(kind), rank)
+        assert_each_is(resized, [lora_jax.resize(each, rank) for each in adapters_of(kind)])
+        assert lora_jax.adapter_ids(resized)[:2] == (0, 1)
+        assert_agree(lora_jax.merge(lora_jax.select(resized, -1)), dict(KINDS[kind][0].params))
+
     def test_save_and_restore(self, kind: str, tmp_path: Path) -> None:
         lora_jax.save(tmp_path / "bank", bank_of(kind))
         assert_same(lora_jax.restore(tmp_path / "bank", KINDS[kind][0].params), bank_of(kind))
