@@ -41,36 +41,45 @@ def evaluate_equation(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Returns the outputs of one equation for `values`, one for each of its inputs.
 
     The equation is evaluated as a jaxpr of its own, which is the public way to keep its source
-    line, its named scopes and the settings under which it was traced. Each input gets a variable of
-    its own: where the model uses one value twice, its two operands may differ here.
+    line, its named scopes and the settings under which it was traced.
     """
-    variables = {
-        position: Var(atom.aval)
-        for position, atom in enumerate(equation.invars)
-        if not _is_unchanged_literal(atom, values[position])
+    equation = _with_own_variables(equation, values)
+    inputs = {
+        atom: value
+        for atom, value in zip(equation.invars, values, strict=True)
+        if isinstance(atom, Var)
     }
-    equation = equation.replace(
-        invars=[variables.get(position, atom) for position, atom in enumerate(equation.invars)]
-    )
     names = core.DebugInfo(
         traced_for="adapt",
         func_src_info=equation.primitive.name,
-        arg_names=("",) * len(variables),
+        arg_names=("",) * len(inputs),
         result_paths=("",) * len(equation.outvars),
     )
     jaxpr = Jaxpr(
-        (),
-        list(variables.values()),
-        equation.outvars,
-        [equation],
-        equation.effects,
-        debug_info=names,
+        (), list(inputs), equation.outvars, [equation], equation.effects, debug_info=names
     )
-    return evaluate(ClosedJaxpr(jaxpr, ()), [values[position] for position in variables])
+    return evaluate(ClosedJaxpr(jaxpr, ()), list(inputs.values()))
 
 
-def _is_unchanged_literal(atom: Any, value: Any) -> bool:
-    return isinstance(atom, Literal) and value is atom.val
+def _with_own_variables(equation: Equation, values: Sequence[Any]) -> Equation:
+    """Returns the equation with a variable for each operand.
+
+    The model may use one value twice, or a constant, where the operands differ here: one of them
+    built or scaled, the other as it was.
+    """
+    variables = [atom for atom in equation.invars if isinstance(atom, Var)]
+    changed = [
+        isinstance(atom, Literal) and value is not atom.val
+        for atom, value in zip(equation.invars, values, strict=True)
+    ]
+    if len(set(variables)) == len(variables) and not any(changed):
+        return equation
+    return equation.replace(
+        invars=[
+            Var(atom.aval) if isinstance(atom, Var) or is_changed else atom
+            for atom, is_changed in zip(equation.invars, changed, strict=True)
+        ]
+    )
 
 
 def settings_of(equation: Equation) -> AbstractContextManager[Any]:
