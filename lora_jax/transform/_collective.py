@@ -21,7 +21,6 @@ from lora_jax.transform._factored import (
     Factored,
     Term,
     base_of,
-    without_windows,
 )
 from lora_jax.transform._interpreter import Interpreter, Rule
 
@@ -113,7 +112,7 @@ def all_to_all(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
         return array if is_tiled else jnp.expand_dims(array.squeeze(split), joined)
 
     if not is_tiled:
-        inputs = [_without_windows(value, None) for value in inputs]
+        inputs = [_without_windows(value) for value in inputs]
     return _each_moved(equation, inputs, moved, tuple(axes), None)
 
 
@@ -264,20 +263,8 @@ def _group(equation: Equation, value: Factored) -> _Group:
     return _Group(equation, frozenset(names), value.base)
 
 
-def _without_windows(value: Any, axes: Collection[int] | None) -> Any:
-    """Returns a value without windows on these axes, or on any."""
-    if not isinstance(value, Factored):
-        return value
-    terms = tuple(
-        without_windows(term, value.shape)
-        if any(
-            window is not None and (axes is None or axis in axes)
-            for axis, window in enumerate(term.window)
-        )
-        else term
-        for term in value.terms
-    )
-    return dataclasses.replace(value, terms=terms)
+def _without_windows(value: Any, axes: Collection[int] | None = None) -> Any:
+    return value.without_windows(axes) if isinstance(value, Factored) else value
 
 
 RULES: dict[str, Rule] = {

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, rebound, scan_counts
-from lora_jax.transform._factored import Factor, Factored, without_windows
+from lora_jax.transform._factored import Factor, Factored
 from lora_jax.transform._forwarding import input_behind
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 from lora_jax.transform._placement import cut_for, placed
@@ -248,7 +248,7 @@ class _Stack:
     def of(cls, value: Any) -> "_Stack":
         if not isinstance(value, Factored):
             return cls(value)
-        return cls(_without_any_window(value).map_factors(Factor.as_stack))
+        return cls(value.without_windows().map_factors(Factor.as_stack))
 
     @property
     def leaves(self) -> Any:
@@ -290,8 +290,7 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
     mesh, in_specs = equation.params["mesh"], equation.params["in_specs"]
     names = equation.params["newly_manual_axes"]
     values = [
-        _with_replication(cut_for(_without_any_window(value), mesh, spec), spec, names)
-        for value, spec in zip(inputs, in_specs, strict=True)
+        _for_shards(value, mesh, spec, names) for value, spec in zip(inputs, in_specs, strict=True)
     ]
     specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
 
@@ -320,8 +319,11 @@ def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray
     return key
 
 
-def _with_replication(value: Any, spec: Any, names: Collection[str]) -> Any:
-    """Returns a value whose factors say along which mesh axes every device gets the same."""
+def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any:
+    """Returns a value as a function of shards takes it.
+
+    Its factors say along which of the mesh axes `names` every device gets the same.
+    """
     if not isinstance(value, Factored):
         return value
 
@@ -329,7 +331,7 @@ def _with_replication(value: Any, spec: Any, names: Collection[str]) -> Any:
         cut = jax.tree.leaves(tuple(factor.spec(spec)))
         return dataclasses.replace(factor, alike_over=frozenset(names) - frozenset(cut))
 
-    value = value.map_factors(replicated)
+    value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
     terms = tuple(
         dataclasses.replace(term, scale_alike_over=frozenset(names)) for term in value.terms
     )
@@ -348,13 +350,6 @@ def _factored_specs(value: Any, spec: Any) -> Any:
     specs: Any = value.map_factors(spec_of)
     terms = tuple(dataclasses.replace(term, scale=PartitionSpec()) for term in specs.terms)
     return dataclasses.replace(specs, base=spec, terms=terms)
-
-
-def _without_any_window(value: Any) -> Any:
-    if not isinstance(value, Factored):
-        return value
-    terms = tuple(without_windows(term, value.shape) for term in value.terms)
-    return dataclasses.replace(value, terms=terms)
 
 
 def _placed(values: Sequence[Any], shardings: Sequence[Any], layouts: Sequence[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -189,6 +189,19 @@ class Factored:
         return {
             path: dataclasses.replace(self, terms=tuple(terms)) for path, terms in by_path.items()
         }
+
+    def without_windows(self, axes: Collection[int] | None = None) -> "Factored":
+        """Returns the same value, with no window on these axes, or on any."""
+        terms = tuple(
+            without_windows(term, self.shape)
+            if any(
+                window is not None and (axes is None or axis in axes)
+                for axis, window in enumerate(term.window)
+            )
+            else term
+            for term in self.terms
+        )
+        return dataclasses.replace(self, terms=terms)
 
     def map_factors(self, function: Callable[[Factor], Factor]) -> "Factored":
         """Returns the value with a function applied to each factor, and to the gain."""

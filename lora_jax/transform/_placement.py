@@ -12,7 +12,38 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lora_jax.transform._factored import Factor, Factored
+from lora_jax._compat import Equation, evaluate_equation
+from lora_jax.transform._factored import Factor, Factored, base_of
+from lora_jax.transform._interpreter import Interpreter, Rule
+
+
+def device_put(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns each value on its device or in its memory, the factors of a weight beside it."""
+    bases = evaluate_equation(equation, [base_of(value) for value in inputs])
+    return [
+        placed(value, base, where, _put) if isinstance(value, Factored) else base
+        for value, base, where in zip(inputs, bases, equation.params["devices"], strict=True)
+    ]
+
+
+def _put(array: Array, where: Any) -> Array:
+    return jax.device_put(array, where)
+
+
+def sharding_constraint(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any]:
+    """Returns the weight cut as the model says, its factors alike."""
+    (value,) = inputs
+    base = evaluate_equation(equation, [value.base])[0]
+    return [placed(value, base, equation.params["sharding"], jax.lax.with_sharding_constraint)]
+
+
+def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the weight cut over explicit axes as the model says, its factors alike."""
+    (value,) = inputs
+    base = evaluate_equation(equation, [value.base])[0]
+    return [placed(value, base, equation.params["dst_sharding"], jax.sharding.reshard)]
 
 
 def placed(
@@ -34,7 +65,7 @@ def placed(
     return dataclasses.replace(moved, base=base, terms=terms)
 
 
-def cut_for(value: Any, mesh: Any, spec: Any) -> Any:
+def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:
     """Returns a value whose factors are cut over explicit mesh axes as a function of shards asks.
 
     Over the other axes of a mesh JAX cuts on its own.
@@ -44,7 +75,7 @@ def cut_for(value: Any, mesh: Any, spec: Any) -> Any:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit
     }
-    if not explicit or not isinstance(value, Factored):
+    if not explicit:
         return value
 
     def cut(factor: Factor) -> Factor:
@@ -70,3 +101,10 @@ def _with_spec(where: Any, spec: PartitionSpec) -> Any:
     if not isinstance(where, NamedSharding):
         return where
     return NamedSharding(where.mesh, spec, memory_kind=where.memory_kind)
+
+
+RULES: dict[str, Rule] = {
+    "device_put": device_put,
+    "reshard": reshard,
+    "sharding_constraint": sharding_constraint,
+}

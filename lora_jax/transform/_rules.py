@@ -8,18 +8,24 @@ it doesn't cover the case at hand, and then W + AB is built. A new rule is one f
 from collections.abc import Mapping
 
 from lora_jax.transform import (
+    _arithmetic,
     _collective,
     _contraction,
     _control,
     _convolution,
     _custom,
     _indexing,
+    _parts,
+    _placement,
     _structure,
 )
 from lora_jax.transform._interpreter import Rule
 
 RULES: Mapping[str, Rule] = {
     **_structure.RULES,
+    **_parts.RULES,
+    **_arithmetic.RULES,
+    **_placement.RULES,
     **_contraction.RULES,
     **_convolution.RULES,
     **_indexing.RULES,

@@ -1,0 +1,129 @@
+"""Rules for sums of weights, and for weights times numbers and arrays."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, is_tracer
+from lora_jax.transform._factored import (
+    Factored,
+    Term,
+    base_of,
+    gain_of,
+    terms_of,
+    without_windows,
+)
+from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax.transform._structure import on_bases
+
+
+def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the negated weight: base and scale change sign."""
+    (value,) = inputs
+    terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
+    return [Factored(on_bases(equation, inputs), terms, value.gain)]
+
+
+def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight times a scalar, or times an array on axes that one factor holds."""
+    if all(isinstance(value, Factored) for value in inputs):
+        return None
+    value, other = inputs if isinstance(inputs[0], Factored) else reversed(inputs)
+    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.multiply)
+
+
+def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight divided by a scalar, or by an array on axes that one factor holds."""
+    value, other = inputs
+    if not isinstance(value, Factored) or isinstance(other, Factored):
+        return None
+    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.divide)
+
+
+def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
+    if any(gain_of(value) is not None for value in inputs):
+        return None
+    base = on_bases(equation, inputs)
+    return [Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.ndim)))]
+
+
+def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the difference of a weight and an array or another weight."""
+    if any(gain_of(value) is not None for value in inputs):
+        return None
+    base = on_bases(equation, inputs)
+    first, second = (_terms_on(value, base.ndim) for value in inputs)
+    negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in second)
+    return [Factored(base, first + negated)]
+
+
+def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
+    """Returns the terms of a value of `ndim` axes, or of a scalar, as terms of `ndim` axes."""
+    terms = terms_of(value)
+    if jnp.ndim(base_of(value)) == ndim:
+        return terms
+    ones = (1,) * ndim
+    return tuple(
+        term.rearranged(
+            term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * ndim
+        )
+        for term in terms
+    )
+
+
+def _rescaled(
+    equation: Equation,
+    inputs: Sequence[Any],
+    value: Factored,
+    other: Array,
+    operation: Callable[[Array, Array], Array],
+) -> list[Any] | None:
+    """Returns the value times or over an array that each term absorbs, into scale or one factor."""
+    if value.ndim < other.ndim:  # one number of a weight, times an array
+        return None
+    terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
+    absorbed = tuple(term for term in terms if term is not None)
+    if len(absorbed) < len(terms):
+        return None
+    return [Factored(on_bases(equation, inputs), absorbed, value.gain)]
+
+
+def _rescaled_term(
+    term: Term,
+    shape: tuple[int, ...],
+    other: Array,
+    operation: Callable[[Array, Array], Array],
+) -> Term | None:
+    if other.ndim == 0:
+        scale = operation(term.scale, other.astype(term.scale.dtype))
+        alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
+        return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
+    term = without_windows(term, shape)
+    held = {axis for axis, size in enumerate(other.shape) if size != 1}
+
+    def absorbed(factor: Array) -> Array:
+        return operation(factor, other[..., None].astype(factor.dtype))
+
+    if _holds(term.lora_A, held):
+        return term.moved(absorbed(term.lora_A), term.lora_B)
+    if _holds(term.lora_B, held):
+        return term.moved(term.lora_A, absorbed(term.lora_B))
+    return None
+
+
+def _holds(factor: Array, axes: Collection[int]) -> bool:
+    return all(factor.shape[axis] != 1 for axis in axes)
+
+
+RULES: dict[str, Rule] = {
+    "add": add,
+    "add_any": add,
+    "div": div,
+    "mul": mul,
+    "neg": neg,
+    "sub": sub,
+}

@@ -1,0 +1,212 @@
+"""Rules for parts of a weight, and for weights that are parts of a larger array.
+
+A term of a part has a window: the range of an axis outside of which it is zero.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lora_jax._compat import Equation, evaluate_equation, is_tracer
+from lora_jax._dtypes import common_dtype
+from lora_jax.transform._factored import Factor, Factored, Term, gain_of, terms_of
+from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax.transform._structure import Windows, moved, on_bases, with_base
+
+
+def slice_(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns a range of the weight; what of a factor lies outside of it is never touched."""
+    (value,) = inputs
+    starts = equation.params["start_indices"]
+    stops = equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * value.ndim
+    is_cut = [
+        (start, stop, stride) != (0, size, 1)
+        for start, stop, stride, size in zip(starts, stops, strides, value.shape, strict=True)
+    ]
+    value = value.without_windows([axis for axis, cut in enumerate(is_cut) if cut])
+
+    def cut(factor: Array) -> Array:
+        indices = [
+            slice(start, stop, stride) if cut_here and size != 1 else slice(None)
+            for start, stop, stride, cut_here, size in zip(
+                starts, stops, strides, is_cut, factor.shape[:-1], strict=True
+            )
+        ]
+        return factor[tuple(indices)]
+
+    return [moved(equation, value, cut)]
+
+
+def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the parts of the weight along one axis."""
+    (value,) = inputs
+    axis, sizes = equation.params["axis"], equation.params["sizes"]
+    value = value.without_windows([axis])
+    bases = evaluate_equation(equation, [value.base])
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+
+    def part(start: int, size: int) -> Callable[[Array], Array]:
+        return lambda factor: (
+            jax.lax.slice_in_dim(factor, start, start + size, axis=axis)
+            if factor.shape[axis] != 1
+            else factor
+        )
+
+    return [
+        with_base(value, base, part(start, size))
+        for base, start, size in zip(bases, starts, sizes, strict=True)
+    ]
+
+
+def unstack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns the parts of the weight along one axis, each without it."""
+    (value,) = inputs
+    axis = equation.params["axis"]
+    value = value.without_windows([axis])
+    bases = evaluate_equation(equation, [value.base])
+
+    def part(place: int) -> Callable[[Array], Array]:
+        return lambda factor: jax.lax.index_in_dim(
+            factor, place if factor.shape[axis] != 1 else 0, axis, keepdims=False
+        )
+
+    return [
+        with_base(value, base, part(place), lambda windows: (*windows[:axis], *windows[axis + 1 :]))
+        for place, base in enumerate(bases)
+    ]
+
+
+def dynamic_slice(
+    interpreter: Interpreter, equation: Equation, inputs: list[Any]
+) -> list[Any] | None:
+    """Returns a range that starts where the numbers say: a layer picked out of a stack."""
+    value, *starts = inputs
+    if not isinstance(value, Factored) or len(starts) != value.ndim:
+        return None
+    sizes = equation.params["slice_sizes"]
+    is_cut = [size != whole for size, whole in zip(sizes, value.shape, strict=True)]
+    value = value.without_windows([axis for axis, cut in enumerate(is_cut) if cut])
+
+    def cut(factor: Array) -> Array:
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if is_cut[axis] and factor.shape[axis] != 1:
+                # The model's index is normalised already: what is negative still is out of bounds.
+                factor = jax.lax.dynamic_slice_in_dim(
+                    factor, start, size, axis=axis, allow_negative_indices=False
+                )
+        return factor
+
+    base = evaluate_equation(equation, [value.base, *starts])[0]
+    # Each device may start elsewhere.
+    return [
+        with_base(value, base, cut).map_factors(lambda factor: Factor.of_aligned(factor.aligned))
+    ]
+
+
+def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns weights joined along an axis: each one's terms fill a window of the whole."""
+    axis = equation.params["dimension"]
+    terms: list[Term] = []
+    start = 0
+    for value in inputs:
+        size = value.shape[axis]
+        for term in terms_of(value) if size else ():
+            inner = term.window[axis] or (0, size)
+            window = (start + inner[0], start + inner[1])
+            windows = (*term.window[:axis], window, *term.window[axis + 1 :])
+            terms.append(dataclasses.replace(term, window=windows))
+        start += size
+    sizes = [value.shape[axis] for value in inputs]
+    gain = _joined_gain([gain_of(value) for value in inputs], axis, sizes)
+    return [Factored(on_bases(equation, inputs), tuple(terms), gain)]
+
+
+def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
+    """Returns weights stacked along a new axis: each one's terms fill one place of it."""
+    axis = equation.params["axis"]
+    terms = tuple(
+        term.rearranged(
+            jnp.expand_dims(term.lora_A, axis),
+            jnp.expand_dims(term.lora_B, axis),
+            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
+        )
+        for place, value in enumerate(inputs)
+        for term in terms_of(value)
+    )
+    gains = [
+        gain and gain.rearranged(jnp.expand_dims(gain.aligned, axis))
+        for gain in map(gain_of, inputs)
+    ]
+    gain = _joined_gain(gains, axis, [1] * len(inputs))
+    return [Factored(on_bases(equation, inputs), terms, gain)]
+
+
+def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
+    """Returns the weight within a larger array: each term fills a window of it.
+
+    Between the elements of the weight there is no window; there it is built.
+    """
+    value, padding_value = inputs
+    config = equation.params["padding_config"]
+    if not isinstance(value, Factored) or any(min(sides) < 0 or sides[2] for sides in config):
+        return None
+    if value.gain is not None and not _is_zero(padding_value):
+        return None
+
+    def widened(windows: Windows) -> Windows:
+        return tuple(
+            window
+            if lo == hi == 0
+            else (lo + (window or (0, size))[0], lo + (window or (0, size))[1])
+            for window, (lo, hi, _), size in zip(windows, config, value.shape, strict=True)
+        )
+
+    base = evaluate_equation(equation, [value.base, padding_value])[0]
+    terms = tuple(dataclasses.replace(term, window=widened(term.window)) for term in value.terms)
+    if value.gain is None:
+        return [Factored(base, terms)]
+    gain = value.gain.aligned
+    held = [
+        sides if size != 1 else (0, 0, 0) for sides, size in zip(config, gain.shape, strict=False)
+    ]
+    padded = jax.lax.pad(gain, jnp.ones((), gain.dtype), (*held, (0, 0, 0)))
+    return [Factored(base, terms, value.gain.rearranged(padded))]
+
+
+def _is_zero(value: Any) -> bool:
+    return not is_tracer(value) and not np.any(np.asarray(value))
+
+
+def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[int]) -> Factor | None:
+    """Returns the gain of weights joined along an axis; where a weight has none, it is 1."""
+    known = [gain.aligned for gain in gains if gain is not None]
+    if not known:
+        return None
+    dtype = common_dtype(*(array.dtype for array in known))
+    shapes = [[size if i != axis else 1 for i, size in enumerate(array.shape)] for array in known]
+    common = list(jnp.broadcast_shapes(*shapes))
+    parts = [
+        jnp.broadcast_to(
+            jnp.ones((), dtype) if gain is None else gain.aligned.astype(dtype),
+            (*common[:axis], size, *common[axis + 1 :]),
+        )
+        for gain, size in zip(gains, sizes, strict=True)
+    ]
+    return Factor.of_aligned(jnp.concatenate(parts, axis))
+
+
+RULES: dict[str, Rule] = {
+    "concatenate": concatenate,
+    "dynamic_slice": dynamic_slice,
+    "pad": pad,
+    "slice": slice_,
+    "split": split,
+    "stack": stack,
+    "unstack": unstack,
+}
