@@ -35,9 +35,10 @@ def adapt(
     Args:
       fn: any JAX function; `model.apply`, a bound method, a loss. Where no argument holds an
         adapter, it is called as it is. Otherwise it is traced once for each structure, shape and
-        dtype of its arguments. A Python float is traced like an array, so that another one traces
-        nothing again, unless `fn` needs its value; other arguments that are not arrays (flags,
-        whole numbers, strings, functions, configurations) are static.
+        dtype of its arguments. A Python float is traced like an array, as `jax.jit` does it, so
+        that another one traces nothing again, unless `fn` needs its value; arithmetic of `fn` with
+        it is then in JAX's precision. Other arguments that are not arrays (flags, whole numbers,
+        strings, functions, configurations) are static, and read anew when they change.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability with which an element of an adapter's input is dropped, to the next

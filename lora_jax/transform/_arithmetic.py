@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, is_tracer
+from lora_jax._dtypes import common_dtype
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -99,20 +100,28 @@ def _rescaled_term(
     operation: Callable[[Array, Array], Array],
 ) -> Term | None:
     if other.ndim == 0:
-        scale = operation(term.scale, other.astype(term.scale.dtype))
+        scale = _in_common_dtype(operation, term.scale, other)
         alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
         return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
     term = without_windows(term, shape)
     held = {axis for axis, size in enumerate(other.shape) if size != 1}
 
     def absorbed(factor: Array) -> Array:
-        return operation(factor, other[..., None].astype(factor.dtype))
+        return _in_common_dtype(operation, factor, other[..., None])
 
     if _holds(term.lora_A, held):
         return term.moved(absorbed(term.lora_A), term.lora_B)
     if _holds(term.lora_B, held):
         return term.moved(term.lora_A, absorbed(term.lora_B))
     return None
+
+
+def _in_common_dtype(
+    operation: Callable[[Array, Array], Array], first: Array, second: Array
+) -> Array:
+    """Returns what an operation gives in the wider dtype of two arrays."""
+    dtype = common_dtype(first.dtype, second.dtype)
+    return operation(first.astype(dtype), second.astype(dtype))
 
 
 def _holds(factor: Array, axes: Collection[int]) -> bool:

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from lora_jax._compat import Jaxpr, called_jaxpr
+from lora_jax._compat import Jaxpr, Literal, called_jaxpr
 
 
 def input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
     """Returns the input that `atom` is, also through calls that hand it on, or None."""
+    if isinstance(atom, Literal):
+        return None
     definitions = {output: equation for equation in jaxpr.eqns for output in equation.outvars}
     while atom in definitions:
         equation = definitions[atom]
@@ -17,4 +19,6 @@ def input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
         if inner is None:
             return None
         atom = equation.invars[body.invars.index(inner)]
+        if isinstance(atom, Literal):
+            return None
     return atom if atom in jaxpr.invars else None

@@ -100,12 +100,14 @@ def _picked(
 ) -> Array:
     """Returns what of a factor belongs to the picked part of the weight, aligned with its axes."""
     numbers = equation.params["dimension_numbers"]
-    if not all(factor.shape[axis] != 1 for axis in looked_up):
-        return aligned_with_offsets(factor, numbers, base.ndim)
     sizes = [
         min(size, whole)
         for size, whole in zip(equation.params["slice_sizes"], factor.shape[:-1], strict=True)
     ]
+    if not all(factor.shape[axis] != 1 for axis in looked_up):
+        # An axis that no index belongs to is cut from its start.
+        kept = factor[tuple(map(slice, sizes))]
+        return aligned_with_offsets(kept, numbers, base.ndim)
     return jax.lax.gather(
         factor,
         indices,

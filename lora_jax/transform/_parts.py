@@ -154,7 +154,9 @@ def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """
     value, padding_value = inputs
     config = equation.params["padding_config"]
-    if not isinstance(value, Factored) or any(min(sides) < 0 or sides[2] for sides in config):
+    if not isinstance(value, Factored) or isinstance(padding_value, Factored):
+        return None
+    if any(min(sides) < 0 or sides[2] for sides in config):
         return None
     if value.gain is not None and not _is_zero(padding_value):
         return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax._weight import is_lora_weight
 
@@ -71,18 +72,29 @@ def without_static(tree: Any) -> Any:
 
 
 def is_array(leaf: Any) -> bool:
-    """Says whether a leaf is an array, concrete or not."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Says whether a leaf is an array of a dtype that JAX has, concrete or not."""
+    if isinstance(leaf, type) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return False
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.extended, jax.dtypes.float0)
+    return any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
 
 
 def is_number(leaf: Any) -> bool:
-    """Says whether a leaf is a Python float or complex number."""
-    return isinstance(leaf, float | complex) and not is_array(leaf)
+    """Says whether a leaf is a Python float or complex number that an array of JAX can hold."""
+    if not isinstance(leaf, float | complex) or is_array(leaf):
+        return False
+    with np.errstate(over="ignore", under="ignore"):
+        held = jnp.result_type(leaf).type(leaf)
+    return bool(np.isfinite(held) == np.isfinite(leaf)) and bool(held) == bool(leaf)
 
 
 def _identity(leaf: Any) -> Any:
-    if is_number(leaf):
+    if isinstance(leaf, float | complex):
         return repr(leaf)  # 0.0 and -0.0 are equal, and nan is not even equal to itself
+    own_hash: Any = type(leaf).__hash__
+    if own_hash is object.__hash__:
+        # It is itself whatever it holds; what it holds may change between two calls.
+        return leaf, _snapshot(getattr(leaf, "__dict__", None))
     if _is_hashable(leaf):
         return leaf
     try:
@@ -93,6 +105,34 @@ def _identity(leaf: Any) -> Any:
     if is_equal is not True:
         raise NotComparableError(f"{leaf!r} can't be compared with a copy of itself.")
     return identity
+
+
+def _snapshot(value: Any) -> Any:
+    """Returns what tells a value from what it is after a change: numbers, text, and what is itself.
+
+    Containers are looked into; the rest is known by its identity.
+    """
+    if isinstance(value, dict):
+        return tuple((_snapshot(key), _snapshot(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return (type(value), *map(_snapshot, value))
+    if isinstance(value, bool | int | float | complex | str | bytes | None):
+        return type(value), repr(value)
+    return _Same(value)
+
+
+class _Same:
+    """Equal to what holds the same object."""
+
+    def __init__(self, value: Any) -> None:
+        """Holds an object."""
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def _is_hashable(value: Any) -> bool:

@@ -331,6 +331,42 @@ def test_equal_objects_trace_once() -> None:
     assert fn.count == 2
 
 
+class Options:
+    """Equal to nothing but itself, whatever it holds."""
+
+    def __init__(self, factors: list[float]) -> None:
+        self.factors = factors
+
+
+def test_an_object_that_is_itself_is_read_again_when_it_changes() -> None:
+    fn = Counted(lambda p, x, o: project(p, x) * o.factors[0])
+    adapted, options = lora_jax.adapt(fn), Options([1.0])
+    for factor in (1.0, 2.0, 3.0):
+        options.factors[0] = factor
+        for _ in range(2):
+            assert_agree(adapted(WRAPPED, X, options), factor * project(MERGED, X))
+    assert fn.count == 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.float32, np.dtype("float32"), "float32"])
+def test_a_dtype_as_an_argument(dtype: Any) -> None:
+    adapted = lora_jax.adapt(lambda p, x, dtype: project(p, x).astype(dtype))
+    assert adapted(WRAPPED, X, dtype).dtype == jnp.float32
+
+
+def test_an_array_that_jax_has_no_dtype_for() -> None:
+    adapted = lora_jax.adapt(lambda p, x, names: {name: project(p, x) for name in names})
+    assert sorted(adapted(WRAPPED, X, np.array(["a", "b"]))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", [1e300, -1e300, 1e-300, math.inf])
+def test_a_float_that_no_array_holds_keeps_its_value(number: float) -> None:
+    def fn(params: Any, x: jax.Array, number: float) -> jax.Array:
+        return project(params, x) * (1.0 if number * 2 == math.inf else number / (2 * number))
+
+    assert_agree(lora_jax.adapt(fn)(WRAPPED, X, number), fn(MERGED, X, number))
+
+
 class Incomparable:
     """Neither hashable nor comparable, as an object that holds arrays is."""
 
