@@ -117,30 +117,47 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     returned = _returned_stacks(
         body.jaxpr, scanned, constant_count + carry_count, body.jaxpr.outvars[carry_count:]
     )
-    loop = interpreter.within(equation, times=equation.params["length"])
-
-    def step(state: list[Any], cut: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
-        key, slices = cut
-        layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
-        outputs = loop.with_key(key).run(body, [*constants, *carry.joined(state), *layers])
-        state = carry.changing(outputs[:carry_count])
-        new = [y for y, old in zip(outputs[carry_count:], returned, strict=True) if old is None]
-        return _arrays(loop, equation, state), _arrays(loop, equation, new)
-
     length = equation.params["length"]
+    loop = interpreter.within(equation, times=length)
     key = interpreter.body_key()
-    keys = None if key is None else jax.random.split(key, length)
+
+    def step(
+        counted: tuple[Any, list[Any]], slices: list[Any]
+    ) -> tuple[tuple[Any, list[Any]], list[Any]]:
+        count, state = counted
+        layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
+        in_round = loop.with_key(_key_of_round(key, count))
+        outputs = in_round.run(body, [*constants, *carry.joined(state), *layers])
+        state = _arrays(loop, equation, carry.changing(outputs[:carry_count]))
+        new = [y for y, old in zip(outputs[carry_count:], returned, strict=True) if old is None]
+        return (_next_round(count), state), _arrays(loop, equation, new)
+
+    leaves = [stack.leaves for stack in stacks]
     with scope_of(equation):
-        state, stacked = jax.lax.scan(
+        (_, state), stacked = jax.lax.scan(
             step,
-            carry.changing(carry.initial),
-            (keys, [stack.leaves for stack in stacks]),
-            length=length,
+            (_first_round(key), carry.changing(carry.initial)),
+            leaves,
+            # What is scanned knows its length, which may be a symbol.
+            length=None if jax.tree.leaves(leaves) else length,
             reverse=equation.params["reverse"],
             unroll=equation.params["unroll"],
         )
     new = iter(stacked)
     return [*carry.joined(state), *(next(new) if old is None else old for old in returned)]
+
+
+def _first_round(key: PRNGKeyArray | None) -> Array | None:
+    """Returns the count that tells the rounds of a loop apart for dropout; None in evaluation."""
+    return None if key is None else jnp.zeros((), jnp.uint32)
+
+
+def _next_round(count: Array | None) -> Array | None:
+    return None if count is None else count + jnp.uint32(1)
+
+
+def _key_of_round(key: PRNGKeyArray | None, count: Array | None) -> PRNGKeyArray | None:
+    return None if key is None or count is None else jax.random.fold_in(key, count)
 
 
 def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -153,26 +170,23 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
     )
 
     inside = interpreter.within(equation)
-
-    def in_round(body: int, count: Any) -> Interpreter:
-        """Returns an interpreter with the dropout keys of one round of a body."""
-        key = interpreter.body_key(body)
-        return inside.with_key(None if key is None else jax.random.fold_in(key, count))
+    body_key, test_key = interpreter.body_key(0), interpreter.body_key(1)
 
     def goes_on(counted: tuple[Any, list[Any]]) -> Any:
         count, state = counted
-        (result,) = in_round(1, count).run(test, [*test_constants, *carry.joined(state)])
+        in_round = inside.with_key(_key_of_round(test_key, count))
+        (result,) = in_round.run(test, [*test_constants, *carry.joined(state)])
         return _arrays(inside, equation, [result])[0]
 
     def step(counted: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         count, state = counted
-        outputs = in_round(0, count).run(body, [*body_constants, *carry.joined(state)])
-        state = _arrays(inside, equation, carry.changing(outputs))
-        return None if count is None else count + 1, state
+        in_round = inside.with_key(_key_of_round(body_key, count))
+        outputs = in_round.run(body, [*body_constants, *carry.joined(state)])
+        return _next_round(count), _arrays(inside, equation, carry.changing(outputs))
 
-    rounds = None if interpreter.dropout is None else jnp.zeros((), jnp.uint32)
+    initial = _first_round(body_key), carry.changing(carry.initial)
     with scope_of(equation):
-        _, state = jax.lax.while_loop(goes_on, step, (rounds, carry.changing(carry.initial)))
+        _, state = jax.lax.while_loop(goes_on, step, initial)
     return carry.joined(state)
 
 
@@ -295,7 +309,12 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
     specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        shard = interpreter.within(equation).with_key(_key_of_shard(key, names))
+        shard = interpreter.within(equation)
+        if equation.params["check_vma"]:
+            # What an array varies over is known where it is dropped out.
+            shard = shard.with_key(key).within_mesh(frozenset(names))
+        else:
+            shard = shard.with_key(_key_of_shard(key, names))
         return _arrays(shard, equation, shard.run_open(equation.params["jaxpr"], (), arguments))
 
     rewritten = jax.shard_map(

@@ -4,7 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PRNGKeyArray
+
+from lora_jax._compat import varying_axes
+from lora_jax.transform._product import sharding_of
 
 # A number is kept or dropped by 16 random bits: half a word of the generator's.
 _LEVELS = 2**16
@@ -18,11 +22,14 @@ class Dropout:
       rate: the probability with which an element is dropped, to the next multiple of 1/65536.
       key: the key of the body that is being evaluated.
       place: which equation of that body is being evaluated.
+      mesh_axes: the mesh axes of a `shard_map` around it, along which devices that hold other
+        inputs draw other masks. Devices that hold the same input draw the same.
     """
 
     rate: float
     key: PRNGKeyArray
     place: int = 0
+    mesh_axes: frozenset[str] = frozenset()
 
     def at(self, place: int) -> "Dropout":
         """Returns the dropout of another equation of the same body."""
@@ -30,13 +37,15 @@ class Dropout:
 
     def key_of(self, use: int) -> PRNGKeyArray:
         """Returns the key of one use within this equation, which no other use in the body has."""
-        key = jax.random.fold_in(self.key, self.place)
+        key = jax.random.fold_in(_on_this_mesh(self.key), self.place)
         return jax.random.fold_in(key, use) if use else key
 
     def dropped_out(self, x: Array, use: int) -> Array:
         """Returns x with elements dropped; the kept ones count 1 / (1 - rate) through the scale."""
-        kept = _is_kept(self.key_of(use), x.shape, self._dropped_levels)
-        return jnp.where(kept, x, jnp.zeros_like(x))
+        key = self.key_of(use)
+        for axis in sorted(self.mesh_axes & varying_axes(x)):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return jnp.where(self._is_kept(key, x), x, jnp.zeros_like(x))
 
     def scaled(self, scale: Array) -> Array:
         """Returns an adapter's scale over 1 - rate: there it keeps the factors' precision."""
@@ -45,19 +54,48 @@ class Dropout:
 
     def with_key(self, key: PRNGKeyArray) -> "Dropout":
         """Returns the dropout of a body that has a key of its own."""
-        return Dropout(self.rate, key)
+        return dataclasses.replace(self, key=key, place=0)
+
+    def within_mesh(self, axes: frozenset[str]) -> "Dropout":
+        """Returns the dropout of the shards of a function that is mapped over these mesh axes."""
+        return dataclasses.replace(self, mesh_axes=self.mesh_axes | axes)
 
     @property
     def _dropped_levels(self) -> int:
         return min(round(self.rate * _LEVELS), _LEVELS - 1)
 
+    def _is_kept(self, key: PRNGKeyArray, x: Array) -> Array:
+        """Returns a mask for x, in which an element is False with the rate's probability.
 
-def _is_kept(key: PRNGKeyArray, shape: tuple[int, ...], dropped_levels: int) -> Bool[Array, "..."]:
-    """Returns a mask in which each element is False with probability dropped_levels / 65536.
+        Two elements share a word of 32 random bits; `jax.random.bits` of 16 would draw a word for
+        each. Over explicit mesh axes the words are cut as x is, and so is the mask.
+        """
+        *before, last = x.shape or (1,)
+        words_shape = (*before, -(-last // 2))
+        sharding = sharding_of(x)
+        words = jax.random.bits(
+            key,
+            words_shape,
+            jnp.uint32,
+            out_sharding=None if sharding is None else _but_the_last(sharding, len(words_shape)),
+        )
+        halves = [words & jnp.uint32(_LEVELS - 1), words >> jnp.uint32(16)]
+        levels = jnp.concatenate(halves, axis=-1)[..., :last].reshape(x.shape)
+        if sharding is not None:
+            levels = jax.sharding.reshard(levels, sharding)
+        return levels >= jnp.uint32(self._dropped_levels)
 
-    Two elements share a word of 32 random bits. `jax.random.bits` of 16 would draw a word for each.
-    """
-    *before, last = shape or (1,)
-    words = jax.random.bits(key, (*before, -(-last // 2)), jnp.uint32)
-    halves = jnp.concatenate([words & jnp.uint32(_LEVELS - 1), words >> jnp.uint32(16)], axis=-1)
-    return halves[..., :last].reshape(shape) >= jnp.uint32(dropped_levels)
+
+def _but_the_last(sharding: NamedSharding, ndim: int) -> NamedSharding:
+    """Returns a sharding with the last axis whole."""
+    axes = (*sharding.spec, *(None,) * ndim)[: ndim - 1]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes, None))
+
+
+def _on_this_mesh(key: PRNGKeyArray) -> PRNGKeyArray:
+    """Returns a key as the equation at hand takes it, whose mesh may differ in the axes' types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    own = jax.typeof(key).sharding.mesh
+    if mesh.empty or own.empty or mesh == own:
+        return key
+    return jax.sharding.reshard(key, NamedSharding(mesh, PartitionSpec()))

@@ -173,10 +173,15 @@ def _rows(target: TargetReport) -> list[tuple[str, ...]]:
             use.primitive,
             use.how,
             str(use.times),
-            f"{use.base_flops:,}",
-            "" if use.factored_flops is None else f"+{use.factored_flops:,}",
-            f"+{use.dense_flops:,}",
+            _count(use.base_flops),
+            "" if use.factored_flops is None else f"+{_count(use.factored_flops)}",
+            f"+{_count(use.dense_flops)}",
             use.source,
         )
         for use in target.uses
     ]
+
+
+def _count(flops: Any) -> str:
+    """Returns a number of operations as text; with symbolic shapes, a polynomial."""
+    return f"{flops:,}" if isinstance(flops, int) else str(flops)

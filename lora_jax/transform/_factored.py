@@ -338,6 +338,12 @@ def block_shape(term: Term, shape: tuple[int, ...]) -> tuple[int, ...]:
     )
 
 
+def is_as_exact_dense(value: Factored) -> bool:
+    """Says whether the weight's dtype holds all that the terms change of it."""
+    factors = [factor.dtype for term in value.terms for factor in (term.lora_A, term.lora_B)]
+    return bool(common_dtype(value.dtype, *factors) == value.dtype)
+
+
 def dense_flops(value: Factored) -> int:
     """Returns the operations that building base + Σ terms takes."""
     return sum(

@@ -101,7 +101,7 @@ def _picked(
     """Returns what of a factor belongs to the picked part of the weight, aligned with its axes."""
     numbers = equation.params["dimension_numbers"]
     sizes = [
-        min(size, whole)
+        1 if whole == 1 else size
         for size, whole in zip(equation.params["slice_sizes"], factor.shape[:-1], strict=True)
     ]
     if not all(factor.shape[axis] != 1 for axis in looked_up):

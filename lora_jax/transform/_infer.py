@@ -226,6 +226,8 @@ class _Recorder:
         """Returns the weight reshaped, each probe on all of the axes that its axis becomes."""
         value, new_shape = inputs[0], equation.params["new_sizes"]
         groups = reshape_groups(value.shape, new_shape)
+        if groups is None:
+            return None
 
         def spread(factor: jax.Array) -> jax.Array:
             held = {

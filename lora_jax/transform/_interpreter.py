@@ -20,7 +20,13 @@ from lora_jax._compat import (
 )
 from lora_jax.transform._cost import prefers_dense
 from lora_jax.transform._dropout import Dropout
-from lora_jax.transform._factored import Factored, Term, dense_flops, dense_value
+from lora_jax.transform._factored import (
+    Factored,
+    Term,
+    dense_flops,
+    dense_value,
+    is_as_exact_dense,
+)
 from lora_jax.transform._report import Recorder, Use, ignore
 from lora_jax.transform._sharing import (
     Place,
@@ -111,7 +117,8 @@ class Interpreter:
         keyed = [self.body_key(), *with_origins(inputs, dict(zip(origins, places, strict=True)))]
         leaves, structure = jax.tree.flatten(keyed)
         # A jaxpr is hashed by identity, and the memo keeps it alive.
-        signature = closed_jaxpr, settings, structure, tuple(map(jax.typeof, leaves))
+        masks = None if self.dropout is None else (self.dropout.rate, self.dropout.mesh_axes)
+        signature = closed_jaxpr, settings, masks, structure, tuple(map(jax.typeof, leaves))
         function = self.shared.get(signature)
         if function is None:
             uses: list[Use] = []
@@ -155,7 +162,8 @@ class Interpreter:
     ) -> Factored | jax.Array:
         """Returns a weight as an op is to use it: built where that is cheaper, or as it is.
 
-        Dropout is on the adapter's input, so a weight that is built could have none.
+        Dropout is on the adapter's input, so a weight that is built could have none; and one that
+        is built in half precision would lose what the factors have in more.
 
         Args:
           equation: the op.
@@ -163,9 +171,10 @@ class Interpreter:
           base_flops: operations of the op alone.
           factored_flops: from the weight, or a part of it, to the operations of its products.
         """
-        building = dense_flops(value)
-        is_dense = self.dropout is None and prefers_dense(
-            base_flops, factored_flops(value), building
+        is_dense = (
+            self.dropout is None
+            and is_as_exact_dense(value)
+            and prefers_dense(base_flops, factored_flops(value), dense_flops(value))
         )
         for path, part in value.parts().items():
             self.record(
@@ -220,6 +229,12 @@ class Interpreter:
         return dataclasses.replace(
             self, callers=(*self.callers, equation), times=self.times * times
         )
+
+    def within_mesh(self, axes: frozenset[str]) -> "Interpreter":
+        """Returns an interpreter for the shards of a function that is mapped over mesh axes."""
+        if self.dropout is None:
+            return self
+        return dataclasses.replace(self, dropout=self.dropout.within_mesh(axes))
 
     def _at(self, place: int) -> "Interpreter":
         """Returns an interpreter for another equation of the same body."""

@@ -126,6 +126,8 @@ def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
         return None
     new_shape = equation.params["new_sizes"]
     groups = reshape_groups(value.shape, new_shape)
+    if groups is None:
+        return None
     moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
     # A window goes along with an axis that stays itself; an axis of size 1 may be gone.
     value = value.without_windows(set(range(value.ndim)) - set(moved_axes.values()))
@@ -211,8 +213,20 @@ def on_bases(equation: Equation, inputs: Sequence[Any]) -> Array:
 
 def reshape_groups(
     old_shape: Sequence[int], new_shape: Sequence[int]
+) -> list[tuple[list[int], list[int]]] | None:
+    """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none.
+
+    None where sizes are symbols of which it is not known which is larger.
+    """
+    try:
+        return _groups(old_shape, new_shape)
+    except jax.errors.InconclusiveDimensionOperation:
+        return None
+
+
+def _groups(
+    old_shape: Sequence[int], new_shape: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none."""
     old = [axis for axis, size in enumerate(old_shape) if size != 1]
     new = [axis for axis, size in enumerate(new_shape) if size != 1]
     groups: list[tuple[list[int], list[int]]] = []
