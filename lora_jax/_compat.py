@@ -157,6 +157,11 @@ def callers_level() -> int:
     return level
 
 
+def as_closed(jaxpr: Any) -> ClosedJaxpr:
+    """Returns a jaxpr without constants, or one that is closed already, as a closed one."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
 def scan_counts(equation: Equation) -> tuple[int, int]:
     """Returns how many inputs of a scan are constants and how many are carried."""
     if "ft_in" in equation.params:  # JAX 0.11

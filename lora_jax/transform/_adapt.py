@@ -33,12 +33,13 @@ def adapt(
     no gradient.
 
     Args:
-      fn: any JAX function; `model.apply`, a bound method, a loss. Where no argument holds an
-        adapter, it is called as it is. Otherwise it is traced once for each structure, shape and
-        dtype of its arguments. A Python float is traced like an array, as `jax.jit` does it, so
-        that another one traces nothing again, unless `fn` needs its value; arithmetic of `fn` with
-        it is then in JAX's precision. Other arguments that are not arrays (flags, whole numbers,
-        strings, functions, configurations) are static, and read anew when they change.
+      fn: any JAX function; `model.apply`, a bound method, a loss; also one that holds adapters
+        itself, such as a wrapped module of Equinox. Where nothing holds an adapter, it is called as
+        it is. Otherwise it is traced once for each structure, shape and dtype of its arguments. A
+        Python float is traced like an array, as `jax.jit` does it, so that another one traces
+        nothing again, unless `fn` needs its value; arithmetic of `fn` with it is then in JAX's
+        precision. Other arguments that are not arrays (flags, whole numbers, strings, functions,
+        configurations) are static, and read anew when they change.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability with which an element of an adapter's input is dropped, to the next
@@ -70,6 +71,9 @@ def adapt(
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout!r}; expected a probability from 0 to below 1.")
 
+    function, bound = _unbound(fn)
+    if bound != ((), {}):
+        return _with_bound(fn, adapt(function, on_materialize=on_materialize, dropout=dropout))
     if _has_lora_key(fn):
         if dropout:
             raise ValueError(
@@ -86,6 +90,36 @@ def adapt(
         return with_key(lora_key, (args, kwargs))
 
     return adapted
+
+
+def _unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+    """Returns the function that `fn` calls, and the (args, kwargs) with adapters that it holds.
+
+    What `functools.partial` has bound, a callable tree, such as a module of Equinox, and the tree
+    that a method belongs to are arguments like any other.
+    """
+    if isinstance(fn, functools.partial):
+        function, (args, kwargs) = _unbound(fn.func)
+        if args or kwargs or _holds_adapter((fn.args, fn.keywords)):
+            return function, ((*args, *fn.args), {**kwargs, **fn.keywords})
+    elif _holds_adapter(getattr(fn, "__self__", None)):
+        return fn.__func__, ((fn.__self__,), {})
+    elif _holds_adapter(fn):
+        return type(fn).__call__, ((fn,), {})
+    return fn, ((), {})
+
+
+def _holds_adapter(tree: Any) -> bool:
+    return any(is_lora_weight(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_lora_weight))
+
+
+def _with_bound(fn: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        _, (bound_args, bound_kwargs) = _unbound(fn)
+        return adapted(*bound_args, *args, **{**bound_kwargs, **kwargs})
+
+    return called
 
 
 def _has_lora_key(fn: Callable[..., Any]) -> bool:
@@ -140,9 +174,7 @@ def _adapted(
 
     def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         arguments = with_trained_values(arguments)
-        if not any(
-            is_lora_weight(leaf) for leaf in jax.tree.leaves(arguments, is_leaf=is_lora_weight)
-        ):
+        if not _holds_adapter(arguments):
             args, kwargs = arguments
             return fn(*args, **kwargs)
         try:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._compat import Equation, as_closed, evaluate_equation
 from lora_jax.transform._factored import Factored, base_of, dense_value
 from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
 
@@ -110,6 +110,12 @@ def custom_vjp_call(
         return rewritten(*inputs)
 
 
+def remat_opt(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns what the forward rule of a `jax.custom_vjp` with `optimize_remat` gives and saves."""
+    inner = interpreter.within(equation).without_dropout()
+    return inner.run(as_closed(equation.params["fwd_jaxpr"]), inputs)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Saved:
@@ -195,4 +201,5 @@ def _stand_ins(values: Sequence[Any]) -> list[Any]:
 RULES: dict[str, Rule] = {
     "custom_jvp_call": custom_jvp_call,
     "custom_vjp_call": custom_vjp_call,
+    "remat_opt": remat_opt,
 }

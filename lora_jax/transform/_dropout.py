@@ -20,14 +20,14 @@ class Dropout:
 
     Attributes:
       rate: the probability with which an element is dropped, to the next multiple of 1/65536.
-      key: the key of the body that is being evaluated.
+      key: the key of the body that is being evaluated; None for a body that is given one later.
       place: which equation of that body is being evaluated.
       mesh_axes: the mesh axes of a `shard_map` around it, along which devices that hold other
         inputs draw other masks. Devices that hold the same input draw the same.
     """
 
     rate: float
-    key: PRNGKeyArray
+    key: PRNGKeyArray | None
     place: int = 0
     mesh_axes: frozenset[str] = frozenset()
 
@@ -37,6 +37,7 @@ class Dropout:
 
     def key_of(self, use: int) -> PRNGKeyArray:
         """Returns the key of one use within this equation, which no other use in the body has."""
+        assert self.key is not None
         key = jax.random.fold_in(_on_this_mesh(self.key), self.place)
         return jax.random.fold_in(key, use) if use else key
 
@@ -52,7 +53,7 @@ class Dropout:
         kept = 1 - self._dropped_levels / _LEVELS
         return scale / jnp.asarray(kept, scale.dtype)
 
-    def with_key(self, key: PRNGKeyArray) -> "Dropout":
+    def with_key(self, key: PRNGKeyArray | None) -> "Dropout":
         """Returns the dropout of a body that has a key of its own."""
         return dataclasses.replace(self, key=key, place=0)
 

@@ -60,7 +60,10 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         flops = sum(2 * term.rank * base.size for term in part.terms)
         interpreter.record(Use(path, "gather", source, "factored", 0, flops, dense_flops(part)))
     with scope_of(equation), jax.named_scope("lora"):
-        kept = tuple(_rows_dropped_out(interpreter, term, use) for use, term in enumerate(picked))
+        kept = tuple(
+            _rows_dropped_out(interpreter, equation, term, use, base.shape)
+            for use, term in enumerate(picked)
+        )
         return [dense_value(dataclasses.replace(rows, terms=kept))]
 
 
@@ -89,6 +92,8 @@ def looked_up_axes(equation: Equation, shape: tuple[int, ...]) -> list[int]:
 
 def _holding(term: Term, axes: Sequence[int]) -> str | None:
     """Returns how many factors hold the axes: "one", "both" or "none"; None if it differs."""
+    if not axes:
+        return "none"
     holds = [[factor.shape[axis] != 1 for axis in axes] for factor in (term.lora_A, term.lora_B)]
     if any(any(held) != all(held) for held in holds):
         return None
@@ -130,19 +135,27 @@ def aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
     return factor.reshape(*sizes, factor.shape[-1])
 
 
-def _rows_dropped_out(interpreter: Interpreter, term: Term, use: int) -> Term:
-    """Returns the term with some lookups dropped: a lookup is a product with a one-hot input."""
-    lookups = [1 if size_B != 1 else size_A for size_A, size_B in _sizes(term)]
+def _rows_dropped_out(
+    interpreter: Interpreter, equation: Equation, term: Term, use: int, shape: tuple[int, ...]
+) -> Term:
+    """Returns the term with some lookups dropped: a lookup is a product with a one-hot input.
+
+    A mask has an element for each lookup, and meets the factor that was looked up in.
+    """
+    in_rows = equation.params["dimension_numbers"].offset_dims
+    lookups = [1 if axis in in_rows else size for axis, size in enumerate(shape)]
     ones = jnp.ones((*lookups, 1), term.lora_A.dtype)
     mask = interpreter.dropped_out(ones, use)
     if mask is ones:
         return term
-    masked = term.moved(term.lora_A * mask, term.lora_B)
+    if any(
+        size_A == 1 and lookup != 1
+        for size_A, lookup in zip(term.lora_A.shape, lookups, strict=False)
+    ):
+        masked = term.moved(term.lora_A, term.lora_B * mask.astype(term.lora_B.dtype))
+    else:
+        masked = term.moved(term.lora_A * mask, term.lora_B)
     return dataclasses.replace(masked, scale=interpreter.scale_of(term))
-
-
-def _sizes(term: Term) -> list[tuple[int, int]]:
-    return list(zip(term.lora_A.shape[:-1], term.lora_B.shape[:-1], strict=True))
 
 
 RULES: dict[str, Rule] = {"gather": gather}

@@ -122,7 +122,13 @@ class Interpreter:
         function = self.shared.get(signature)
         if function is None:
             uses: list[Use] = []
-            body = dataclasses.replace(self.within(equation), times=1, recorder=uses.append)
+            body = dataclasses.replace(
+                self.within(equation),
+                times=1,
+                recorder=uses.append,
+                # The memo outlives the trace that this key is of.
+                dropout=None if self.dropout is None else self.dropout.with_key(None),
+            )
             call = transformed(lambda key, *inputs: body.with_key(key).run(closed_jaxpr, inputs))
             outputs = call(*keyed)
             labels = tuple(str(place) for place in places)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -54,9 +55,10 @@ def placed(
     Args:
       value: the weight.
       base: its base, where it was put.
-      where: a device, a memory space or a sharding of the weight.
+      where: a device, a memory space, a sharding of the weight, or one with a layout of its base.
       put: puts an array onto one of these.
     """
+    where = where.sharding if isinstance(where, Format) else where
     moved = value.map_factors(
         lambda factor: dataclasses.replace(factor, stored=put(factor.stored, _of(factor, where)))
     )

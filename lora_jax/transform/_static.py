@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -91,6 +92,8 @@ def is_number(leaf: Any) -> bool:
 def _identity(leaf: Any) -> Any:
     if isinstance(leaf, float | complex):
         return repr(leaf)  # 0.0 and -0.0 are equal, and nan is not even equal to itself
+    if isinstance(leaf, functools.partial):
+        return _snapshot(leaf.func), _snapshot(leaf.args), _snapshot(leaf.keywords)
     own_hash: Any = type(leaf).__hash__
     if own_hash is object.__hash__:
         # It is itself whatever it holds; what it holds may change between two calls.

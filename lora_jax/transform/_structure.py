@@ -268,6 +268,7 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
     "copy": on_every_array,
+    "layout_constraint": on_base_alone,
     "name": on_base_alone,
     "optimization_barrier": optimization_barrier,
     "pvary": on_base_alone,

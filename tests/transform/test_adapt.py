@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,6 +330,31 @@ def test_equal_objects_trace_once() -> None:
         adapted(WRAPPED, X, Mutable(2.0))
         adapted(WRAPPED, X, Mutable(3.0))
     assert fn.count == 2
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [
+        lambda fn: functools.partial(fn, WRAPPED),
+        lambda fn: functools.partial(functools.partial(fn, params=WRAPPED), x=X),
+        lambda fn: functools.partial(functools.partial(fn, WRAPPED)),
+    ],
+)
+def test_adapters_that_a_partial_holds(bind: Callable[..., Any]) -> None:
+    bound = bind(project)
+    arguments = () if "x" in bound.keywords else (X,)
+    assert_agree(lora_jax.adapt(bound)(*arguments), project(MERGED, X))
+
+
+@pytest.mark.parametrize("called", [lambda module: module, lambda module: module.__call__])
+def test_adapters_that_a_module_holds(called: Callable[..., Any]) -> None:
+    module = eqx.nn.MLP(24, 3, 8, 2, key=KEY)
+    axes = {"weight": ("out", "in")}
+    wrapped = lora_jax.wrap(module, "weight", rank=2, axes=axes, init="gaussian")
+    trained = jax.tree.map(
+        lambda label, x: x + 0.1 if label == "lora_B" else x, lora_jax.labels(wrapped), wrapped
+    )
+    assert_agree(lora_jax.adapt(called(trained))(X[0]), lora_jax.merge(trained)(X[0]))
 
 
 class Options:

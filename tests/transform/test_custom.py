@@ -145,6 +145,20 @@ def test_a_rule_that_refuses_what_is_not_differentiated() -> None:
     assert_agree(gradient(lora_jax.adapt(loss)), gradient(dense(loss)))
 
 
+def test_a_rule_with_optimised_rematerialisation() -> None:
+    fn = jax.custom_vjp(lambda kernel, x: jnp.sin(x @ kernel))
+    fn.defvjp(
+        lambda kernel, x: (fn(kernel, x), (kernel, x)),
+        lambda saved, g: jax.vjp(lambda kernel, x: jnp.sin(x @ kernel), *saved)[1](g),
+        optimize_remat=True,
+    )
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(fn(params["W"], x) ** 2)
+
+    assert_agree(gradient(lora_jax.adapt(loss)), gradient(dense(loss)))
+
+
 def test_checkpointed_loops() -> None:
     """Equinox's loops pass a Python `True` to a function with its own rule."""
 

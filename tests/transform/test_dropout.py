@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
+from tests.agreement import assert_agree
 
 KEY = jax.random.key(8)
 
@@ -135,6 +137,56 @@ def test_layers_of_a_stack_have_masks_of_their_own() -> None:
 
     first, second = lora_jax.adapt(layers, dropout=0.5)(stack, X, lora_key=KEY)
     assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-2
+
+
+@pytest.mark.parametrize("axes", [("in", "out"), ("out", "in")])
+def test_each_lookup_is_dropped_on_its_own(axes: tuple[str, str]) -> None:
+    weight = trained({"W": (7, 50)}, axes={"W": axes})
+    rows = lora_jax.adapt(lambda p, i: p["W"][i], dropout=0.5)(
+        weight, jnp.zeros(50, int), lora_key=jax.random.key(0)
+    )
+    assert len(np.unique(np.asarray(rows).round(5), axis=0)) == 2
+
+
+def test_nothing_of_a_trace_outlives_it() -> None:
+    layer = jax.jit(lambda h, kernel: jnp.tanh(h @ kernel))
+    stack = trained({"V": (3, 6, 6)}, axes={"V": ("batch", "in", "out")})
+    adapted = lora_jax.adapt(
+        lambda p, x: jax.lax.scan(lambda h, k: (layer(h, k), None), x, p["V"])[0], dropout=0.5
+    )
+    with jax.checking_leaks():
+        jax.jit(lambda w: adapted(w, jnp.ones((2, 6)), lora_key=jax.random.key(0)))(stack)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_an_input_that_is_cut(axis_type: Any) -> None:
+    mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(axis_type,) * 2)
+    whole = NamedSharding(mesh, PartitionSpec())
+    weight = jax.device_put(trained({"W": (6, 6)}), whole)
+    adapted = lora_jax.adapt(lambda p, x: x @ p["W"], dropout=0.5)
+    key, x = jax.random.key(0), jnp.ones((8, 6))
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d", "m")))
+        actual = adapted(weight, cut, lora_key=key)
+        assert_agree(actual, adapted(weight, jax.device_put(x, whole), lora_key=key))
+
+
+def test_devices_with_the_same_input_draw_the_same_mask() -> None:
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec
+
+    def fn(params: Any, x: jax.Array) -> Any:
+        same, own = jax.shard_map(
+            lambda w, x, y: (x @ w, y @ w),
+            mesh=mesh,
+            in_specs=(spec(), spec(), spec("d")),
+            out_specs=(spec(), spec("d")),
+        )(params["W"], x, jnp.concatenate([x] * 4))
+        return same, own
+
+    adapted = lora_jax.adapt(fn, dropout=0.5)
+    _, own = adapted(trained({"W": (6, 6)}), jnp.ones((1, 6)), lora_key=jax.random.key(3))
+    assert len(np.unique(np.asarray(own).round(5), axis=0)) > 1
 
 
 def test_a_lookup_is_dropped_whole() -> None:

@@ -64,6 +64,39 @@ def test_one_program_for_every_batch(name: str, tree: str) -> None:
         assert_agree(exported.call(leaves, x), fn(lora_jax.merge(TREES[tree]), x))
 
 
+OF_TWO_SYMBOLS: dict[str, Callable[..., jax.Array]] = {
+    "a scan of a symbolic length": lambda p, x: jax.lax.map(lambda t: t @ p["W"], x),
+    "a weight that is repeated": lambda p, x: jnp.broadcast_to(
+        p["V"][0], (*x.shape[:2], 6, 6)
+    ).reshape(-1, 6, 6)[0],
+    "a part of one that is repeated": lambda p, x: jnp.broadcast_to(p["W"], (x.shape[0], 6, 4))[
+        :, 1
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore::lora_jax.MaterializationWarning")
+@pytest.mark.parametrize("name", OF_TWO_SYMBOLS)
+def test_sizes_that_are_symbols(name: str) -> None:
+    fn, adapted = OF_TWO_SYMBOLS[name], lora_jax.adapt(OF_TWO_SYMBOLS[name])
+    leaves, structure = jax.tree.flatten(TREES["lora"])
+    sizes = jax.export.symbolic_shape("s, b")
+    exported = jax.export.export(
+        jax.jit(lambda leaves, x: adapted(jax.tree.unflatten(structure, leaves), x))
+    )(leaves, jax.ShapeDtypeStruct((*sizes, 6), jnp.float32))
+    x = jnp.asarray(RNG.normal(size=(3, 2, 6)), jnp.float32)
+    assert_agree(exported.call(leaves, x), fn(lora_jax.merge(TREES["lora"]), x))
+
+
+def test_costs_that_are_symbols_are_shown() -> None:
+    (batch,) = jax.export.symbolic_shape("b")
+    tree = lora_jax.wrap({"W": PARAMS["W"]}, "W", rank=2)
+    report = lora_jax.explain(
+        lambda p, x: x @ p["W"], tree, jax.ShapeDtypeStruct((batch, 6), jnp.float32)
+    )
+    assert "40*b" in str(report)
+
+
 def test_dropout_for_every_batch() -> None:
     adapted = lora_jax.adapt(FUNCTIONS["a product"][0], dropout=0.5)
     (batch,) = jax.export.symbolic_shape("b")
