@@ -7,7 +7,7 @@ from typing import Any
 from tests.cases import CASES, Case
 
 # A use of each kind: what differs in wrapping alone needs no more than these.
-_KINDS_OF_USE = (
+KINDS_OF_USE = (
     "dense_matrix",
     "experts_on_the_last_axis",
     "attention_output",
@@ -27,33 +27,26 @@ _WITH_BATCH_AXIS = (
     "scan_over_a_stack",
     "scan_over_remat_of_a_stack",
 )
-_GRADIENTS = ("vmap", "grad of remat of jit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
-    """A kind of adapter: how it is wrapped, what it is tested on, and which laws hold to the bit.
+    """A kind of adapter: how it is wrapped, what it is tested on, and what holds to the bit.
 
     Attributes:
       name: its name.
       options: what `wrap` is told.
       cases: the names of the cases that it is tested on; all unless given.
-      transforms: the names of the transforms that it is tested under; all unless given.
       tolerance: the relative error that law 2 allows.
       keeps_base: whether the base is the original weight, bit for bit.
-      exact_at_initialisation: whether the output at the start is the base's, bit for bit, in the
-        battery's programs. XLA does not optimise them, and takes another tanh for a loop that
-        differs by a product with 1; `test_magnitude` has such a variant's law for optimised ones.
       builds: the cases in which it builds a weight that plain LoRA leaves factored, or the reverse.
     """
 
     name: str
     options: Mapping[str, Any]
     cases: Sequence[str] | None = None
-    transforms: Sequence[str] | None = None
     tolerance: float = 1e-5
     keeps_base: bool = True
-    exact_at_initialisation: bool = True
     builds: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
     def chosen_cases(self) -> list[Case]:
@@ -66,14 +59,12 @@ class Variant:
 
 VARIANTS = (
     Variant("lora", {}),
-    Variant("rslora", {"rslora": True}, _KINDS_OF_USE, _GRADIENTS),
+    Variant("rslora", {"rslora": True}, KINDS_OF_USE),
     Variant(
         "dora",
         {"dora": True},
         # The gain rounds the output once more, which the sine of a large scalar magnifies.
         tolerance=3e-5,
-        transforms=("eager", *_GRADIENTS),
-        exact_at_initialisation=False,
         # A gain on the side of the sum has to go to the other operand, which is a weight too, or
         # has none where weights are added or joined along their inputs.
         builds={
@@ -87,30 +78,24 @@ VARIANTS = (
         Variant(
             name,
             {"init": name},
-            _KINDS_OF_USE,
-            _GRADIENTS,
+            KINDS_OF_USE,
             keeps_base=False,
-            exact_at_initialisation=False,
         )
         for name in ("pissa", "olora")
     ),
     Variant(
         "pissa, dora",
         {"init": "pissa", "dora": True},
-        _KINDS_OF_USE,
-        _GRADIENTS,
+        KINDS_OF_USE,
         keeps_base=False,
-        exact_at_initialisation=False,
     ),
-    Variant("mica", {"init": "mica"}, _KINDS_OF_USE, _GRADIENTS),
-    Variant("orthogonal", {"init": "orthogonal"}, _KINDS_OF_USE, _GRADIENTS),
-    Variant("lora_A frozen", {"freeze": "lora_A"}, _KINDS_OF_USE, _GRADIENTS),
-    Variant("some layers", {"layers": (0, 2)}, _WITH_BATCH_AXIS, _GRADIENTS),
+    Variant("mica", {"init": "mica"}, KINDS_OF_USE),
+    Variant("orthogonal", {"init": "orthogonal"}, KINDS_OF_USE),
+    Variant("lora_A frozen", {"freeze": "lora_A"}, KINDS_OF_USE),
+    Variant("some layers", {"layers": (0, 2)}, _WITH_BATCH_AXIS),
     Variant(
         "some layers, dora",
         {"layers": (1,), "dora": True},
         _WITH_BATCH_AXIS,
-        _GRADIENTS,
-        exact_at_initialisation=False,
     ),
 )

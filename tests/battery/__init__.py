@@ -1,0 +1,1 @@
+"""Layouts × ops × options × transforms: each pair of them, or all, against the dense weight."""
