@@ -1,4 +1,4 @@
-"""What examples in documents run under."""
+"""What tests and examples in documents run under."""
 
 from collections.abc import Iterator
 
@@ -12,5 +12,5 @@ def users_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.suffix != ".md":
         yield
         return
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._partition import base_sharding, cut_as, feature_sharding
 from lora_jax._shapes import (
+    AnyArray,
     Axes,
     Layers,
     aligned,
@@ -26,7 +27,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def lora_weight(
-    original: Array,
+    original: AnyArray | jax.ShapeDtypeStruct,
     lora_A: Array,
     lora_B: Array,
     scale: Array,
@@ -43,9 +44,9 @@ def lora_weight(
     What follows from the weight is computed here and nowhere else, so that adapters which are
     restored beside the same weight find the same base and the same norms, bit for bit.
     """
-    base = original
+    base: Any = original
     if initial_A is not None and initial_B is not None:
-        base = _shifted(original, -initial_A, initial_B, axes, layers)
+        base = _shifted(base, -initial_A, initial_B, axes, layers)
     squared_norm = None if magnitude is None else squared_norms(base, axes, layers)
     weight = LoRAWeight(
         base=base,
@@ -114,7 +115,7 @@ def on_original(weight: LoRAWeight) -> LoRAWeight:
     )
 
 
-def low_rank(lora_A: Array, lora_B: Array, axes: Axes) -> Array:
+def low_rank(lora_A: AnyArray, lora_B: AnyArray, axes: Axes) -> Array:
     """Returns lora_A · lora_B with the axes of the weight."""
     return jnp.einsum(
         f"{_A_letters(axes)},{_B_letters(axes)}->{_LETTERS[: len(axes)]}",
@@ -152,14 +153,16 @@ def without_change(merged: Array, weight: LoRAWeight) -> Array:
     return cut_as(base_sharding(merged), computed, merged, adapter)
 
 
-def _with_change(part: Array, weight: LoRAWeight, scale: Array) -> Array:
+def _with_change(part: AnyArray, weight: LoRAWeight, scale: Array) -> Array:
     """Returns part + scale · A · B in at least float32."""
     wide = common_dtype(part.dtype, weight.lora_A.dtype, jnp.float32)
     lora_A, lora_B = weight.lora_A.astype(wide), weight.lora_B.astype(wide)
-    return part.astype(wide) + scale.astype(wide) * low_rank(lora_A, lora_B, weight.axes)
+    return jnp.asarray(part).astype(wide) + scale.astype(wide) * low_rank(
+        lora_A, lora_B, weight.axes
+    )
 
 
-def squared_norms(base: Array, axes: Axes, layers: Layers | None = None) -> Array:
+def squared_norms(base: AnyArray, axes: Axes, layers: Layers | None = None) -> Array:
     """Returns the squared norm of each output feature of a weight, of shape (*batch, *out)."""
 
     def squared(base: Array) -> Array:
@@ -230,7 +233,7 @@ def _compiled_norms(weight: LoRAWeight) -> Array:
 
 
 def _shifted(
-    base: Array, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
+    base: AnyArray, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
 ) -> Array:
     """Returns base + initial_A · initial_B in the base's dtype."""
 
@@ -251,7 +254,7 @@ def _over(magnitude: Array, norm: Array) -> Array:
     return jnp.where(is_zero, 0, magnitude / jnp.where(is_zero, 1, norm))
 
 
-def _sum_of_squares(weight: Array, axes: Axes) -> Array:
+def _sum_of_squares(weight: AnyArray, axes: Axes) -> Array:
     total = jnp.sum(weight**2, axis=positions(axes, "in"))
     kept = [axis for axis in range(len(axes)) if axes[axis] != "in"]
     return total.transpose([kept.index(axis) for axis in positions(axes, "batch", "out")])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxtyping
 from jax.extend import core
 
 ClosedJaxpr = core.ClosedJaxpr
@@ -21,7 +22,9 @@ Var = core.Var
 _OWN_FOLDERS = tuple(
     str(Path(module_file).resolve().parent) + os.sep for module_file in (jax.__file__, __file__)
 )
-_WRAPPERS = (contextlib.__file__, functools.__file__)
+# What checks annotations at run time, where a user has jaxtyping's import hook.
+_CHECKERS = (str(Path(jaxtyping.__file__).parent) + os.sep, "<@beartype")
+_WRAPPERS = (contextlib.__file__, functools.__file__, *_CHECKERS)
 
 # Equations whose body sees other values than they do: one layer, one branch, one shard.
 _LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
@@ -148,6 +151,8 @@ def callers_level() -> int:
     That is the innermost frame outside of this library and JAX.
     """
     frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_CHECKERS):
+        frame = frame.f_back
     level = 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(
         (*_OWN_FOLDERS, *_WRAPPERS)

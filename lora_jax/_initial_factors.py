@@ -15,7 +15,7 @@ from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._partition import cut_as, factor_shardings, uncut
 from lora_jax._settings import Settings
-from lora_jax._shapes import Axes, Layers, factor_shapes, taken_layers, to_matrices
+from lora_jax._shapes import AnyArray, Axes, Layers, factor_shapes, taken_layers, to_matrices
 from lora_jax.init import DataInitializer, Frozen, initializer
 from lora_jax.init._data import per_matrix
 
@@ -42,7 +42,7 @@ class InitialFactors:
 
 def initial_factors(
     path: str,
-    weight: Array,
+    weight: AnyArray,
     axes: Axes,
     layers: Layers | None,
     settings: Settings,

@@ -11,7 +11,7 @@ from lora_jax._algebra import dense, without_change
 from lora_jax._compat import is_tracer
 from lora_jax._finite import not_finite
 from lora_jax._paths import leaves_with_paths, listed, map_with_paths
-from lora_jax._shapes import factor_shapes, layers_shape
+from lora_jax._shapes import AnyArray, factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
     FullWeight,
@@ -105,7 +105,7 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
     return map_with_paths(unmerged, merged, is_leaf=is_adapter_node)
 
 
-def _merged(path: str, node: LoRAWeight | FullWeight) -> Array:
+def _merged(path: str, node: LoRAWeight | FullWeight) -> AnyArray:
     if isinstance(node, FullWeight):
         return node.value
     check_single(path, node)

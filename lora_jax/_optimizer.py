@@ -11,11 +11,11 @@ import optax
 from lora_jax._paths import listed
 from lora_jax._train import FACTORS, TRAINABLE, labels
 from lora_jax.optimizers._checks import is_placeholder
-from lora_jax.optimizers._parts import is_absent, on_part
+from lora_jax.optimizers._parts import Transformation, is_absent, on_part
 
 
 def optimizer(
-    tx: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    tx: Transformation | Mapping[str, Transformation],
 ) -> optax.GradientTransformationExtraArgs:
     """Returns an optimiser for wrapped trees: adapters train, everything else stays as it is.
 
@@ -80,7 +80,7 @@ def optimizer(
         state = _whole_nodes(state, moving.init, updates if params is None else params)
         updates, state = moving.update(updates, state, params, **extra_args)
 
-        def kept(label: str, update: Any, leaf: Any) -> Any:
+        def kept(label: str | None, update: Any, leaf: Any) -> Any:
             return update if label in trained else _no_change(update, leaf)
 
         leaves = updates if params is None else params

@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,12 @@ from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
 from lora_jax.init import kaiming
 
 
-def resize(wrapped: Any, rank: int | Mapping[str, int], *, key: PRNGKeyArray | None = None) -> Any:
+def resize(
+    wrapped: Any,
+    rank: SupportsIndex | Mapping[str, SupportsIndex],
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Any:
     r"""Returns the tree with adapters of another rank.
 
     A larger rank changes no number that the model computes: the new rows of lora_B are zero, and
@@ -194,7 +199,7 @@ def _product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _ranks(wrapped: Any, rank: int | Mapping[str, int]) -> dict[str, int]:
+def _ranks(wrapped: Any, rank: SupportsIndex | Mapping[str, SupportsIndex]) -> dict[str, int]:
     """Returns the new rank of each adapter that gets one, by path."""
     nodes = {
         path: node

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +21,11 @@ class Settings:
     """How one weight is adapted; `wrap` says what each means."""
 
     rank: int
-    alpha: float | None
+    alpha: SupportsFloat | None
     rslora: bool
     init: str | Initializer | DataInitializer
     dora: bool
-    layers: Sequence[int] | None
+    layers: Sequence[SupportsIndex] | np.ndarray | None
     freeze: str | Sequence[str]
     dtype: Any
 
@@ -34,7 +34,7 @@ class Settings:
         """Returns the settings that hold for every target."""
         for name, value in values.items():
             _CHECKS[name](f"`{name}`", value)
-        return cls(**values)
+        return cls(**{**values, "rank": operator.index(values["rank"])})
 
     def overridden(self, path: str, overrides: Mapping[str, Any]) -> "Settings":
         """Returns the settings with those of one target in place of the common ones."""
@@ -45,7 +45,8 @@ class Settings:
                     f"{listed(tuple(_CHECKS), 20)}."
                 )
             _CHECKS[name](f"`{name}` of '{path}'", value)
-        return dataclasses.replace(self, **overrides)
+        rank = operator.index(overrides.get("rank", self.rank))
+        return dataclasses.replace(self, **{**overrides, "rank": rank})
 
     def scale(self, rank: int) -> float:
         r"""Returns $\alpha / r$, or $\alpha / \sqrt r$ for rsLoRA."""

@@ -2,14 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 AxisRole = Literal["in", "out", "batch"]
 Axes = tuple[AxisRole, ...]
 Layers = tuple[int, ...]
+# What a tree may hold before JAX has seen it.
+AnyArray = Array | np.ndarray
+# An int, or a dimension of `jax.export.symbolic_shape`, whose type JAX keeps to itself.
+Size = Any
 
 # For each axis of a weight, and after them for the rank: which axis of an array it is, or None.
 Places = tuple[int | None, ...]
@@ -64,10 +69,10 @@ def factor_shapes(
     return (*batch, *inputs, rank), (*batch, rank, *outputs)
 
 
-def to_matrices(weight: Array, axes: Axes) -> Array:
+def to_matrices(weight: AnyArray, axes: Axes) -> Array:
     """Returns `weight` as a stack of matrices, of shape (batch, in, out)."""
     sides = [side_size(weight.shape, axes, role) for role in ("batch", "in", "out")]
-    return weight.transpose(positions(axes, "batch", "in", "out")).reshape(sides)
+    return jnp.asarray(weight).transpose(positions(axes, "batch", "in", "out")).reshape(sides)
 
 
 def from_matrices(matrices: Array, shape: tuple[int, ...], axes: Axes) -> Array:
@@ -85,17 +90,17 @@ def layers_shape(shape: tuple[int, ...], axes: Axes, layers: Layers | None) -> t
     return (*shape[:axis], len(layers), *shape[axis + 1 :])
 
 
-def taken_layers(weight: Array, axes: Axes, layers: Layers | None) -> Array:
+def taken_layers(weight: AnyArray, axes: Axes, layers: Layers | None) -> AnyArray:
     """Returns the part of a weight that `layers` selects."""
     if layers is None:
         return weight
     return weight[_index(axes.index("batch"), layers)]
 
 
-def with_layers(weight: Array, part: Array, axes: Axes, layers: Layers | None) -> Array:
+def with_layers(weight: AnyArray, part: AnyArray, axes: Axes, layers: Layers | None) -> Array:
     """Returns `weight` with `part` in place of what `layers` selects."""
     if layers is None:
-        return part
+        return jnp.asarray(part)
     return jnp.asarray(weight).at[_index(axes.index("batch"), layers)].set(part)
 
 

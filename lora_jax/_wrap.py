@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from lora_jax._paths import leaves_with_paths, listed, map_with_paths
 from lora_jax._selection import adapted_leaves, trained_leaves
 from lora_jax._settings import Settings
 from lora_jax._shapes import (
+    AnyArray,
     Axes,
     Layers,
     side_size,
@@ -38,14 +39,14 @@ def wrap(
     params: Any,
     targets: Targets,
     *,
-    rank: int = 8,
-    alpha: float | None = None,
+    rank: SupportsIndex = 8,
+    alpha: SupportsFloat | None = None,
     key: PRNGKeyArray | None = None,
     axes: Mapping[str, Sequence[str]] | None = None,
     init: str | Initializer | DataInitializer = "kaiming",
     rslora: bool = False,
     dora: bool = False,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[SupportsIndex] | np.ndarray | None = None,
     freeze: str | Sequence[str] = (),
     dtype: Any = None,
     exclude: Targets | None = None,
@@ -194,7 +195,7 @@ def on_original_base(wrapped: Any) -> Any:
 
 
 def _wrapped_weight(
-    path: str, leaf: Array, axes: Axes, settings: Settings, key: PRNGKeyArray
+    path: str, leaf: AnyArray, axes: Axes, settings: Settings, key: PRNGKeyArray
 ) -> LoRAWeight:
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
@@ -217,7 +218,7 @@ def _wrapped_weight(
     return _with_magnitude(weight, leaf, wide) if settings.dora else weight
 
 
-def _with_magnitude(weight: LoRAWeight, leaf: Array, dtype: Any) -> LoRAWeight:
+def _with_magnitude(weight: LoRAWeight, leaf: AnyArray, dtype: Any) -> LoRAWeight:
     """Returns a DoRA weight, whose magnitudes are the norms that it has at the start."""
     norms = squared_norms(weight.base, weight.axes, weight.layers)
     whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
@@ -256,7 +257,7 @@ def check_not_wrapped(params: Any) -> None:
 
 
 def _fitting_layers(
-    path: str, leaf: Array, axes: Axes, layers: Sequence[int] | None
+    path: str, leaf: AnyArray, axes: Axes, layers: Sequence[SupportsIndex] | np.ndarray | None
 ) -> Layers | None:
     """Returns the adapted places of the first batch axis in order, or None for all of them."""
     if layers is None:
@@ -277,7 +278,7 @@ def _fitting_layers(
     return None if len(places) == count else places
 
 
-def _fitting_rank(path: str, leaf: Array, axes: Axes, rank: Any, selection: Selection) -> int:
+def _fitting_rank(path: str, leaf: AnyArray, axes: Axes, rank: Any, selection: Selection) -> int:
     """Returns the rank as an int that is at most the weight's smaller side."""
     rank = operator.index(rank)
     largest = min(side_size(leaf.shape, axes, role) for role in ("in", "out"))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -59,6 +60,22 @@ def optimised() -> Iterator[None]:
     optimise(True)
     yield
     optimise(False)
+
+
+@pytest.fixture(autouse=True)
+def annotations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Checks annotations, but not where a test gives another type on purpose."""
+    unchecked = request.node.get_closest_marker("wrong_types") is not None
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def promoted_ranks() -> Iterator[None]:
+    """Lets a model of others add a bias to a batch as it is."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.fixture

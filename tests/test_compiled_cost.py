@@ -27,7 +27,7 @@ from benchmarks.programs import (
     wrapped_params,
 )
 
-pytestmark = pytest.mark.usefixtures("optimised", "promotion_of_optax")
+pytestmark = pytest.mark.usefixtures("optimised", "promoted_ranks", "promotion_of_optax")
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def dora_by_hand(wrapped, x):
         norm = jnp.sqrt(jnp.maximum(node.squared_norm + cross + change, rounding))
         gain = node.magnitude / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny)
         product = x @ base + ((x @ node.lora_A) * node.scale) @ node.lora_B
-        return product * gain + params["bias"]
+        return product * gain[None] + params["bias"][None]
 
     for name in ("layer_0", "layer_1"):
         x = jax.nn.relu(layer(wrapped[name], x))

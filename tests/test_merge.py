@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.serving.models import DENSE, MODELS, SCANNED, Model, as_if_trained
 
 
@@ -20,7 +21,7 @@ def test_unmerge_takes_out_what_was_merged(model: Model, options: dict[str, Any]
     back = lora_jax.unmerge(lora_jax.merge(wrapped), wrapped)
     assert jax.tree.structure(back) == jax.tree.structure(wrapped)
     for actual, expected in zip(jax.tree.leaves(back), jax.tree.leaves(wrapped), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        assert_agree(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -32,27 +33,24 @@ def test_half_precision_is_left_once(dtype: Any) -> None:
     exact = np.asarray(node.base, np.float64) + float(node.scale) * (
         np.asarray(node.lora_A, np.float64) @ np.asarray(node.lora_B, np.float64)
     )
-    np.testing.assert_array_equal(merged, jnp.asarray(exact.astype(np.float32)).astype(dtype))
+    rounded_once = jnp.asarray(exact.astype(np.float32)).astype(dtype)
+    # A sum in float32 may lie on the other side of the middle between two values of the dtype.
+    assert np.mean(np.asarray(merged != rounded_once)) < 0.02
     back = lora_jax.unmerge({"W": merged}, wrapped)["W"].base
     assert back.dtype == dtype
-    rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(exact).max()
-    np.testing.assert_allclose(
-        np.asarray(back, np.float64), np.asarray(node.base, np.float64), rtol=0, atol=rounding
-    )
+    assert_agree(back, node.base, size=exact, tolerance=2 * float(jnp.finfo(dtype).eps))
 
 
 def test_a_subset_is_merged_and_taken_out() -> None:
     wrapped = DENSE.adapter(0)
     partly = lora_jax.merge(wrapped, "W1")
-    np.testing.assert_array_equal(partly["W1"], lora_jax.merge(wrapped)["W1"])
+    assert_agree(partly["W1"], lora_jax.merge(wrapped)["W1"])
     assert partly["W2"] is wrapped["W2"]
     assert partly["b"] is wrapped["b"]
     expected = DENSE.fn(lora_jax.merge(wrapped), DENSE.x)
-    np.testing.assert_allclose(
-        lora_jax.adapt(DENSE.fn)(partly, DENSE.x), expected, rtol=1e-5, atol=1e-6
-    )
+    assert_agree(lora_jax.adapt(DENSE.fn)(partly, DENSE.x), expected)
     back = lora_jax.unmerge(partly, wrapped)
-    np.testing.assert_allclose(back["W1"].base, wrapped["W1"].base, rtol=1e-5, atol=1e-6)
+    assert_agree(back["W1"].base, wrapped["W1"].base)
     assert back["W2"] is wrapped["W2"]
     back = lora_jax.unmerge(lora_jax.merge(wrapped), wrapped, targets="W2")
     assert isinstance(back["W2"], lora_jax.LoRAWeight)
@@ -74,7 +72,7 @@ def test_some_layers_are_taken_out() -> None:
     wrapped = SCANNED.adapter(0, layers=(0, 2))
     merged = lora_jax.merge(wrapped)
     back = lora_jax.unmerge(merged, wrapped)
-    np.testing.assert_allclose(back["W"].base, SCANNED.params["W"], rtol=1e-5, atol=1e-6)
+    assert_agree(back["W"].base, SCANNED.params["W"])
     np.testing.assert_array_equal(merged["W"][1], SCANNED.params["W"][1])
 
 
@@ -93,14 +91,14 @@ def test_unmerge_needs_no_base() -> None:
         for name, leaf in wrapped.items()
     }
     back = lora_jax.unmerge(lora_jax.merge(wrapped), without)
-    np.testing.assert_allclose(back["W1"].base, wrapped["W1"].base, rtol=1e-5, atol=1e-6)
+    assert_agree(back["W1"].base, wrapped["W1"].base)
 
 
 def test_both_compile() -> None:
     wrapped = DENSE.adapter(0)
     merged = jax.jit(lora_jax.merge)(wrapped)
     back = jax.jit(lora_jax.unmerge)(merged, wrapped)
-    np.testing.assert_allclose(back["W1"].base, wrapped["W1"].base, rtol=1e-5, atol=1e-6)
+    assert_agree(back["W1"].base, wrapped["W1"].base)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -108,9 +106,7 @@ def test_both_compile() -> None:
 
 def test_safe_looks_at_every_value() -> None:
     wrapped = DENSE.adapter(0)
-    jax.tree.map(
-        np.testing.assert_array_equal, lora_jax.merge(wrapped, safe=True), lora_jax.merge(wrapped)
-    )
+    assert_agree(lora_jax.merge(wrapped, safe=True), lora_jax.merge(wrapped))
     node = wrapped["W2"]
     diverged = {
         **wrapped,

@@ -48,9 +48,7 @@ def test_growing_changes_nothing_and_can_train(options: dict[str, Any]) -> None:
     grown = lora_jax.resize(wrapped, 5)
     for name in SHAPES:
         assert grown[name].rank == 5
-        np.testing.assert_allclose(
-            lora_jax.merge(grown)[name], lora_jax.merge(wrapped)[name], rtol=1e-5, atol=1e-5
-        )
+        assert_agree(lora_jax.merge(grown)[name], lora_jax.merge(wrapped)[name])
         assert grown[name].scale is wrapped[name].scale
         # Both zero would have no gradient at all.
         new_columns = np.asarray(grown[name].lora_A)[..., 2:]
@@ -83,16 +81,14 @@ def test_pruning_keeps_the_best_approximation(rank: int, options: dict[str, Any]
         U, S, Vt = np.linalg.svd(change, full_matrices=False)
         best = (U[..., :rank] * S[:, None, :rank]) @ Vt[:, :rank]
         assert pruned[name].rank == rank
-        np.testing.assert_allclose(changes(pruned)[name], best, rtol=1e-4, atol=1e-4)
+        assert_agree(changes(pruned)[name], best, tolerance=1e-4)
 
 
 def test_pruning_what_was_grown_gives_the_same_model() -> None:
     wrapped = trained(rank=2)
     back = lora_jax.resize(lora_jax.resize(wrapped, 5), 2)
     for name in SHAPES:
-        np.testing.assert_allclose(
-            lora_jax.merge(back)[name], lora_jax.merge(wrapped)[name], rtol=1e-5, atol=1e-5
-        )
+        assert_agree(lora_jax.merge(back)[name], lora_jax.merge(wrapped)[name])
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -112,6 +108,7 @@ def test_a_mapping_names_adapters() -> None:
     assert resized["stack"] is wrapped["stack"]
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("rank", "error", "message"),
     [
@@ -137,10 +134,9 @@ def test_a_resized_adapter_keeps_its_scale_under_rslora() -> None:
     wrapped = trained(rank=4, rslora=True)
     for rank in (2, 6):
         assert float(lora_jax.resize(wrapped, rank)["dense"].scale) == 1.5
-    np.testing.assert_allclose(
+    assert_agree(
         lora_jax.merge(lora_jax.resize(wrapped, 6))["dense"],
         jnp.asarray(lora_jax.merge(wrapped)["dense"]),
-        rtol=1e-5,
     )
 
 
@@ -159,9 +155,7 @@ def test_new_columns_are_new() -> None:
 def test_an_adapter_that_is_pruned_before_it_changed_can_train(options: dict[str, Any]) -> None:
     wrapped = lora_jax.wrap({"kernel": random(16, 12)}, "kernel", rank=4, **options)
     pruned = lora_jax.resize(wrapped, 2)
-    np.testing.assert_allclose(
-        lora_jax.merge(pruned)["kernel"], lora_jax.unwrap(wrapped)["kernel"], atol=1e-5
-    )
+    assert_agree(lora_jax.merge(pruned)["kernel"], lora_jax.unwrap(wrapped)["kernel"])
     assert np.all(np.any(np.asarray(pruned["kernel"].lora_A), axis=0))
 
 

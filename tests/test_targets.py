@@ -100,6 +100,7 @@ def test_the_first_match_counts() -> None:
     assert ranks == {min(QUERIES): 4, max(QUERIES): 1}
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
@@ -180,9 +181,9 @@ LINEAR = {"query/kernel", "out", "wide", "narrow"}
 def hidden(params: Any, ids: jax.Array) -> jax.Array:
     h = jnp.concatenate([params["class_token"], params["embed"][ids]])
     h = h + params["position"][: h.shape[0]]
-    heads = jnp.einsum("te,ehd->thd", h, params["query"]["kernel"]) + params["query"]["bias"]
+    heads = jnp.einsum("te,ehd->thd", h, params["query"]["kernel"]) + params["query"]["bias"][None]
     h = h + jnp.einsum("thd,hde->te", jnp.tanh(heads), params["out"])
-    h, _ = jax.lax.scan(lambda h, scale: (jnp.tanh(h) * scale, None), h, params["norms"])
+    h, _ = jax.lax.scan(lambda h, scale: (jnp.tanh(h) * scale[None], None), h, params["norms"])
     return h + jnp.tanh(h @ params["wide"]) @ params["narrow"]
 
 
@@ -258,7 +259,7 @@ def with_statistics(params: Any, x: jax.Array) -> Any:
     """Batch normalisation: what it returns beside the logits depends on one layer alone."""
     h = x @ params["W1"]
     mean = h.mean(0)
-    return jnp.tanh(jnp.tanh(h - mean) @ params["W2"]) @ params["head"], {"mean": mean}
+    return jnp.tanh(jnp.tanh(h - mean[None]) @ params["W2"]) @ params["head"], {"mean": mean}
 
 
 def with_a_cache(params: Any, x: jax.Array) -> Any:

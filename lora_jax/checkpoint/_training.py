@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import PyTree
 
@@ -82,7 +82,7 @@ class TrainingCheckpoints:
                 folder = self._folders.folder_of(step)
                 self._retention.metrics[step] = Description.read(folder, damaged="").metrics
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingCheckpoints":
         return self
 
     def __exit__(

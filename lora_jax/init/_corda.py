@@ -96,7 +96,7 @@ def _context_oriented(
     _, S, Ut = singular_value_decomposition(product(C, W))
     chosen = slice(None, rank) if mode == "ipm" else slice(-rank, None)
     root = jnp.sqrt(_positive(S)[chosen] / scale)
-    lora_A = product(W, Ut[chosen].T) / (scale * root)
+    lora_A = product(W, Ut[chosen].T) / (scale * root[None])
     lora_B = root[:, None] * Ut[chosen]
     return residual(weight2d, scale, lora_A, lora_B), lora_A, lora_B
 

@@ -150,7 +150,7 @@ def _principal_components(
     variances, vectors = jnp.linalg.eigh(covariance)
     lora_A = with_fixed_signs(vectors[:, ::-1][:, :rank])
     if whiten:
-        lora_A = lora_A / _deviations(variances[::-1], covariance.shape[0])[:rank]
+        lora_A = lora_A / _deviations(variances[::-1], covariance.shape[0])[None, :rank]
     return weight2d, lora_A, jnp.zeros((rank, weight2d.shape[1]), dtype)
 
 

@@ -9,9 +9,9 @@ from lora_jax._dtypes import common_dtype
 Decomposition = tuple[Float[Array, "in k"], Float[Array, "k"], Float[Array, "k out"]]
 
 
-def widened(matrix: Float[Array, "in out"]) -> Float[Array, "in out"]:
-    """Returns `matrix` in the dtype to compute in: its own, and at least float32."""
-    return matrix.astype(common_dtype(matrix.dtype, jnp.float32))
+def widened(array: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns `array` in the dtype to compute in: its own, and at least float32."""
+    return array.astype(common_dtype(array.dtype, jnp.float32))
 
 
 def product(

@@ -64,5 +64,5 @@ def pissa(
         oversampling=oversampling,
     )
     root = jnp.sqrt(S / scale)
-    lora_A, lora_B = U * root, root[:, None] * Vt
+    lora_A, lora_B = U * root[None], root[:, None] * Vt
     return residual(weight2d, scale, lora_A, lora_B), lora_A, lora_B

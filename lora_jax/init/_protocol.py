@@ -1,7 +1,7 @@
 """What an initialiser is."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -25,6 +25,7 @@ class Frozen:
     array: Float[Array, "..."] | Any
 
 
+@runtime_checkable
 class Initializer(Protocol):
     """A function that makes the frozen base and the two factors of one weight.
 

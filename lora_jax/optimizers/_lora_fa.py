@@ -5,17 +5,18 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from lora_jax._train import TRAINABLE
 from lora_jax._weight import LoRAWeight
 from lora_jax.optimizers._checks import check_fits, check_positive, check_transformation
 from lora_jax.optimizers._nodes import KnownWeight, map_lora_weights, map_with_weights
-from lora_jax.optimizers._parts import is_absent, on_part
+from lora_jax.optimizers._parts import Transformation, is_absent, on_part
 from lora_jax.optimizers._preconditioning import preconditioned
 
 
 def lora_fa(
-    tx: optax.GradientTransformation, *, damping: float = 1e-8
+    tx: Transformation, *, damping: float | Array = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns `tx` around which lora_A is frozen and the gradient of lora_B preconditioned.
 

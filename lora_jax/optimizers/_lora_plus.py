@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from lora_jax._weight import LoRAWeight
 from lora_jax.optimizers._checks import check_fits, check_positive
@@ -12,7 +13,7 @@ from lora_jax.optimizers._nodes import map_lora_weights
 from lora_jax.optimizers._parts import is_absent
 
 
-def lora_plus(ratio: float = 16.0) -> optax.GradientTransformation:
+def lora_plus(ratio: float | Array = 16.0) -> optax.GradientTransformation:
     r"""Returns a transformation that multiplies the updates of lora_B by `ratio`.
 
     $$A \leftarrow A + u_A, \qquad B \leftarrow B + \lambda\, u_B$$

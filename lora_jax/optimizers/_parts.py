@@ -17,6 +17,8 @@ import optax
 from lora_jax._train import combine, labels, parts
 
 Tree = Any
+# What optax calls a transformation; `MultiSteps` has the methods without being one.
+Transformation = optax.GradientTransformation | optax.MultiSteps
 
 
 def is_absent(leaf: Any) -> bool:
@@ -25,7 +27,7 @@ def is_absent(leaf: Any) -> bool:
 
 
 def on_part(
-    tx: optax.GradientTransformation, belongs: Callable[[str], bool]
+    tx: Transformation, belongs: Callable[[str], bool]
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` for the leaves whose label `belongs`; the updates of the others pass unchanged.
 
@@ -59,16 +61,17 @@ def on_part(
 
 
 def open_to_extra_args(
-    tx: optax.GradientTransformation,
+    tx: Transformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` such that those of all extra arguments reach it that its update takes.
 
     `optax.MultiSteps` hands them on, but is not a `GradientTransformationExtraArgs`, and so optax's
     own wrappers would keep them back.
     """
-    parameters = inspect.signature(tx.update).parameters
+    own_update: Any = tx.update
+    parameters = inspect.signature(own_update).parameters
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        return optax.GradientTransformationExtraArgs(tx.init, own_update)
     # The first three are the updates, the state and the parameters.
     taken = frozenset(list(parameters)[3:])
 
@@ -76,7 +79,7 @@ def open_to_extra_args(
         updates: Tree, state: optax.OptState, params: Tree = None, **extra_args: Any
     ) -> tuple[Tree, optax.OptState]:
         known: Any = {name: value for name, value in extra_args.items() if name in taken}
-        return tx.update(updates, state, params, **known)
+        return own_update(updates, state, params, **known)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import optax
+from jaxtyping import Array
 
 from lora_jax._weight import LoRAWeight
 from lora_jax.optimizers._checks import check_fits, check_positive
@@ -12,7 +13,7 @@ from lora_jax.optimizers._parts import is_absent
 from lora_jax.optimizers._preconditioning import preconditioned
 
 
-def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformationExtraArgs:
+def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformationExtraArgs:
     r"""Returns a transformation that preconditions the gradient of each factor with the other.
 
     $$g_A \leftarrow g_A\, (B B^\top + \delta I)^{-1}, \qquad

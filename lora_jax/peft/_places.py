@@ -170,7 +170,7 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
 def taken(leaf: Any, named: NamedLeaf, place: Place) -> np.ndarray:
     """Returns one place of a stack."""
     array = np.moveaxis(np.asarray(leaf), named.stack, range(len(named.stack)))
-    return array[place]
+    return np.asarray(array[place])
 
 
 def _check_rules(names: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Real
 
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
@@ -16,7 +16,9 @@ from lora_jax.serving._alike import lora_nodes, map_lora_weights
 from lora_jax.serving._stack import capacity_of, check_stacked
 
 
-def activate(stacked: Any, weights: Sequence[float] | Float[Array, "capacity"]) -> Any:
+def activate(
+    stacked: Any, weights: Sequence[float | Array] | Real[Array, "capacity"] | np.ndarray
+) -> Any:
     r"""Returns the weighted sum of a stack's adapters as one wrapped tree.
 
     $W + \sum_i w_i s_i A_i B_i$, exactly: side by side the factors are one adapter of rank

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, Real
 
 from lora_jax._algebra import on_original
 from lora_jax._dtypes import common_dtype
@@ -46,7 +47,7 @@ Method = Literal[
 
 def combine_adapters(
     adapters: Sequence[Any],
-    weights: Sequence[float] | Float[Array, "adapter"],
+    weights: Sequence[float | Array] | Real[Array, "adapter"] | np.ndarray,
     method: Method = "cat",
     *,
     rank: int | None = None,

@@ -88,7 +88,7 @@ def agreeing_mean(values: Values, majority_sign: MajoritySign) -> Merged:
     """
     signs = jnp.sign(values)
     votes = {"total": values, "frequency": signs}[majority_sign]
-    elected = jnp.sign(jnp.sum(votes, axis=0))
+    elected = jnp.sign(jnp.sum(votes, axis=0, keepdims=True))
     agrees = (signs == elected) & (signs != 0)
     count = jnp.maximum(jnp.sum(agrees, axis=0), 1).astype(values.dtype)
     return jnp.sum(jnp.where(agrees, values, 0), axis=0) / count

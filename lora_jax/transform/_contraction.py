@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import AnyArray, Size
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -124,7 +125,7 @@ def _computed(
     size_of = _sizes(inputs, labels)
     base_flops = 2 * math.prod(size_of.values())
 
-    def factored_flops(part: Factored) -> int:
+    def factored_flops(part: Factored) -> Size:
         return sum(
             _factored_flops(term, part.shape, labels, position, output, size_of)
             for term in part.terms
@@ -140,7 +141,7 @@ def _factored_flops(
     position: int,
     output: Labels,
     size_of: dict[int, int],
-) -> int:
+) -> Size:
     block = dict(zip(labels[position], block_shape(term, shape), strict=True))
     size_of = {**size_of, **block}
     rank_label = rank_label_of(position, labels)
@@ -234,7 +235,7 @@ def ragged_dot_general(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> Sequence[Any] | None:
     """Returns each group of rows times the weight of its expert, through that expert's factors."""
-    x, weight, group_sizes = inputs
+    x, weight, group_sizes = inputs[0], inputs[1], jnp.asarray(inputs[2])
     numbers = equation.params["ragged_dot_dimension_numbers"]
     is_plain = (
         numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
@@ -345,11 +346,11 @@ def product_dtype(equation: Equation, dtype: Any) -> Any:
     return dtype if wanted is None else common_dtype(dtype, wanted)
 
 
-def _sliced(array: Array, labels: Labels, ranges: dict[int, tuple[int, int]]) -> Array:
+def _sliced(array: AnyArray, labels: Labels, ranges: dict[int, tuple[int, int]]) -> Array:
     for axis, label in enumerate(labels):
         if label in ranges:
             array = jax.lax.slice_in_dim(array, *ranges[label], axis=axis)
-    return array
+    return jnp.asarray(array)
 
 
 def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, tuple[int, int]]:
@@ -379,7 +380,7 @@ def rank_label_of(position: int, labels: Sequence[Labels]) -> int:
     return 1 + position + max((label for named in labels for label in named), default=0)
 
 
-def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, int]:
+def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, Size]:
     return {
         label: size
         for value, named in zip(inputs, labels, strict=True)

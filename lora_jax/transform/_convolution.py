@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import Size
 from lora_jax.transform._contraction import product_dtype
 from lora_jax.transform._factored import (
     Factored,
@@ -141,7 +142,7 @@ def _mixed(
 
 def _costs(
     equation: Equation, kernel_shape: tuple[int, ...]
-) -> tuple[int, Callable[[Factored], int]]:
+) -> tuple[Size, Callable[[Factored], Size]]:
     """Returns the operations of the base op, and those of the products for a part of the kernel."""
     features = kernel_shape[feature_axis_of(equation)]
     output: Any = equation.outvars[0].aval
@@ -150,7 +151,7 @@ def _costs(
     window = math.prod(kernel_shape) // features
     groups = equation.params["feature_group_count"]
 
-    def factored_flops(part: Factored) -> int:
+    def factored_flops(part: Factored) -> Size:
         return sum(2 * places * term.rank * (groups * window + features) for term in part.terms)
 
     return 2 * size * window, factored_flops

@@ -2,8 +2,10 @@
 
 import jax
 
+from lora_jax._shapes import Size
 
-def prefers_dense(base_flops: int, factored_flops: int, building_flops: int) -> bool:
+
+def prefers_dense(base_flops: Size, factored_flops: Size, building_flops: Size) -> bool:
     """Says whether a training step is cheaper with W + AB built than with factors.
 
     The backward pass of each factored product is two products of the same size. That of a built

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax._shapes import Axes, layers_shape, side_size
+from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.transform._adapt import rewrite, weight_paths, with_trained_values
@@ -57,7 +57,7 @@ class Report:
         )
 
     @property
-    def added_flops(self) -> int:
+    def added_flops(self) -> Size:
         """The operations that all adapters add to one forward pass."""
         return sum(use.added_flops * use.times for target in self.targets for use in target.uses)
 

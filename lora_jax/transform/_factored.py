@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from lora_jax._algebra import gain
 from lora_jax._dtypes import common_dtype
-from lora_jax._shapes import Places, aligned, factor_places, magnitude_places, spread_layers
+from lora_jax._shapes import Places, Size, aligned, factor_places, magnitude_places, spread_layers
 from lora_jax._weight import LoRAWeight, check_single
 from lora_jax.transform._product import product, without_unit_axes
 
@@ -36,7 +36,7 @@ class Factor:
         `shard_map` without `check_vma`, where JAX's types do not say it.
     """
 
-    stored: Array
+    stored: Array | Any
     places: Places = dataclasses.field(metadata={"static": True})
     alike_over: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
 
@@ -81,7 +81,7 @@ class Factor:
         places = tuple(None if place is None else place - 1 for place in self.places[1:])
         return dataclasses.replace(self, stored=cut, places=places)
 
-    def spec(self, axes: Sequence[Any]) -> PartitionSpec:
+    def spec(self, axes: Sequence[Any] | PartitionSpec) -> PartitionSpec:
         """Returns how `stored` is cut where the weight's axes are cut as `axes` says.
 
         The factor inherits the partition of the axes that it holds; the rank is not cut.
@@ -115,7 +115,7 @@ class Term:
 
     factor_A: Factor
     factor_B: Factor
-    scale: Array
+    scale: Array | Any
     window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
     origin: Hashable = dataclasses.field(metadata={"static": True})
     scale_alike_over: frozenset[str] = dataclasses.field(
@@ -172,7 +172,7 @@ class Factored:
         of rank 1, so that rules move it as they move factors.
     """
 
-    base: Array
+    base: Array | Any
     terms: tuple[Term, ...]
     gain: Factor | None = None
 
@@ -229,7 +229,7 @@ class Factored:
         )
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Size, ...]:
         """The shape of the value."""
         return self.base.shape
 
@@ -344,7 +344,7 @@ def is_as_exact_dense(value: Factored) -> bool:
     return bool(common_dtype(value.dtype, *factors) == value.dtype)
 
 
-def dense_flops(value: Factored) -> int:
+def dense_flops(value: Factored) -> Size:
     """Returns the operations that building base + Σ terms takes."""
     return sum(
         (2 * term.rank + 1) * math.prod(block_shape(term, value.shape)) for term in value.terms

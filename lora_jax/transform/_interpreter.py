@@ -18,6 +18,7 @@ from lora_jax._compat import (
     settings_of,
     source_line,
 )
+from lora_jax._shapes import Size
 from lora_jax.transform._cost import prefers_dense
 from lora_jax.transform._dropout import Dropout
 from lora_jax.transform._factored import (
@@ -163,8 +164,8 @@ class Interpreter:
         self,
         equation: Equation,
         value: Factored,
-        base_flops: int,
-        factored_flops: Callable[[Factored], int],
+        base_flops: Size,
+        factored_flops: Callable[[Factored], Size],
     ) -> Factored | jax.Array:
         """Returns a weight as an op is to use it: built where that is cheaper, or as it is.
 

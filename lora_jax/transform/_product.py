@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from lora_jax._shapes import Size
+
 Labels = tuple[int, ...]
 
 
@@ -36,7 +38,7 @@ class Plan:
     labels: tuple[Labels, ...]
     steps: tuple[frozenset[int], ...]
 
-    def flops(self, size_of: Mapping[int, int]) -> int:
+    def flops(self, size_of: Mapping[int, Size]) -> Size:
         """Returns the operations that all steps take together, for labels of these sizes."""
         return sum(2 * math.prod(size_of[label] for label in step) for step in self.steps)
 
@@ -91,7 +93,7 @@ def _plan_from(
 
 
 def plan_product(
-    operands: Sequence[Labels], output: Sequence[int], size_of: Mapping[int, int]
+    operands: Sequence[Labels], output: Sequence[int], size_of: Mapping[int, Size]
 ) -> Plan:
     """Returns the cheapest plan for a product of operands with these labels.
 
@@ -234,7 +236,7 @@ def _scaled(operand: Labelled, scale: Array | None) -> Labelled:
     return Labelled(operand.array * scale.astype(operand.array.dtype), operand.labels)
 
 
-def _best_scaled(labels: Sequence[Labels], operand_count: int, size_of: Mapping[int, int]) -> int:
+def _best_scaled(labels: Sequence[Labels], operand_count: int, size_of: Mapping[int, Size]) -> int:
     """Returns which array takes the scale: the smallest result, or a much smaller operand.
 
     A scaled operand is multiplied again in the backward pass, where it occurs once more, and a

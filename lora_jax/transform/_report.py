@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from lora_jax._compat import callers_level
+from lora_jax._shapes import Size
 
 OnMaterialize = Literal["warn", "error", "ignore"]
 How = Literal["factored", "dense", "materialized"]
@@ -40,13 +41,13 @@ class Use:
     primitive: str
     source: str
     how: How
-    base_flops: int
-    factored_flops: int | None
-    dense_flops: int
+    base_flops: Size
+    factored_flops: Size | None
+    dense_flops: Size
     times: int = 1
 
     @property
-    def added_flops(self) -> int:
+    def added_flops(self) -> Size:
         """Operations that the adapter adds in one forward pass, as it is computed."""
         if self.how == "factored" and self.factored_flops is not None:
             return self.factored_flops

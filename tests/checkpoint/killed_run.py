@@ -71,7 +71,7 @@ def await_time(seconds):
 def forward(params, inputs, key):
     hidden = jnp.tanh(inputs @ params["in"])
     kept = jax.random.bernoulli(key, 0.8, hidden.shape)
-    return jnp.where(kept, hidden, jnp.zeros_like(hidden)) @ params["out"] + params["bias"]
+    return jnp.where(kept, hidden, jnp.zeros_like(hidden)) @ params["out"] + params["bias"][None]
 
 
 def train(folder, death, result, asynchronous):

@@ -100,7 +100,7 @@ def test_adapters_are_free_to_move_to_the_mesh_of_the_weights(tmp_path):
     weights = lora_jax.unwrap(PLACES["two by four"]())
     restored = lora_jax.restore(tmp_path / "adapters", weights)
     assert not restored["kernel"].lora_A.committed
-    model = jax.jit(lora_jax.adapt(lambda params, x: x @ params["kernel"] + params["bias"]))
+    model = jax.jit(lora_jax.adapt(lambda params, x: x @ params["kernel"] + params["bias"][None]))
     outputs = model(restored, jnp.ones((2, 16)))
     assert outputs.sharding.device_set == weights["kernel"].sharding.device_set
 

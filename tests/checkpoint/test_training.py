@@ -357,6 +357,7 @@ class TestSaving:
 
 
 class TestRefused:
+    @pytest.mark.wrong_types
     @pytest.mark.parametrize(
         ("options", "message"),
         [

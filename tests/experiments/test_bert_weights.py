@@ -17,6 +17,7 @@ from experiments.bert import (
 from experiments.bert.config import read_config
 from experiments.data.text import Texts
 from experiments.errors import InputError
+from tests.agreement import assert_agree
 from tests.tiny_bert import CONFIG, tensors, write_model, write_tokenizer
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -124,11 +125,10 @@ def test_other_forms_of_the_same_weights_are_read(tmp_path, form):
         dtype = np.float16 if form == "float16" else ml_dtypes.bfloat16
         stored = {name: tensor.astype(dtype) for name, tensor in stored.items()}
     params = encoder_params(weights_file(tmp_path, stored), CONFIG_READ)
-    tolerance = 0.02 if "float" in form else 0
     query = params["layer_0"]["attention"]["query"]["kernel"]
     assert query.dtype == np.float32
     wanted = expected["layer_0"]["attention"]["query"]["kernel"]
-    np.testing.assert_allclose(query, wanted, atol=tolerance)
+    assert_agree(query, wanted, tolerance=2**-8 if "float" in form else 0)
 
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

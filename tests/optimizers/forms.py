@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.optimizers.reference import (
     VARIANTS,
     Variant,
@@ -88,7 +88,7 @@ def check(variant: Variant, tx: Any, before: Any, gradients: list[Any], after: A
         nodes = [each[name]["kernel"] for each in gradients]
         expected = expected_matrices(variant, tx(), before[name]["kernel"], nodes)
         for found, wanted in zip(matrices(after[name]["kernel"]), expected, strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7, err_msg=name)
+            assert_agree(found, wanted)
 
 
 def gradients_of(wrapped: Any, steps: int) -> list[Any]:

@@ -117,6 +117,7 @@ def test_a_number_that_is_not_positive_raises(
         make(value)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("value", [None, "16", True, [1.0], np.ones(2)])
 @each_option
 def test_what_is_no_number_raises(name: str, make: Callable[[Any], Any], value: Any) -> None:

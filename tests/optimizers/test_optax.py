@@ -16,6 +16,8 @@ import lora_jax
 from tests.agreement import assert_agree
 from tests.optimizers.reference import gradients_like
 
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
+
 Make = Callable[[], Any]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import optax
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.optimizers.forms import (
     FEW,
     FORMS,
@@ -155,7 +155,7 @@ def test_a_factor_that_does_not_train_serves_the_other(variant: Variant, leaf: s
     other = {"lora_A": "lora_B", "lora_B": "lora_A"}[leaf]
     for name in FEW:
         before_node, both_node, node = (tree[name]["kernel"] for tree in (wrapped, both, one))
-        np.testing.assert_allclose(getattr(node, leaf), getattr(both_node, leaf), rtol=1e-12)
+        assert_agree(getattr(node, leaf), getattr(both_node, leaf), tolerance=1e-12)
         np.testing.assert_array_equal(getattr(node, other), getattr(before_node, other))
 
 
@@ -179,7 +179,7 @@ def test_narrow_factors_keep_their_dtype_under_strict_promotion(
             variant, Sgd(), wrapped[name]["kernel"], [gradients[0][name]["kernel"]]
         )
         for found, wanted in zip(matrices(node), expected, strict=True):
-            np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+            assert_agree(found, wanted, tolerance=tolerance)
 
 
 @each_variant
@@ -195,4 +195,4 @@ def test_factors_stacked_in_front_need_no_vmap(variant: Variant) -> None:
     for place in range(2):
         alone = eager(form, pair[place], [gradients[place]])
         here = jax.tree.map(lambda x, place=place: x[place], together)
-        chex.assert_trees_all_close(here, alone, rtol=1e-5, atol=1e-6)
+        assert_agree(here, alone)

@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax.serving import _merging
+from tests.agreement import assert_agree
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -88,7 +89,7 @@ def test_the_methods_beside_peft(method: Any, negative: bool) -> None:
     wrappeds = ours(module, rslora=False)
     combined = lora_jax.combine_adapters(wrappeds, weights, method, **density)
     expected = merged_by_peft(module, method, weights, **density)
-    np.testing.assert_allclose(change(combined), expected, rtol=1e-4, atol=1e-5)
+    assert_agree(change(combined), expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("method", ["magnitude_prune_svd", "ties_svd"])
@@ -98,7 +99,7 @@ def test_the_methods_on_full_changes_beside_peft(method: Any) -> None:
     weights = [1.0, 1.0, 1.0]
     combined = lora_jax.combine_adapters(wrappeds, weights, method, density=0.5, rank=6)
     expected = merged_by_peft(module, method, weights, density=0.5, svd_rank=6)
-    np.testing.assert_allclose(change(combined), expected, rtol=1e-4, atol=1e-5)
+    assert_agree(change(combined), expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
@@ -109,11 +110,11 @@ def test_the_sum_is_exact_where_peft_is_off_by_the_root_of_the_rank(method: Any)
     options = {} if method == "cat" else {"rank": rank}
     combined = lora_jax.combine_adapters(wrappeds, WEIGHTS, method, **options)
     exact = sum(w * change(each) for w, each in zip(WEIGHTS, wrappeds, strict=True))
-    np.testing.assert_allclose(change(combined), exact, rtol=1e-4, atol=1e-5)
+    assert_agree(change(combined), exact, tolerance=1e-4)
     # The scale of PEFT's result is α/√r with α = r.
     peft_options = {} if method == "cat" else {"svd_rank": rank}
     off = merged_by_peft(module, method, WEIGHTS, **peft_options)
-    np.testing.assert_allclose(off, rank**0.5 * exact, rtol=1e-4, atol=1e-4)
+    assert_agree(off, rank**0.5 * exact, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("majority_sign", ["total", "frequency"])
@@ -131,7 +132,7 @@ def test_the_rules_for_arrays_beside_peft(majority_sign: Any, density: float) ->
     expected = merge_utils.ties(tensors, torch.full((3,), 0.8), density, majority_sign).numpy()
     signs = np.sign([merge_utils.prune(each, density, "magnitude").numpy() for each in tensors])
     even = (signs.sum(axis=0) == 0) & (majority_sign == "frequency")
-    np.testing.assert_allclose(np.asarray(actual)[~even], expected[~even], rtol=1e-5, atol=1e-6)
+    assert_agree(np.asarray(actual)[~even], expected[~even])
     assert not np.any(np.asarray(actual)[even])
     pruned = _merging.largest_kept(jnp.asarray(tasks)[:, None], density)[:, 0]
     for each, tensor in zip(np.asarray(pruned), tensors, strict=True):

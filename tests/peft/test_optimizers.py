@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax
 from lora_jax.optimizers import lora_fa, lora_plus, riemannian
+from tests.agreement import assert_agree
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -102,7 +103,7 @@ def our_result(tx: Any) -> dict[str, tuple[Any, Any]]:
 def assert_same(ours: dict[str, tuple[Any, Any]], theirs: dict[str, tuple[Any, Any]]) -> None:
     for name in SIZES:
         for our_factor, their_factor in zip(ours[name], theirs[name], strict=True):
-            np.testing.assert_allclose(our_factor, their_factor, rtol=1e-5, atol=1e-5)
+            assert_agree(our_factor, their_factor)
 
 
 INNER: dict[str, tuple[Callable[[], Any], str, dict[str, float]]] = {

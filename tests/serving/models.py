@@ -69,7 +69,8 @@ def as_if_trained(wrapped: Any, seed: int) -> Any:
 
 
 def dense(params, x):
-    return jnp.tanh(x @ params["W1"] + params["b"]) @ params["W2"]
+    h = x @ params["W1"]
+    return jnp.tanh(h + jnp.broadcast_to(params["b"], h.shape)) @ params["W2"]
 
 
 def heads(params, x):

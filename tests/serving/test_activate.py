@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.serving.models import DENSE, MODELS, Model, in_float64
 
 WEIGHTS = [1.0, 0.0, -0.5]
@@ -37,11 +38,11 @@ def test_the_sum_is_exact(model: Model) -> None:
     active = lora_jax.activate(stacked, WEIGHTS)
     expected = summed(model, wrappeds, WEIGHTS)
     for name, leaf in lora_jax.merge(active).items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-5)
+        assert_agree(leaf, expected[name])
     with jax.enable_x64(True):
         reference = model.fn(jax.tree.map(jnp.asarray, expected), in_float64(model.x))
     actual = jax.jit(lora_jax.adapt(model.fn, on_materialize="error"))(active, model.x)
-    np.testing.assert_allclose(actual, reference, rtol=1e-5, atol=1e-5)
+    assert_agree(actual, reference)
 
 
 def test_switching_compiles_nothing_again() -> None:
@@ -56,12 +57,12 @@ def test_switching_compiles_nothing_again() -> None:
     stacked = lora_jax.stack(wrappeds)
     for weights in np.eye(3, dtype=np.float32):
         expected = DENSE.fn(lora_jax.merge(wrappeds[int(weights.argmax())]), DENSE.x)
-        np.testing.assert_allclose(apply(stacked, weights, DENSE.x), expected, rtol=1e-5, atol=1e-5)
+        assert_agree(apply(stacked, weights, DENSE.x), expected)
     off = apply(stacked, np.zeros(3, np.float32), DENSE.x)
-    np.testing.assert_allclose(off, DENSE.fn(DENSE.params, DENSE.x), rtol=1e-6)
+    assert_agree(off, DENSE.fn(DENSE.params, DENSE.x))
     assert len(traces) == 1
     faded = jax.jit(lambda share: lora_jax.activate(stacked, [share, 1 - share, 0.0]))
-    np.testing.assert_allclose(
+    assert_agree(
         faded(0.25)["W1"].lora_B, lora_jax.activate(stacked, [0.25, 0.75, 0.0])["W1"].lora_B
     )
 
@@ -79,7 +80,7 @@ def test_each_example_with_its_own_sum() -> None:
         merged = jax.tree.map(
             lambda leaf: leaf.astype(np.float32), summed(DENSE, wrappeds, weights[place].tolist())
         )
-        np.testing.assert_allclose(actual[place], DENSE.fn(merged, x), rtol=1e-4, atol=1e-5)
+        assert_agree(actual[place], DENSE.fn(merged, x), tolerance=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -96,11 +97,9 @@ def test_weights_that_do_not_fit(weights: list[float], message: str) -> None:
 
 def test_whole_numbers_are_weights() -> None:
     stacked = lora_jax.stack([DENSE.adapter(0)])
-    np.testing.assert_allclose(
+    assert_agree(
         lora_jax.merge(lora_jax.activate(stacked, jnp.array([1])))["W1"],
         lora_jax.merge(DENSE.adapter(0))["W1"],
-        rtol=1e-5,
-        atol=1e-6,
     )
 
 

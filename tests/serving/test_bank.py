@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree
 from tests.serving.models import BATCH, DENSE, MODELS, SCANNED, Model, one_by_one
 
 
@@ -28,7 +29,7 @@ def test_changing_a_bank_compiles_nothing_again(model: Model, options: dict[str,
     def check(bank: Any, *held: Any) -> None:
         actual = serve(bank, ids, model.x)
         expected = one_by_one(model, [held[place] for place in ids], model.x)
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+        assert_agree(actual, expected)
 
     base = model.params
     bank = lora_jax.stack([wrappeds[0]], capacity=3, rank=2)
@@ -58,7 +59,7 @@ def test_a_replaced_adapter_is_as_if_it_had_been_stacked(dora: bool) -> None:
     replaced = lora_jax.replace_adapter(bank, wrappeds[2], adapter_id=0)
     expected = lora_jax.stack([wrappeds[2], wrappeds[1]])
     assert jax.tree.structure(replaced) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, replaced, expected)
+    assert_agree(replaced, expected)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -68,7 +69,7 @@ def test_an_adapter_of_a_changed_base_is_put_on_the_original(init: str) -> None:
     bank, _ = lora_jax.add_adapter(bank, wrapped)
     actual = lora_jax.adapt_batched(DENSE.fn)(bank, [1] * BATCH, DENSE.x)
     expected = one_by_one(DENSE, [wrapped] * BATCH, DENSE.x)
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_agree(actual, expected)
 
 
 def test_replacing_under_jit_compiles_once_for_all_places() -> None:
@@ -97,7 +98,7 @@ def test_a_switched_off_adapter_keeps_its_place() -> None:
     }
     assert lora_jax.adapter_ids(off) == (0, 1)
     actual = lora_jax.adapt_batched(DENSE.fn)(off, [1] * BATCH, DENSE.x)
-    np.testing.assert_allclose(actual, DENSE.fn(DENSE.params, DENSE.x), rtol=1e-6)
+    assert_agree(actual, DENSE.fn(DENSE.params, DENSE.x))
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -164,6 +165,7 @@ def test_layers_that_a_bank_has_no_room_for() -> None:
     assert not np.any(bank["W"].lora_B[1, 0])
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

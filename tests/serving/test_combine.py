@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax.serving import _merging
+from tests.agreement import assert_agree
 from tests.serving.models import CONVOLUTION, DENSE, HEADS, SCANNED, Model, as_if_trained
 
 WEIGHTS = (0.7, -0.4, 1.2)
@@ -107,9 +108,7 @@ def test_cat_is_the_exact_sum(model: Model, kind: str) -> None:
         assert combined[name].rank == sum(each[name].rank for each in wrappeds)
         assert combined[name].base is model.params[name]
         assert float(combined[name].scale) == 1.0
-        np.testing.assert_allclose(
-            change(model, name, combined), exact_sum(model, name, wrappeds), rtol=1e-5, atol=1e-5
-        )
+        assert_agree(change(model, name, combined), exact_sum(model, name, wrappeds))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,11 +120,10 @@ def test_svd_is_the_best_approximation_of_the_sum(model: Model, kind: str) -> No
         for name in names(model):
             wanted = rank or max(each[name].rank for each in wrappeds)
             assert combined[name].rank == wanted
-            np.testing.assert_allclose(
+            assert_agree(
                 change(model, name, combined),
                 cut(exact_sum(model, name, wrappeds), wanted),
-                rtol=1e-4,
-                atol=1e-5,
+                tolerance=1e-4,
             )
 
 
@@ -133,9 +131,7 @@ def test_svd_of_a_rank_above_that_of_the_sum_is_filled_up() -> None:
     wrapped = DENSE.adapter(0)
     combined = lora_jax.combine_adapters([wrapped], [2.0], "svd", rank=7)
     assert combined["W1"].rank == 7
-    np.testing.assert_allclose(
-        change(DENSE, "W1", combined), 2 * change(DENSE, "W1", wrapped), rtol=1e-5, atol=1e-5
-    )
+    assert_agree(change(DENSE, "W1", combined), 2 * change(DENSE, "W1", wrapped))
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties_svd", "magnitude_prune"])
@@ -146,13 +142,9 @@ def test_a_scale_is_applied_once(method: Any, rslora: bool) -> None:
     options = {"density": 1.0} if "ties" in method or "prune" in method else {}
     combined = lora_jax.combine_adapters([wrapped], [1.0], method, **options)
     for name in ("W1", "W2"):
-        np.testing.assert_allclose(
-            change(DENSE, name, combined), change(DENSE, name, wrapped), rtol=1e-4, atol=1e-4
-        )
+        assert_agree(change(DENSE, name, combined), change(DENSE, name, wrapped), tolerance=1e-4)
     again = lora_jax.combine_adapters([combined], [1.0], method, **options)
-    np.testing.assert_allclose(
-        change(DENSE, "W1", again), change(DENSE, "W1", wrapped), rtol=1e-4, atol=1e-4
-    )
+    assert_agree(change(DENSE, "W1", again), change(DENSE, "W1", wrapped), tolerance=1e-4)
 
 
 # --- factors and full changes ------------------------------------------------------------------
@@ -174,11 +166,10 @@ def test_linear_has_the_documented_cross_terms(model: Model, rslora: bool) -> No
             for j in range(3)
             if i != j
         )
-        np.testing.assert_allclose(
+        assert_agree(
             change(model, name, combined),
             exact_sum(model, name, wrappeds) + cross,
-            rtol=1e-4,
-            atol=1e-4,
+            tolerance=1e-4,
         )
 
 
@@ -196,8 +187,8 @@ def test_pruned_factors(model: Model, method: Any) -> None:
         expected_B = by_matrix(merge, [B for _, B, _ in each], roots, DENSITY)
         lora_A, lora_B, scale = factors(model, name, combined)
         assert scale == 1
-        np.testing.assert_allclose(lora_A, expected_A, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(lora_B, expected_B, rtol=1e-5, atol=1e-6)
+        assert_agree(lora_A, expected_A)
+        assert_agree(lora_B, expected_B)
 
 
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
@@ -210,9 +201,7 @@ def test_pruned_changes(model: Model, method: str) -> None:
     for name in names(model):
         changes = [change(model, name, wrapped) for wrapped in wrappeds]
         merged = by_matrix(REFERENCES[method], changes, WEIGHTS, DENSITY)
-        np.testing.assert_allclose(
-            change(model, name, combined), cut(merged, 5), rtol=1e-3, atol=1e-4
-        )
+        assert_agree(change(model, name, combined), cut(merged, 5), tolerance=0.001)
 
 
 def test_ties_of_changes_does_not_depend_on_the_factors() -> None:
@@ -231,7 +220,10 @@ def test_ties_of_changes_does_not_depend_on_the_factors() -> None:
             change(DENSE, "W1", lora_jax.combine_adapters(each, WEIGHTS, method, density=DENSITY))
             for each in (wrappeds, flipped)
         ]
-        assert np.allclose(*results, rtol=1e-4, atol=1e-4) is same
+        if same:
+            assert_agree(*results, tolerance=1e-4)
+        else:
+            assert np.linalg.norm(results[0] - results[1]) > 1e-2
 
 
 # --- the rules for arrays ----------------------------------------------------------------------
@@ -246,9 +238,9 @@ def test_the_example_of_the_ties_paper() -> None:
     # Yadav et al. 2023, figure 1: trim, elect, and average what agrees.
     tasks = values([3.0, -2.0, 1.0, 0.0], [-1.0, -4.0, 2.0, 0.0], [2.0, 5.0, -1.0, 0.0])
     merged = _merging.agreeing_mean(tasks, "total")[0, 0]
-    np.testing.assert_allclose(merged, [2.5, -3.0, 1.5, 0.0])
+    assert_agree(merged, np.array([2.5, -3.0, 1.5, 0.0]))
     merged = _merging.agreeing_mean(values([5.0], [-1.0], [-2.0]), "frequency")
-    np.testing.assert_allclose(merged, [[[-1.5]]])
+    assert_agree(merged, np.array([[[-1.5]]]))
 
 
 def test_even_votes_elect_no_sign() -> None:
@@ -265,7 +257,7 @@ def test_what_is_subtracted_votes_as_such() -> None:
         key=jax.random.key(0),
     )
     expected = _merging.agreeing_mean(values([1.0, 2.0], [-3.0, 4.0]), "total")
-    np.testing.assert_allclose(negated, expected)
+    assert_agree(negated, expected)
 
 
 @pytest.mark.parametrize(("density", "kept"), [(1.0, 8), (0.5, 4), (0.3, 2), (0.01, 1)])
@@ -303,9 +295,7 @@ def test_dare_draws_from_the_key(method: Any) -> None:
     )
     options = {"density": 1.0} if "ties" in plain else {}
     expected = lora_jax.combine_adapters(wrappeds, WEIGHTS, plain, **options)
-    np.testing.assert_allclose(
-        combined(0, 1.0), change(HEADS, "W1", expected), rtol=1e-4, atol=1e-4
-    )
+    assert_agree(combined(0, 1.0), change(HEADS, "W1", expected), tolerance=1e-4)
 
 
 def test_each_weight_and_each_layer_draws_its_own() -> None:
@@ -332,9 +322,7 @@ def test_weights_may_be_traced() -> None:
     wrappeds = adapters(DENSE)
     combine = jax.jit(lambda weights: lora_jax.combine_adapters(wrappeds, weights, "linear"))
     expected = lora_jax.combine_adapters(wrappeds, WEIGHTS, "linear")
-    np.testing.assert_allclose(
-        combine(jnp.array(WEIGHTS))["W1"].lora_A, expected["W1"].lora_A, rtol=1e-5, atol=1e-6
-    )
+    assert_agree(combine(jnp.array(WEIGHTS))["W1"].lora_A, expected["W1"].lora_A)
 
 
 def test_changed_bases_are_brought_back_first() -> None:
@@ -345,7 +333,7 @@ def test_changed_bases_are_brought_back_first() -> None:
         np.asarray(lora_jax.merge(each)["W1"], np.float64) - np.asarray(DENSE.params["W1"])
         for each in wrappeds
     )
-    np.testing.assert_allclose(change(DENSE, "W1", combined)[0], expected, rtol=1e-4, atol=1e-5)
+    assert_agree(change(DENSE, "W1", combined)[0], expected, tolerance=1e-4)
 
 
 def test_adapters_of_some_layers() -> None:
@@ -353,7 +341,7 @@ def test_adapters_of_some_layers() -> None:
     combined = lora_jax.combine_adapters(wrappeds, [1.0, 0.5], "cat")
     assert combined["W"].layers == (0, 2)
     merged = lora_jax.merge(combined)["W"]
-    np.testing.assert_allclose(merged[0], lora_jax.merge(wrappeds[0])["W"][0], rtol=1e-5, atol=1e-6)
+    assert_agree(merged[0], lora_jax.merge(wrappeds[0])["W"][0])
     np.testing.assert_array_equal(merged[1], SCANNED.params["W"][1])
 
 
@@ -364,14 +352,13 @@ def test_half_precision_factors_are_combined_in_float32() -> None:
     combined = lora_jax.combine_adapters(wrappeds, [0.3, 0.3], "linear")
     assert combined["W"].lora_A.dtype == jnp.bfloat16
     exact = 0.3**0.5 * sum(np.asarray(each["W"].lora_A, np.float64) for each in wrappeds)
-    np.testing.assert_allclose(
-        np.asarray(combined["W"].lora_A, np.float64), exact, rtol=2**-8, atol=1e-6
-    )
+    assert_agree(combined["W"].lora_A, exact, tolerance=2**-8)
 
 
 # --- errors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -405,6 +392,7 @@ def test_ranks_that_differ_have_no_entry_by_entry() -> None:
         lora_jax.combine_adapters(wrappeds, [1.0, 1.0], "linear")
 
 
+@pytest.mark.wrong_types
 def test_adapters_that_do_not_belong_together() -> None:
     with pytest.raises(ValueError, match="another structure"):
         lora_jax.combine_adapters([DENSE.adapter(0), HEADS.adapter(0)], [1.0, 1.0])

@@ -44,8 +44,7 @@ def project(params: Any, x: jax.Array) -> jax.Array:
 
 
 def assert_close(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5), actual, expected)
+    assert_agree(actual, expected)
 
 
 # --- arguments and outputs ---------------------------------------------------------------------
@@ -162,17 +161,18 @@ def test_weights_trained_in_full() -> None:
     params = {"W": random(24, 24), "b": random(24, seed=1)}
 
     def fn(params: Any, x: jax.Array) -> jax.Array:
-        return x @ params["W"] + params["b"]
+        return x @ params["W"] + params["b"][None]
 
     wrapped = lora_jax.wrap(params, "W", rank=2, train="b")
     gradient = jax.grad(lambda w: lora_jax.adapt(fn)(w, X).sum())(wrapped)
-    np.testing.assert_allclose(gradient["b"].value, np.full(24, 5.0))
+    assert_agree(gradient["b"].value, np.full(24, 5.0))
     assert not np.any(np.asarray(gradient["b"].base))
     only_full = lora_jax.wrap(params, "W", rank=2, train="b")["b"]
     actual = lora_jax.adapt(fn)({"W": params["W"], "b": only_full}, X)
-    np.testing.assert_array_equal(actual, fn(params, X))
+    assert_agree(actual, fn(params, X))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     "options", [{"on_materialize": "raise"}, {"on_materialize": None}, {"dropout": 2.0}]
 )
@@ -238,7 +238,7 @@ def test_another_scale_is_another_result_without_a_retrace() -> None:
     for scale in (0.0, 1.0, -2.5):
         swapped = {"W": dataclasses.replace(WRAPPED["W"], scale=jnp.asarray(scale))}
         expected = base + scale * (X @ WRAPPED["W"].lora_A @ WRAPPED["W"].lora_B)
-        np.testing.assert_allclose(adapted(swapped, X), expected, atol=1e-4)
+        assert_agree(adapted(swapped, X), expected)
     assert fn.count == 1
 
 
@@ -320,7 +320,7 @@ def test_an_object_that_changes_is_read_again() -> None:
     adapted = lora_jax.adapt(lambda p, x, o: project(p, x) * o.factor)
     first = adapted(WRAPPED, X, options)
     options.factor = 2.0
-    np.testing.assert_allclose(adapted(WRAPPED, X, options), 2 * first, rtol=1e-6)
+    assert_agree(adapted(WRAPPED, X, options), 2 * first)
 
 
 def test_equal_objects_trace_once() -> None:
@@ -429,7 +429,7 @@ def test_equal_objects_give_equal_results() -> None:
     adapted = lora_jax.adapt(lambda p, x, o: project(p, x) * o.factor)
     for factor in (1.0, 2.0):
         expected = factor * project(MERGED, X)
-        np.testing.assert_allclose(adapted(WRAPPED, X, Mutable(factor)), expected, atol=2e-5)
+        assert_agree(adapted(WRAPPED, X, Mutable(factor)), expected)
 
 
 def test_an_inner_function_stays_one_function() -> None:
@@ -493,9 +493,7 @@ def test_derivatives_with_respect_to_factors() -> None:
         lambda f: jax.grad(lambda a: jax.jvp(f, (a,), (direction,))[1])(adapters),
     ):
         actual, expected = derivative(adapted), derivative(dense)
-        jax.tree.map(
-            lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-3, atol=1e-3), actual, expected
-        )
+        assert_agree(actual, expected)
 
 
 def test_without_jit() -> None:
