@@ -19,8 +19,11 @@ Jaxpr = core.Jaxpr
 Literal = core.Literal
 Var = core.Var
 
+# As they were imported, which is how frames name them, and where links lead.
 _OWN_FOLDERS = tuple(
-    str(Path(module_file).resolve().parent) + os.sep for module_file in (jax.__file__, __file__)
+    str(folder) + os.sep
+    for module_file in (jax.__file__, __file__)
+    for folder in (Path(module_file).parent, Path(module_file).resolve().parent)
 )
 # What checks annotations at run time, where a user has jaxtyping's import hook.
 _CHECKERS = (str(Path(jaxtyping.__file__).parent) + os.sep, "<@beartype")

@@ -1,6 +1,7 @@
 """`adapt`: from a function of parameters to one that takes the wrapped tree."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -39,7 +40,7 @@ def adapt(
         Python float is traced like an array, as `jax.jit` does it, so that another one traces
         nothing again, unless `fn` needs its value; arithmetic of `fn` with it is then in JAX's
         precision. Other arguments that are not arrays (flags, whole numbers, strings, functions,
-        configurations) are static, and read anew when they change.
+        configurations) are static, and read anew when they or their own attributes change.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability with which an element of an adapter's input is dropped, to the next
@@ -71,10 +72,10 @@ def adapt(
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout!r}; expected a probability from 0 to below 1.")
 
-    function, bound = _unbound(fn)
+    function, bound = unbound(fn)
     if bound != ((), {}):
         return _with_bound(fn, adapt(function, on_materialize=on_materialize, dropout=dropout))
-    if _has_lora_key(fn):
+    if _has_lora_key(fn, open_ended=dropout == 0):
         if dropout:
             raise ValueError(
                 "`fn` has an argument `lora_key` of its own, which adapt(fn, dropout=...) would "
@@ -92,14 +93,14 @@ def adapt(
     return adapted
 
 
-def _unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """Returns the function that `fn` calls, and the (args, kwargs) with adapters that it holds.
 
     What `functools.partial` has bound, a callable tree, such as a module of Equinox, and the tree
     that a method belongs to are arguments like any other.
     """
     if isinstance(fn, functools.partial):
-        function, (args, kwargs) = _unbound(fn.func)
+        function, (args, kwargs) = unbound(fn.func)
         if args or kwargs or _holds_adapter((fn.args, fn.keywords)):
             return function, ((*args, *fn.args), {**kwargs, **fn.keywords})
     elif _holds_adapter(getattr(fn, "__self__", None)):
@@ -116,17 +117,20 @@ def _holds_adapter(tree: Any) -> bool:
 def _with_bound(fn: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def called(*args: Any, **kwargs: Any) -> Any:
-        _, (bound_args, bound_kwargs) = _unbound(fn)
+        _, (bound_args, bound_kwargs) = unbound(fn)
         return adapted(*bound_args, *args, **{**bound_kwargs, **kwargs})
 
     return called
 
 
-def _has_lora_key(fn: Callable[..., Any]) -> bool:
+def _has_lora_key(fn: Callable[..., Any], *, open_ended: bool) -> bool:
+    """Says whether `fn` has an argument `lora_key`, or with `open_ended` may take any by name."""
     try:
-        return "lora_key" in inspect.signature(fn).parameters
+        parameters = inspect.signature(fn).parameters
     except (TypeError, ValueError):  # some callables written in C have no signature
         return False
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return "lora_key" in parameters or (open_ended and takes_any)
 
 
 def _adapted_without_key(
@@ -165,12 +169,11 @@ def _adapted(
         structure: Any = jax.tree.structure(inputs)
         if structure == jax.tree.structure(with_values) or structure in need_values:
             return traced(lora_key, with_values)
-        try:
+        with contextlib.suppress(Exception):  # whatever `fn` makes of a tracer instead of a float
             return traced(lora_key, inputs)
-        except Exception:  # whatever `fn` makes of a tracer where it expects a float
-            outputs = traced(lora_key, with_values)
-            need_values.add(structure)
-            return outputs
+        outputs = traced(lora_key, with_values)
+        need_values.add(structure)
+        return outputs
 
     def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         arguments = with_trained_values(arguments)

@@ -33,7 +33,7 @@ def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     if all(isinstance(value, Factored) for value in inputs):
         return None
     value, other = inputs if isinstance(inputs[0], Factored) else reversed(inputs)
-    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.multiply)
+    return _rescaled(equation, inputs, value, other, jnp.multiply)
 
 
 def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -41,7 +41,7 @@ def div(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     value, other = inputs
     if not isinstance(value, Factored) or isinstance(other, Factored):
         return None
-    return _rescaled(equation, inputs, value, jnp.asarray(other), jnp.divide)
+    return _rescaled(equation, inputs, value, other, jnp.divide)
 
 
 def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -80,11 +80,11 @@ def _rescaled(
     equation: Equation,
     inputs: Sequence[Any],
     value: Factored,
-    other: Array,
+    other: Any,
     operation: Callable[[Array, Array], Array],
 ) -> list[Any] | None:
     """Returns the value times or over an array that each term absorbs, into scale or one factor."""
-    if value.ndim < other.ndim:  # one number of a weight, times an array
+    if value.ndim < jnp.ndim(other):  # one number of a weight, times an array
         return None
     terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
     absorbed = tuple(term for term in terms if term is not None)
@@ -96,18 +96,19 @@ def _rescaled(
 def _rescaled_term(
     term: Term,
     shape: tuple[int, ...],
-    other: Array,
+    other: Any,
     operation: Callable[[Array, Array], Array],
 ) -> Term | None:
-    if other.ndim == 0:
-        scale = _in_common_dtype(operation, term.scale, other)
+    array = jnp.asarray(other)
+    if array.ndim == 0:
+        scale = _in_common_dtype(operation, term.scale, array)
         alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
         return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
     term = without_windows(term, shape)
-    held = {axis for axis, size in enumerate(other.shape) if size != 1}
+    held = {axis for axis, size in enumerate(array.shape) if size != 1}
 
     def absorbed(factor: Array) -> Array:
-        return _in_common_dtype(operation, factor, other[..., None])
+        return _in_common_dtype(operation, factor, array[..., None])
 
     if _holds(term.lora_A, held):
         return term.moved(absorbed(term.lora_A), term.lora_B)

@@ -66,8 +66,13 @@ class _Group:
         """Returns a term whose scale is the same on all devices; lora_A takes one that is not."""
         if self.has_same_scale(term):
             return term
-        scaled = term.moved(term.lora_A * term.scale.astype(term.lora_A.dtype), term.lora_B)
-        return dataclasses.replace(scaled, scale=jnp.ones((), term.scale.dtype))
+        scaled = Factor.of_aligned(term.lora_A * term.scale.astype(term.lora_A.dtype))
+        return dataclasses.replace(
+            term,
+            factor_A=scaled,
+            scale=jnp.ones((), term.scale.dtype),
+            scale_alike_over=self.names,
+        )
 
 
 def all_gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:

@@ -348,11 +348,13 @@ def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any
 
     def replicated(factor: Factor) -> Factor:
         cut = jax.tree.leaves(tuple(factor.spec(spec)))
-        return dataclasses.replace(factor, alike_over=frozenset(names) - frozenset(cut))
+        alike_over = factor.alike_over | frozenset(names) - frozenset(cut)
+        return dataclasses.replace(factor, alike_over=alike_over)
 
     value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
     terms = tuple(
-        dataclasses.replace(term, scale_alike_over=frozenset(names)) for term in value.terms
+        dataclasses.replace(term, scale_alike_over=term.scale_alike_over | frozenset(names))
+        for term in value.terms
     )
     return dataclasses.replace(value, terms=terms)
 

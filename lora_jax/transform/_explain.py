@@ -10,7 +10,7 @@ import jax
 from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
-from lora_jax.transform._adapt import rewrite, weight_paths, with_trained_values
+from lora_jax.transform._adapt import rewrite, unbound, weight_paths, with_trained_values
 from lora_jax.transform._report import Use
 from lora_jax.transform._static import with_static
 
@@ -112,9 +112,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       >>> report.unused, report.added_flops
       (('idle',), 280)
     """
+    function, (bound_args, bound_kwargs) = unbound(fn)
+    args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
     arguments = with_static(with_trained_values((args, kwargs)))
     uses: list[Use] = []
-    jax.eval_shape(lambda arguments: rewrite(fn, arguments, recorder=uses.append), arguments)
+    jax.eval_shape(lambda arguments: rewrite(function, arguments, recorder=uses.append), arguments)
     return Report(
         tuple(
             TargetReport(

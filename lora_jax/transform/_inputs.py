@@ -134,8 +134,14 @@ def _total(
     values = [*probed, *leaves[len(paths) :]]
     interpreter = Interpreter({**RULES, **_RECORDING_RULES}, SharedFunctions())
     outputs = [base_of(value) for value in interpreter.run(traced.closed_jaxpr, values)]
-    differentiable = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.floating)]
-    return sum((jnp.sum(y.astype(jnp.float32)) for y in differentiable), jnp.zeros(()))
+    differentiable = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.inexact)]
+    return sum((_real_sum(y) for y in differentiable), jnp.zeros(()))
+
+
+def _real_sum(array: Array) -> Array:
+    """Returns the sum of all real and imaginary parts."""
+    parts = [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
+    return sum((jnp.sum(part.astype(jnp.float32)) for part in parts), jnp.zeros(()))
 
 
 def _probed(path: str, leaf: Array, axes: Axes, probes: tuple[Array, Array]) -> Factored:

@@ -93,20 +93,19 @@ def dynamic_slice(
     is_cut = [size != whole for size, whole in zip(sizes, value.shape, strict=True)]
     value = value.without_windows([axis for axis, cut in enumerate(is_cut) if cut])
 
-    def cut(factor: Array) -> Array:
-        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            if is_cut[axis] and factor.shape[axis] != 1:
-                # The model's index is normalised already: what is negative still is out of bounds.
-                factor = jax.lax.dynamic_slice_in_dim(
-                    factor, start, size, axis=axis, allow_negative_indices=False
-                )
-        return factor
+    def cut(factor: Factor) -> Factor:
+        array = factor.aligned
+        axes = [axis for axis, size in enumerate(array.shape[:-1]) if is_cut[axis] and size != 1]
+        for axis in axes:
+            # The model's index is normalised already: what is negative still is out of bounds.
+            array = jax.lax.dynamic_slice_in_dim(
+                array, starts[axis], sizes[axis], axis=axis, allow_negative_indices=False
+            )
+        # Each device may start elsewhere, and then holds another part.
+        return Factor.of_aligned(array) if axes else factor
 
     base = evaluate_equation(equation, [value.base, *starts])[0]
-    # Each device may start elsewhere.
-    return [
-        with_base(value, base, cut).map_factors(lambda factor: Factor.of_aligned(factor.aligned))
-    ]
+    return [dataclasses.replace(value.map_factors(cut), base=base)]
 
 
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:

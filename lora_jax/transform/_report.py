@@ -73,12 +73,20 @@ def ignore(use: Use) -> None:
 
 def recorder_for(on_materialize: OnMaterialize) -> Recorder:
     """Returns what is told of each use: it warns or raises where W + AB is built."""
-    return {"warn": _warn, "error": _refuse, "ignore": ignore}[on_materialize]
+    return {"warn": _warning_once(), "error": _refuse, "ignore": ignore}[on_materialize]
 
 
-def _warn(use: Use) -> None:
-    if use.how == "materialized":
-        warnings.warn(_message(use), MaterializationWarning, stacklevel=callers_level())
+def _warning_once() -> Recorder:
+    """Returns a recorder that warns of each place once, however often it is traced."""
+    told: set[str] = set()
+
+    def warn(use: Use) -> None:
+        message = _message(use)
+        if use.how == "materialized" and message not in told:
+            told.add(message)
+            warnings.warn(message, MaterializationWarning, stacklevel=callers_level())
+
+    return warn
 
 
 def _refuse(use: Use) -> None:

@@ -632,6 +632,13 @@ def test_a_warning_points_at_the_users_code() -> None:
     assert {warning.filename for warning in (*caught, *caught_in_jit)} == {__file__}
 
 
+def test_a_rule_that_traces_a_line_twice_warns_once() -> None:
+    fn = jax.custom_vjp(with_sine)
+    fn.defvjp(lambda p, x: (fn(p, x), (p, x)), lambda r, g: jax.vjp(with_sine, *r)[1](g))
+    messages = warned(lambda: jax.grad(lambda w: jnp.sum(lora_jax.adapt(fn)(w, X)))(WRAPPED))
+    assert len(set(messages)) == len(messages) > 0
+
+
 def test_each_weight_of_a_shared_function_is_warned_of() -> None:
     layer = jax.jit(lambda kernel, x: x @ jnp.sin(kernel))
     wrapped = trained(V=(24, 24), W=(24, 24))
