@@ -151,7 +151,8 @@ def test_how_it_is_computed(case: Case, variant: Variant) -> None:
     problem = problem_of(case, variant)
     report = lora_jax.explain(case.fn, problem.trained, problem.xs[0])
     assert not report.unused
-    assert {use.how for target in report.targets for use in target.uses} == variant.how(case)
+    uses = [use for target in report.targets for use in target.uses if use.primitive != "norm"]
+    assert {use.how for use in uses} == variant.how(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
