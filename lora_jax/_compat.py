@@ -188,3 +188,15 @@ def called_jaxpr(equation: Equation) -> Jaxpr | None:
         if isinstance(body, Jaxpr) and len(body.invars) == len(equation.invars):
             return body
     return None
+
+
+def inner_jaxprs(equation: Equation) -> list[Jaxpr]:
+    """Returns the bodies of an equation: of a call, of each branch, of a loop and its test."""
+    parameters = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr)
+    )
+    return [
+        each.jaxpr if isinstance(each, ClosedJaxpr) else each
+        for each in parameters
+        if isinstance(each, Jaxpr | ClosedJaxpr)
+    ]

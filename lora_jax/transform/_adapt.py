@@ -20,7 +20,13 @@ from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._report import OnMaterialize, Recorder, ignore, recorder_for
 from lora_jax.transform._rules import RULES
 from lora_jax.transform._sharing import SharedFunctions
-from lora_jax.transform._static import NotComparableError, with_static, without_static
+from lora_jax.transform._static import (
+    NotComparableError,
+    computes_with_numbers,
+    is_number,
+    with_static,
+    without_static,
+)
 
 
 def adapt(
@@ -37,10 +43,11 @@ def adapt(
       fn: any JAX function; `model.apply`, a bound method, a loss; also one that holds adapters
         itself, such as a wrapped module of Equinox. Where nothing holds an adapter, it is called as
         it is. Otherwise it is traced once for each structure, shape and dtype of its arguments. A
-        Python float is traced like an array, as `jax.jit` does it, so that another one traces
-        nothing again, unless `fn` needs its value; arithmetic of `fn` with it is then in JAX's
-        precision. Other arguments that are not arrays (flags, whole numbers, strings, functions,
-        configurations) are static, and read anew when they or their own attributes change.
+        Python float that `fn` hands to arrays is traced like one, as `jax.jit` does it, so that
+        another one traces nothing again; where `fn` looks at its value or computes with it in
+        Python, it is static. So are other arguments that are not arrays (flags, whole numbers,
+        strings, functions, configurations), which are read anew when they or their own attributes
+        change.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability with which an element of an adapter's input is dropped, to the next
@@ -149,31 +156,35 @@ def _adapted(
     fn: Callable[..., Any], on_materialize: OnMaterialize, dropout: float
 ) -> Callable[[PRNGKeyArray | None, Any], Any]:
     """Returns `fn` as a function of a dropout key and of (args, kwargs) that may hold adapters."""
+    told = recorder_for(on_materialize)
 
     def rewritten(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         masks = None if lora_key is None else Dropout(dropout, lora_key)
-        return rewrite(fn, arguments, recorder=recorder_for(on_materialize), dropout=masks)
+        return rewrite(fn, arguments, recorder=told, dropout=masks)
 
-    # The structures of arguments for which `fn` needs the values of Python floats: a memo, so that
-    # finding this out takes one trace.
-    need_values: set[Hashable] = set()
+    # For each signature whether `fn` needs the values of Python floats: a memo, so that finding
+    # this out takes one trace.
+    needs_values: dict[Hashable, bool] = {}
 
-    def traced(*inputs: Any) -> Any:
+    def traced(*inputs: Any) -> tuple[ClosedJaxpr, Any]:
         closed_jaxpr, output = jax.make_jaxpr(rewritten, return_shape=True)(*inputs)
-        values = evaluate(closed_jaxpr, jax.tree.leaves(inputs))
-        return without_static(jax.tree.unflatten(jax.tree.structure(output), values))
+        return closed_jaxpr, jax.tree.structure(output)
 
-    def traced_with_floats(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
-        with_values = with_static(arguments, comparable=True)
-        inputs = with_static(arguments, comparable=True, trace_floats=True)
-        structure: Any = jax.tree.structure(inputs)
-        if structure == jax.tree.structure(with_values) or structure in need_values:
-            return traced(lora_key, with_values)
-        with contextlib.suppress(Exception):  # whatever `fn` makes of a tracer instead of a float
-            return traced(lora_key, inputs)
-        outputs = traced(lora_key, with_values)
-        need_values.add(structure)
-        return outputs
+    def with_floats_traced(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
+        """Returns the outputs with floats traced, or with their values where `fn` needs those."""
+        inputs = lora_key, with_static(arguments, comparable=True, trace_floats=True)
+        leaves, structure = jax.tree.flatten(inputs)
+        signature = structure, tuple(map(jax.typeof, leaves))
+        if any(map(is_number, leaves)) and not needs_values.get(signature):
+            program = None
+            with contextlib.suppress(Exception):  # whatever `fn` makes of a tracer for a float
+                program = traced(*inputs)
+            if signature not in needs_values:
+                needs_values[signature] = program is None or computes_with_numbers(program[0].jaxpr)
+            if program is not None and not needs_values[signature]:
+                return _evaluated(program, inputs)
+        inputs = lora_key, with_static(arguments, comparable=True)
+        return _evaluated(traced(*inputs), inputs)
 
     def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         arguments = with_trained_values(arguments)
@@ -181,12 +192,19 @@ def _adapted(
             args, kwargs = arguments
             return fn(*args, **kwargs)
         try:
-            return traced_with_floats(lora_key, arguments)
+            return with_floats_traced(lora_key, arguments)
         except NotComparableError:
             # What can't be compared with the arguments of another call is traced for this one.
             return without_static(rewritten(lora_key, with_static(arguments)))
 
     return adapted
+
+
+def _evaluated(program: tuple[ClosedJaxpr, Any], inputs: Any) -> Any:
+    """Returns the outputs of a traced function, in the structure of its outputs."""
+    closed_jaxpr, structure = program
+    values = evaluate(closed_jaxpr, jax.tree.leaves(inputs))
+    return without_static(jax.tree.unflatten(structure, values))
 
 
 def rewrite(

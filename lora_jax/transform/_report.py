@@ -83,8 +83,8 @@ def _warning_once() -> Recorder:
     def warn(use: Use) -> None:
         message = _message(use)
         if use.how == "materialized" and message not in told:
-            told.add(message)
             warnings.warn(message, MaterializationWarning, stacklevel=callers_level())
+            told.add(message)
 
     return warn
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax._compat import Jaxpr, Var, inner_jaxprs
 from lora_jax._weight import is_lora_weight
 
 
@@ -87,6 +88,31 @@ def is_number(leaf: Any) -> bool:
     with np.errstate(over="ignore", under="ignore"):
         held = jnp.result_type(leaf).type(leaf)
     return bool(np.isfinite(held) == np.isfinite(leaf)) and bool(held) == bool(leaf)
+
+
+def computes_with_numbers(jaxpr: Jaxpr) -> bool:
+    """Says whether something is computed of Python numbers alone, before they meet an array.
+
+    Python computes that in float64, and JAX in the narrower dtype of its arrays: of 1 - 0.99999999
+    nothing would be left.
+    """
+    return any(
+        any(map(computes_with_numbers, inner_jaxprs(equation)))
+        if inner_jaxprs(equation)
+        else equation.primitive.name not in _HANDED_ON
+        and any(isinstance(atom, Var) for atom in equation.invars)
+        and all(map(_is_of_numbers, equation.invars))
+        for equation in jaxpr.eqns
+    )
+
+
+_HANDED_ON = frozenset({"broadcast_in_dim", "convert_element_type", "copy"})
+
+
+def _is_of_numbers(atom: Any) -> bool:
+    aval = atom.aval
+    is_scalar = getattr(aval, "shape", None) == () and getattr(aval, "weak_type", False)
+    return bool(is_scalar and jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
 def _identity(leaf: Any) -> Any:

@@ -292,6 +292,20 @@ def test_a_float_whose_value_matters(fn: Callable[..., jax.Array]) -> None:
     assert counted.count == 3
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["directly", "in a loop"])
+def test_arithmetic_in_python_is_pythons(inside: bool) -> None:
+    """1 - 0.99999999 is 0 in float32."""
+
+    def fn(params: Any, x: jax.Array, decay: float) -> jax.Array:
+        def corrected(x: jax.Array) -> jax.Array:
+            return project(params, x) / (1 - decay)
+
+        return jax.lax.map(lambda row: corrected(row[None]), x) if inside else corrected(x)
+
+    for decay in (0.99999999, 0.999):
+        assert_agree(lora_jax.adapt(fn)(WRAPPED, X, decay), fn(MERGED, X, decay))
+
+
 def test_an_error_of_the_function_is_raised_as_it_is() -> None:
     def fn(params: Any, x: jax.Array, number: float) -> jax.Array:
         raise KeyError(type(number))
