@@ -237,7 +237,7 @@ def _shifted(
 ) -> Array:
     """Returns base + initial_A · initial_B in the base's dtype."""
 
-    def shifted(base: Array, initial_A: Array, initial_B: Array) -> Array:
+    def shifted(base: AnyArray, initial_A: Array, initial_B: Array) -> Array:
         part = taken_layers(base, axes, layers)
         wide = common_dtype(part.dtype, initial_A.dtype, jnp.float32)
         moved = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)

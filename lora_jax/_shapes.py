@@ -13,7 +13,7 @@ Axes = tuple[AxisRole, ...]
 Layers = tuple[int, ...]
 # What a tree may hold before JAX has seen it.
 AnyArray = Array | np.ndarray
-# An int, or a dimension of `jax.export.symbolic_shape`, whose type JAX keeps to itself.
+# An int, also one of NumPy, or a dimension of `jax.export.symbolic_shape`, whose type is private.
 Size = Any
 
 # For each axis of a weight, and after them for the rank: which axis of an array it is, or None.

@@ -14,7 +14,7 @@ import lora_jax
 from lora_jax._algebra import gain
 from tests.agreement import assert_agree
 from tests.cases import CASES
-from tests.test_laws import as_if_trained
+from tests.problems import as_if_trained
 from tests.test_wrap import LABELLINGS, SIZES, random
 
 
@@ -87,7 +87,9 @@ def test_the_norm_has_no_gradient() -> None:
 def test_nothing_changes_at_initialisation(optimised: None, compiled: bool) -> None:
     """Law 1, in the programs that users run: op by op to the bit."""
     del optimised
-    names = ("dense_vector", "jitted_inside", "scan_over_remat_of_a_stack", "conv_grouped")
+    names = ["dense_vector", "conv_grouped"]
+    # Op by op, these two are compiled too.
+    names += ["jitted_inside", "scan_over_remat_of_a_stack"] if compiled else []
     for case in [case for case in CASES if case.name in names]:
         key = jax.random.key(7)
         params = {name: random(*shape) / shape[0] for name, shape in case.shapes.items()}
@@ -96,7 +98,7 @@ def test_nothing_changes_at_initialisation(optimised: None, compiled: bool) -> N
         transform = jax.jit if compiled else lambda fn: fn
         actual = transform(lora_jax.adapt(case.fn))(wrapped, x)
         expected = transform(case.fn)(params, x)
-        if compiled or case.name not in ("dense_vector", "conv_grouped"):
+        if compiled:
             assert_agree(actual, expected, tolerance=1e-6)
         else:
             np.testing.assert_array_equal(actual, expected)
@@ -134,7 +136,9 @@ def test_magnitudes_of_a_bfloat16_weight_are_float32() -> None:
 def test_an_index_out_of_bounds_gives_the_fill_value(fn: Any) -> None:
     wrapped, ids = trained(("in", "out")), jnp.array([0, 9, 2])
     actual = lora_jax.adapt(fn)(wrapped, ids)
-    assert_agree(actual, fn(lora_jax.merge(wrapped), ids))
+    expected = fn(lora_jax.merge(wrapped), ids)
+    assert jnp.isnan(actual).tolist() == jnp.isnan(expected).tolist()
+    assert_agree(jnp.nan_to_num(actual), jnp.nan_to_num(expected))
 
 
 def test_the_label_of_a_magnitude() -> None:

@@ -137,7 +137,7 @@ def test_safe_sees_what_overflows_in_the_cast() -> None:
     ("targets", "message"),
     [
         ("W3", "'W3' matches no leaf"),
-        ("b", "of which none is an adapted weight"),
+        ("b", "none of these is an adapted weight"),
         ({"W1": {"rank": 2}}, "`targets` overrides 'rank' for 'W1'; what is merged"),
     ],
     ids=str,

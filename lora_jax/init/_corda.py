@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._moments import InputMoments
 from lora_jax.init._data import DataInitializer, moments_per_matrix, second_moment
@@ -82,14 +82,14 @@ def corda(
 
 def _context_oriented(
     key: PRNGKeyArray,
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     rank: int,
     scale: float,
     moments: InputMoments,
     *,
     mode: Literal["ipm", "kpm"],
     damping: float,
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     del key
     W = widened(weight2d)
     C = _damped(second_moment(moments, weight2d, W.dtype), damping)

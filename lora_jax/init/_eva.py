@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._moments import InputMoments
 from lora_jax.init._data import DataInitializer, moments_per_matrix, second_moment
@@ -133,14 +133,14 @@ def eva_ranks(
 
 def _principal_components(
     key: PRNGKeyArray,
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     rank: int,
     scale: float,
     moments: InputMoments,
     *,
     centred: bool,
     whiten: bool,
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     del key, scale
     dtype = widened(weight2d).dtype
     second = second_moment(moments, weight2d, dtype)

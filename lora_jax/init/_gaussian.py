@@ -2,19 +2,19 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._dtypes import common_dtype
 
 
 def gaussian(
     key: PRNGKeyArray,
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     rank: int,
     scale: float,
     *,
     standard_deviation: float | None = None,
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     r"""Returns the base unchanged, lora_A from $N(0, \sigma^2)$ and lora_B zero.
 
     Args:

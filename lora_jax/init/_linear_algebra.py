@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._dtypes import common_dtype
 
 Decomposition = tuple[Float[Array, "in k"], Float[Array, "k"], Float[Array, "k out"]]
 
 
-def widened(array: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def widened(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Returns `array` in the dtype to compute in: its own, and at least float32."""
     return array.astype(common_dtype(array.dtype, jnp.float32))
 
@@ -22,16 +22,16 @@ def product(
 
 
 def residual(
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     scale: float,
     lora_A: Float[Array, "in r"],
     lora_B: Float[Array, "r out"],
-) -> Float[Array, "in out"]:
+) -> Shaped[Array, "in out"]:
     """Returns W - s · A · B in the dtype of W."""
     return (widened(weight2d) - scale * product(lora_A, lora_B)).astype(weight2d.dtype)
 
 
-def singular_value_decomposition(matrix: Float[Array, "in out"]) -> Decomposition:
+def singular_value_decomposition(matrix: Shaped[Array, "in out"]) -> Decomposition:
     """Returns U, the singular values in descending order, and V transposed; k = min(in, out)."""
     U, S, Vt = jnp.linalg.svd(matrix, full_matrices=False)
     return U, S, Vt
@@ -48,7 +48,7 @@ def with_fixed_signs(columns: Float[Array, "rows k"]) -> Float[Array, "rows k"]:
 
 def leading_singular_vectors(
     key: PRNGKeyArray,
-    matrix: Float[Array, "in out"],
+    matrix: Shaped[Array, "in out"],
     count: int,
     *,
     power_iterations: int | None,

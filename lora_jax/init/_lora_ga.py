@@ -3,7 +3,7 @@
 import functools
 from typing import Any, Literal, get_args
 
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._paths import leaves_with_paths
 from lora_jax.init._data import DataInitializer
@@ -88,15 +88,15 @@ def lora_ga(
 
 def _gradient_directions(
     key: PRNGKeyArray,
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     rank: int,
     scale: float,
-    gradient: Float[Array, "in out"],
+    gradient: Shaped[Array, "in out"],
     *,
     direction: Direction,
     gamma: float | None,
     power_iterations: int | None,
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     smaller_side = min(weight2d.shape)
     if 2 * rank > smaller_side:
         raise ValueError(

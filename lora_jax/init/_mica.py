@@ -1,15 +1,15 @@
 """Minor component adaptation."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax.init._linear_algebra import singular_value_decomposition, widened
 from lora_jax.init._protocol import Frozen
 
 
 def mica(
-    key: PRNGKeyArray, weight2d: Float[Array, "in out"], rank: int, scale: float
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Frozen]:
+    key: PRNGKeyArray, weight2d: Shaped[Array, "in out"], rank: int, scale: float
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Frozen]:
     r"""Returns the base unchanged, lora_A zero, and as a frozen lora_B the minor output directions.
 
     The paper writes a layer as $y = W^\top x$ with $W^\top$ of shape (out, in), and freezes the

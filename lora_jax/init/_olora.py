@@ -1,14 +1,14 @@
 """Orthonormal low-rank adaptation."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax.init._linear_algebra import residual, widened
 
 
 def olora(
-    key: PRNGKeyArray, weight2d: Float[Array, "in out"], rank: int, scale: float
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+    key: PRNGKeyArray, weight2d: Shaped[Array, "in out"], rank: int, scale: float
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     r"""Returns factors from the weight's QR decomposition, and the rest of the weight as the base.
 
     The paper writes a layer as $y = W^\top x$ with $W^\top = Q R$ of shape (out, in). Here that is

@@ -2,14 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._dtypes import common_dtype
 
 
 def orthogonal(
-    key: PRNGKeyArray, weight2d: Float[Array, "in out"], rank: int, scale: float
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+    key: PRNGKeyArray, weight2d: Shaped[Array, "in out"], rank: int, scale: float
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     r"""Returns the base unchanged, lora_A with random orthonormal columns and lora_B zero.
 
     $A^\top A = I$, with $A$ uniform among all such matrices. With $G$ the gradient of the loss with

@@ -1,20 +1,20 @@
 """Principal singular values and singular vectors adaptation."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax.init._linear_algebra import leading_singular_vectors, residual, widened
 
 
 def pissa(
     key: PRNGKeyArray,
-    weight2d: Float[Array, "in out"],
+    weight2d: Shaped[Array, "in out"],
     rank: int,
     scale: float,
     *,
     power_iterations: int | None = None,
     oversampling: int = 10,
-) -> tuple[Float[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
+) -> tuple[Shaped[Array, "in out"], Float[Array, "in r"], Float[Array, "r out"]]:
     r"""Returns the weight's principal part as the factors, and the rest of it as the base.
 
     With the singular value decomposition $W = U \Sigma V^\top$ and its r largest singular values,

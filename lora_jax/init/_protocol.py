@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -53,10 +53,10 @@ class Initializer(Protocol):
     def __call__(
         self,
         key: PRNGKeyArray,
-        weight2d: Float[Array, "in out"],
+        weight2d: Shaped[Array, "in out"],
         rank: int,
         scale: float,
         /,
     ) -> tuple[
-        Float[Array, "in out"], Float[Array, "in r"] | Frozen, Float[Array, "r out"] | Frozen
+        Shaped[Array, "in out"], Float[Array, "in r"] | Frozen, Float[Array, "r out"] | Frozen
     ]: ...

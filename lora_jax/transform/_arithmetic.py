@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, is_tracer
 from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import Size
 from lora_jax.transform._factored import (
     Factored,
     Term,
@@ -95,7 +96,7 @@ def _rescaled(
 
 def _rescaled_term(
     term: Term,
-    shape: tuple[int, ...],
+    shape: tuple[Size, ...],
     other: Any,
     operation: Callable[[Array, Array], Array],
 ) -> Term | None:

@@ -16,6 +16,7 @@ from lora_jax._shapes import AnyArray, Size
 from lora_jax.transform._factored import (
     Factored,
     Term,
+    Window,
     base_of,
     block_shape,
     dense_flops,
@@ -136,11 +137,11 @@ def _computed(
 
 def _factored_flops(
     term: Term,
-    shape: tuple[int, ...],
+    shape: tuple[Size, ...],
     labels: Sequence[Labels],
     position: int,
     output: Labels,
-    size_of: dict[int, int],
+    size_of: Mapping[int, Size],
 ) -> Size:
     block = dict(zip(labels[position], block_shape(term, shape), strict=True))
     size_of = {**size_of, **block}
@@ -208,7 +209,7 @@ def _constant_count(
     operands: Sequence[Any],
     labels: Sequence[Labels],
     output: Labels,
-    ranges: Mapping[int, tuple[int, int]],
+    ranges: Mapping[int, Window],
     arrays: Sequence[tuple[Array, Labels]],
 ) -> int:
     """Returns over how many equal products a summand sums: along axes that none of its arrays has.
@@ -276,7 +277,7 @@ def ragged_dot_general(
     return [result]
 
 
-def _gain_of_rows(gain: Array, group_sizes: Array, rows: int) -> Array:
+def _gain_of_rows(gain: Array, group_sizes: Array, rows: Size) -> Array:
     """Returns the gain of the expert that each row goes to, of shape (rows, out)."""
     experts = jnp.broadcast_to(gain, (group_sizes.shape[0], *gain.shape[1:]))
     return jax.lax.ragged_dot(
@@ -304,7 +305,7 @@ def _expert_change(
     dtype = common_dtype(x.dtype, kernel.dtype, mixer.dtype)
     experts = group_sizes.shape[0]
 
-    def of_each_expert(factor: Array, axis: int, size: int) -> Array:
+    def of_each_expert(factor: Array, axis: int, size: Size) -> Array:
         """Returns a factor as (experts, size, r), whether it depends on these axes or not."""
         kernels = factor.squeeze(axis)
         return jnp.broadcast_to(kernels, (experts, size, kernels.shape[-1])).astype(dtype)
@@ -324,9 +325,7 @@ def _expert_change(
     return ragged_dot(hidden.astype(dtype), mixers).astype(result.dtype)
 
 
-def _placed(
-    joined: Labelled, output: Labels, ranges: dict[int, tuple[int, int]], result: Array
-) -> Array:
+def _placed(joined: Labelled, output: Labels, ranges: dict[int, Window], result: Array) -> Array:
     """Returns a product broadcast and padded to the shape of `result`, and cast to its dtype."""
     absent = [axis for axis, label in enumerate(output) if label not in joined.labels]
     array = jnp.expand_dims(joined.array, absent).astype(result.dtype)
@@ -346,14 +345,14 @@ def product_dtype(equation: Equation, dtype: Any) -> Any:
     return dtype if wanted is None else common_dtype(dtype, wanted)
 
 
-def _sliced(array: AnyArray, labels: Labels, ranges: dict[int, tuple[int, int]]) -> Array:
+def _sliced(array: AnyArray, labels: Labels, ranges: dict[int, Window]) -> Array:
     for axis, label in enumerate(labels):
         if label in ranges:
             array = jax.lax.slice_in_dim(array, *ranges[label], axis=axis)
     return jnp.asarray(array)
 
 
-def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, tuple[int, int]]:
+def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, Window]:
     """Returns, for each label that a term's window restricts, the range that it allows."""
     return {
         label: window

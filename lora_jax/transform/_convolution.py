@@ -73,7 +73,7 @@ def _kernel_and_mixer(term: Term, feature_axis: int) -> tuple[Array, Array] | No
     return None
 
 
-def _whole_kernel(equation: Equation, kernel: Array, shape: tuple[int, ...]) -> Array:
+def _whole_kernel(equation: Equation, kernel: Array, shape: tuple[Size, ...]) -> Array:
     """Returns a factor with its whole extent on all axes but the output features."""
     feature_axis = feature_axis_of(equation)
     sizes = [1 if axis == feature_axis else size for axis, size in enumerate(shape)]
@@ -141,7 +141,7 @@ def _mixed(
 
 
 def _costs(
-    equation: Equation, kernel_shape: tuple[int, ...]
+    equation: Equation, kernel_shape: tuple[Size, ...]
 ) -> tuple[Size, Callable[[Factored], Size]]:
     """Returns the operations of the base op, and those of the products for a part of the kernel."""
     features = kernel_shape[feature_axis_of(equation)]

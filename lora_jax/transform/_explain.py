@@ -28,7 +28,7 @@ class TargetReport:
     """
 
     path: str
-    shape: tuple[int, ...]
+    shape: tuple[Size, ...]
     axes: Axes
     rank: int
     uses: tuple[Use, ...]

@@ -17,7 +17,7 @@ from lora_jax._shapes import Places, Size, aligned, factor_places, magnitude_pla
 from lora_jax._weight import LoRAWeight, check_single
 from lora_jax.transform._product import product, without_unit_axes
 
-Window = tuple[int, int]
+Window = tuple[Size, Size]
 
 
 @jax.tree_util.register_dataclass
@@ -314,7 +314,7 @@ def multiplied(array: Array, gain: Array) -> Array:
     return array.astype(wide) * gain.astype(wide)
 
 
-def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
+def without_windows(term: Term, shape: tuple[Size, ...]) -> Term:
     """Returns the same term with factors that are themselves zero outside of its windows."""
     if all(window is None for window in term.window):
         return term
@@ -330,7 +330,7 @@ def without_windows(term: Term, shape: tuple[int, ...]) -> Term:
     return term.rearranged(lora_A, lora_B, (None,) * len(shape))
 
 
-def block_shape(term: Term, shape: tuple[int, ...]) -> tuple[int, ...]:
+def block_shape(term: Term, shape: tuple[Size, ...]) -> tuple[Size, ...]:
     """Returns the shape of the part of a weight of `shape` in which `term` is not zero."""
     return tuple(
         size if window is None else window[1] - window[0]
@@ -351,7 +351,7 @@ def dense_flops(value: Factored) -> Size:
     )
 
 
-def _dense_term(term: Term, shape: tuple[int, ...], dtype: Any) -> Array:
+def _dense_term(term: Term, shape: tuple[Size, ...], dtype: Any) -> Array:
     """Returns scale · Σ_r lora_A · lora_B in the weight's shape, in its dtype if that is wider."""
     axes = range(len(shape))
     rank_label = len(shape)
@@ -373,7 +373,7 @@ def _dense_term(term: Term, shape: tuple[int, ...], dtype: Any) -> Array:
     return block
 
 
-def _padded(array: Array, axis: int, window: Window, size: int) -> Array:
+def _padded(array: Array, axis: int, window: Window, size: Size) -> Array:
     """Returns `array`, which fills `window` of an axis or is constant in it, with zeros around."""
     width = window[1] - window[0]
     array = jnp.broadcast_to(array, (*array.shape[:axis], width, *array.shape[axis + 1 :]))

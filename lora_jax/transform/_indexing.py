@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._shapes import Size
 from lora_jax.transform._factored import (
     Factor,
     Factored,
@@ -84,7 +85,7 @@ def _fills_alike(
     return gain_keeps and (every_index_looks_up or not is_filled)
 
 
-def looked_up_axes(equation: Equation, shape: tuple[int, ...]) -> list[int]:
+def looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
     """Returns the axes of which a part is picked; an index into a whole one picks nothing."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     return [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
@@ -136,7 +137,7 @@ def aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
 
 
 def _rows_dropped_out(
-    interpreter: Interpreter, equation: Equation, term: Term, use: int, shape: tuple[int, ...]
+    interpreter: Interpreter, equation: Equation, term: Term, use: int, shape: tuple[Size, ...]
 ) -> Term:
     """Returns the term with some lookups dropped: a lookup is a product with a one-hot input.
 

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation, is_tracer
 from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import Size
 from lora_jax.transform._factored import Factor, Factored, Term, gain_of, terms_of
 from lora_jax.transform._interpreter import Interpreter, Rule
 from lora_jax.transform._structure import Windows, moved, on_bases, with_base
@@ -51,7 +52,7 @@ def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
     bases = evaluate_equation(equation, [value.base])
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
 
-    def part(start: int, size: int) -> Callable[[Array], Array]:
+    def part(start: Size, size: Size) -> Callable[[Array], Array]:
         return lambda factor: (
             jax.lax.slice_in_dim(factor, start, start + size, axis=axis)
             if factor.shape[axis] != 1
@@ -184,7 +185,7 @@ def _is_zero(value: Any) -> bool:
     return not is_tracer(value) and not np.any(np.asarray(value))
 
 
-def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[int]) -> Factor | None:
+def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size]) -> Factor | None:
     """Returns the gain of weights joined along an axis; where a weight has none, it is 1."""
     known = [gain.aligned for gain in gains if gain is not None]
     if not known:
