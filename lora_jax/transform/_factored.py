@@ -75,11 +75,18 @@ class Factor:
         return dataclasses.replace(self, stored=self.stored.transpose(order), places=places)
 
     def layer(self, cut: Array | None) -> "Factor":
-        """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
-        if cut is None:
-            return self.rearranged(self.aligned[0])
-        places = tuple(None if place is None else place - 1 for place in self.places[1:])
-        return dataclasses.replace(self, stored=cut, places=places)
+        """Returns the factor of one layer: of a cut of `stored`, or the one that all share.
+
+        The body of a loop asks for it, so it aligns nothing here: `aligned` would keep what the
+        body's trace computed, and hand it to what comes after the loop.
+        """
+        first, *rest = self.places
+        if first is None:
+            return dataclasses.replace(self, places=tuple(rest))
+        places = tuple(None if place is None else place - 1 for place in rest)
+        return dataclasses.replace(
+            self, stored=self.stored[0] if cut is None else cut, places=places
+        )
 
     def spec(self, axes: Sequence[Any] | PartitionSpec) -> PartitionSpec:
         """Returns how `stored` is cut where the weight's axes are cut as `axes` says.

@@ -90,4 +90,5 @@ OPTIONS = [
     Option("outside, then inside a custom rule, dora", calls=CUSTOM_LATER, dora=True),
     Option("auto mesh", mesh="auto"),
     Option("explicit mesh", mesh="explicit"),
+    Option("explicit mesh, dora", mesh="explicit", dora=True),
 ]

@@ -173,8 +173,8 @@ def _differences(actual: Any, expected: Any, tolerance: float) -> list[str]:
     ]
 
 
-def relative_error(actual: Any, expected: Any, among: Any) -> float:
-    """Returns the error relative to what is expected, or to a hundredth of what it is among."""
+def relative_error(actual: Any, expected: Any, among: Any, *, share: float = 0.01) -> float:
+    """Returns the error relative to what is expected, or to a share of what it is among."""
 
     def norm(tree: Any) -> float:
         return math.sqrt(
@@ -184,4 +184,4 @@ def relative_error(actual: Any, expected: Any, among: Any) -> float:
     difference = jax.tree.map(
         lambda a, e: np.asarray(a, np.float64) - np.asarray(e, np.float64), actual, expected
     )
-    return norm(difference) / max(norm(expected), norm(among) / 100, 1e-30)
+    return norm(difference) / max(norm(expected), share * norm(among), 1e-30)

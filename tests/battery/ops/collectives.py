@@ -64,10 +64,10 @@ def gathered(w, v, x):
 @op(symbolic=False)
 def summed(w, v, x):
     def total(w, x, axis):
-        return contracted(x * _number(x), jax.lax.psum(w * _number(x), "d"))
+        return contracted(x, jax.lax.psum(w * _number(x), "d"))
 
     def mean(w, x, axis):
-        return contracted(x * _number(x), jax.lax.pmean(w, "d"))
+        return contracted(x, jax.lax.pmean(w, "d")) * _number(x)
 
     return {
         **_on_first_and_last(total, w, x),

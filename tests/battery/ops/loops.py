@@ -22,6 +22,16 @@ def mapped_over_a_transposed_stack(w, v, x):
 
 
 @op()
+def mapped_after_a_jitted_function(w, v, x):
+    """What comes out of a jitted function is used within a loop first, and then beside it."""
+    scaled = jax.jit(lambda w: w * (x[0, 0] + 3))(w)
+    return {
+        "rows": jax.lax.map(functools.partial(contracted, x), scaled),
+        "afterwards": contracted(x, scaled),
+    }
+
+
+@op()
 def mapped_over_joined_stacks(w, v, x):
     joined = jnp.concatenate([w, v])
     return {
@@ -35,16 +45,16 @@ def mapped_over_joined_stacks(w, v, x):
 def scanned_in_both_directions(w, v, x):
     def layer(carry, layer):
         y = contracted(x, layer[0]) - contracted(x, layer[1])
-        return carry * 0.5 + y, carry.sum()
+        return carry * 0.5 + y, carry
 
     start = jnp.zeros_like(contracted(x, x[0, : w[0].size].reshape(w[0].shape)))
     forwards = jax.lax.scan(layer, start, (w, v))
     backwards = jax.lax.scan(layer, start, (v, w), reverse=True, unroll=2)
     return {
         "forwards": forwards[0],
-        "its sums": forwards[1],
+        "its steps": forwards[1],
         "backwards": backwards[0],
-        "their sums": backwards[1],
+        "their steps": backwards[1],
     }
 
 
@@ -66,12 +76,12 @@ def scanned_in_pieces(w, v, x):
 @op(explicit=False)
 def constant_of_a_scan(w, v, x):
     def step(carry, number):
-        return carry * 0.5 + number * contracted(x, w), carry.sum()
+        return carry * 0.5 + number * contracted(x, w), carry
 
-    final, sums = jax.lax.scan(
-        step, jnp.zeros_like(contracted(x, x[0, : w.size].reshape(w.shape))), x[0, :3]
-    )
-    return {"final": final, "sums": sums}
+    start = jnp.zeros_like(contracted(x, x[0, : w.size].reshape(w.shape)))
+    # Numbers of one sign: what cancels has no error relative to its own size.
+    final, steps = jax.lax.scan(step, start, jnp.abs(x[0, :3]) + 1)
+    return {"final": final, "steps": steps}
 
 
 @op()
