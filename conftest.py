@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
+
+import tests.typechecking
+
+# Checks every annotation of the library at run time. It must come before the first import of it.
+jaxtyping.install_import_hook("lora_jax", f"{tests.typechecking.__name__}.checked")
 
 
 @pytest.fixture(autouse=True)

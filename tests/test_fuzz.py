@@ -5,6 +5,8 @@ import pytest
 
 from tests import fuzz
 
+pytestmark = pytest.mark.usefixtures("promoted_ranks")
+
 SEED, CHUNKS, CASES = 0, 12, 25
 
 

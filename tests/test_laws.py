@@ -20,7 +20,10 @@ from tests.cases import CASES, Case
 from tests.problems import Problem, computed, dense_results, problem_of
 from tests.variants import KINDS_OF_USE, VARIANTS, Variant
 
-pytestmark = pytest.mark.filterwarnings("ignore::lora_jax.MaterializationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lora_jax.MaterializationWarning"),
+    pytest.mark.usefixtures("promoted_ranks"),
+]
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 FACTORS = ("lora_A", "lora_B", "magnitude")

@@ -88,7 +88,7 @@ def _fills_alike(
 def looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
     """Returns the axes of which a part is picked; an index into a whole one picks nothing."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    return [axis for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
+    return [int(axis) for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
 
 
 def _holding(term: Term, axes: Sequence[int]) -> str | None:

@@ -111,7 +111,7 @@ def dynamic_slice(
 
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns weights joined along an axis: each one's terms fill a window of the whole."""
-    axis = equation.params["dimension"]
+    axis = int(equation.params["dimension"])
     terms: list[Term] = []
     start = 0
     for value in inputs:
