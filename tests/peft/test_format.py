@@ -186,6 +186,7 @@ class TestRoundTrip:
             loaded = load(tmp_path / "adapter", params, names=names, axes=given)
             assert_identical(loaded, wrapped)
 
+    @pytest.mark.wrong_types
     def test_frozen_factors_are_chosen_anew(self, tmp_path):
         params = {"query": jnp.asarray(numbers(4, 3))}
         names = [Rule("query.weight", "query")]
