@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.agreement import assert_agree, norm
 from tests.models import equinox, haiku, language, linen, nnx  # noqa: F401  each adds its rows
 from tests.models.model import MODELS, Model, roles
-from tests.test_laws import relative_error
-
-TOLERANCE = 1e-5
 
 ALSO_WITH_DORA = frozenset(
     {
@@ -125,8 +123,11 @@ def test_every_weight_is_factored(problem: Problem) -> None:
 def test_adapted_is_dense(problem: Problem) -> None:
     """Outputs and gradients are those of W + scale · AB."""
     actual, expected = adapted_step(problem), dense_step(problem)
-    assert relative_error(actual.outputs, expected.outputs) < TOLERANCE
-    assert relative_error(actual.gradients, expected.gradients) < TOLERANCE
+    for name in ("outputs", "gradients"):
+        wanted = getattr(expected, name)
+        # What a deep model gives for a single weight may be next to nothing beside the rest.
+        size = norm([norm(leaf) for leaf in jax.tree.leaves(wanted)])
+        assert_agree(getattr(actual, name), wanted, size=size)
 
 
 def test_no_more_operations_than_dense(problem: Problem) -> None:
