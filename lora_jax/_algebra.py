@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._dtypes import common_dtype, epsilon
+from lora_jax._dtypes import common_dtype, epsilon, smallest
 from lora_jax._partition import base_sharding, cut_as, feature_sharding
 from lora_jax._shapes import (
     AnyArray,
@@ -250,8 +250,7 @@ def _over(magnitude: Array, norm: Array) -> Array:
     """Returns magnitude / norm, at least in float32; an output feature that is zero stays zero."""
     wide = common_dtype(magnitude.dtype, norm.dtype, jnp.float32)
     magnitude, norm = magnitude.astype(wide), norm.astype(wide)
-    is_zero = norm == 0
-    return jnp.where(is_zero, 0, magnitude / jnp.where(is_zero, 1, norm))
+    return magnitude / jnp.maximum(norm, smallest(wide))
 
 
 def _sum_of_squares(weight: AnyArray, axes: Axes) -> Array:

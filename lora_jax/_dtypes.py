@@ -37,3 +37,9 @@ def epsilon(dtype: Any) -> float:
     """Returns the distance from 1 to the next number of this dtype."""
     limits: Any = jnp.finfo
     return float(limits(dtype).eps)
+
+
+def smallest(dtype: Any) -> float:
+    """Returns the smallest normal number of this dtype."""
+    limits: Any = jnp.finfo
+    return float(limits(dtype).tiny)

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.test_laws import as_if_trained
+from tests.problems import as_if_trained
 from tests.test_wrap import random
 
 AXES = {

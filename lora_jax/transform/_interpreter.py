@@ -60,7 +60,7 @@ class Interpreter:
     recorder: Recorder = ignore
     dropout: Dropout | None = None
     callers: tuple[Equation, ...] = ()
-    times: int = 1
+    times: Size = 1
 
     def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a closed jaxpr; each argument is an array or `Factored`."""
@@ -228,7 +228,7 @@ class Interpreter:
             return self
         return dataclasses.replace(self, dropout=self.dropout.with_key(key))
 
-    def within(self, equation: Equation, times: int = 1) -> "Interpreter":
+    def within(self, equation: Equation, times: Size = 1) -> "Interpreter":
         """Returns an interpreter for a body of an equation, which runs `times` times.
 
         With dropout, the body needs a key of its own as well.

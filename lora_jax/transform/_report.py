@@ -44,7 +44,7 @@ class Use:
     base_flops: Size
     factored_flops: Size | None
     dense_flops: Size
-    times: int = 1
+    times: Size = 1
 
     @property
     def added_flops(self) -> Size:

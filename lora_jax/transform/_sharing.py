@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from lora_jax._shapes import Size
 from lora_jax.transform._factored import Factored, Term
 from lora_jax.transform._report import Use
 
@@ -36,7 +37,7 @@ class SharedFunction:
     labels: tuple[str, ...]
     uses: tuple[Use, ...]
 
-    def uses_of(self, origins: Sequence[Hashable], times: int) -> list[Use]:
+    def uses_of(self, origins: Sequence[Hashable], times: Size) -> list[Use]:
         """Returns what happens to the weights that a call comes from, which is made `times` times.
 
         Args:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._shapes import Size
 from lora_jax.transform._factored import (
     Factored,
     Window,
@@ -212,7 +213,7 @@ def on_bases(equation: Equation, inputs: Sequence[Any]) -> Array:
 
 
 def reshape_groups(
-    old_shape: Sequence[int], new_shape: Sequence[int]
+    old_shape: Sequence[Size], new_shape: Sequence[Size]
 ) -> list[tuple[list[int], list[int]]] | None:
     """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none.
 
@@ -225,7 +226,7 @@ def reshape_groups(
 
 
 def _groups(
-    old_shape: Sequence[int], new_shape: Sequence[int]
+    old_shape: Sequence[Size], new_shape: Sequence[Size]
 ) -> list[tuple[list[int], list[int]]]:
     old = [axis for axis, size in enumerate(old_shape) if size != 1]
     new = [axis for axis, size in enumerate(new_shape) if size != 1]
@@ -242,14 +243,14 @@ def _groups(
 
 
 def _group_sizes(
-    old: Sequence[int], old_shape: Sequence[int], new: Sequence[int], new_shape: Sequence[int]
-) -> tuple[int, int]:
+    old: Sequence[int], old_shape: Sequence[Size], new: Sequence[int], new_shape: Sequence[Size]
+) -> tuple[Size, Size]:
     return math.prod(old_shape[axis] for axis in old), math.prod(new_shape[axis] for axis in new)
 
 
 def _reshaped_factor_shape(
-    factor: Array, new_shape: Sequence[int], groups: Sequence[tuple[list[int], list[int]]]
-) -> tuple[int, ...] | None:
+    factor: Array, new_shape: Sequence[Size], groups: Sequence[tuple[list[int], list[int]]]
+) -> tuple[Size, ...] | None:
     """Returns the shape of a factor after the reshape, or None if it holds a part of a group."""
     sizes = [1] * len(new_shape)
     for old, new in groups:

@@ -54,7 +54,7 @@ def test_two_processes_save_to_one_path(tmp_path):
             seen |= numbers
     assert (other.returncode, other.communicate()[1]) == (0, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapters", "peft"]
-    assert len(seen) > 2
+    assert 101 in seen
 
 
 if __name__ == "__main__":
