@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
+from lora_jax._identity import Same, is_hashable
 from lora_jax._partition import cut_as, factor_shardings, uncut
 from lora_jax._settings import Settings
 from lora_jax._shapes import AnyArray, Axes, Layers, factor_shapes, taken_layers, to_matrices
@@ -202,20 +203,11 @@ class _Applied:
         return self.function(*arguments, *args, **keywords)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Unhashable:
+class _Unhashable(Same):
     """A function that equals itself alone, since it can't say what else it equals."""
 
-    function: Callable[..., Any]
-
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unhashable) and other.function is self.function
-
-    def __hash__(self) -> int:
-        return id(self.function)
+        return self.value(*args)
 
 
 def _by_content(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,13 +218,5 @@ def _by_content(function: Callable[..., Any]) -> Callable[..., Any]:
             tuple((type(value), value) for value in function.args),
             tuple((name, type(value), value) for name, value in sorted(function.keywords.items())),
         )
-        return applied if _is_hashable(applied) else function
-    return function if _is_hashable(function) else _Unhashable(function)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+        return applied if is_hashable(applied) else function
+    return function if is_hashable(function) else _Unhashable(function)

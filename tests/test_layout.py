@@ -18,6 +18,7 @@ LAYERS = (
         "_dtypes",
         "_finite",
         "_folders",
+        "_identity",
         "_leaf_kinds",
         "_moments",
         "_partition",

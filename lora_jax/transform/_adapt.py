@@ -174,17 +174,16 @@ def _adapted(
         """Returns the outputs with floats traced, or with their values where `fn` needs those."""
         inputs = lora_key, with_static(arguments, comparable=True, trace_floats=True)
         leaves, structure = jax.tree.flatten(inputs)
+        if not any(map(is_number, leaves)):
+            return _evaluated(traced(*inputs), inputs)
         signature = structure, tuple(map(jax.typeof, leaves))
-        if any(map(is_number, leaves)) and not needs_values.get(signature):
-            program = None
-            with contextlib.suppress(Exception):  # whatever `fn` makes of a tracer for a float
-                program = traced(*inputs)
-            if signature not in needs_values:
-                needs_values[signature] = program is None or computes_with_numbers(program[0].jaxpr)
-            if program is not None and not needs_values[signature]:
-                return _evaluated(program, inputs)
-        inputs = lora_key, with_static(arguments, comparable=True)
-        return _evaluated(traced(*inputs), inputs)
+        program = None if needs_values.get(signature) else _if_traceable(traced, inputs)
+        if signature not in needs_values:
+            needs_values[signature] = program is None or computes_with_numbers(program[0].jaxpr)
+        if program is None or needs_values[signature]:
+            inputs = lora_key, with_static(arguments, comparable=True)
+            program = traced(*inputs)
+        return _evaluated(program, inputs)
 
     def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         arguments = with_trained_values(arguments)
@@ -198,6 +197,15 @@ def _adapted(
             return without_static(rewritten(lora_key, with_static(arguments)))
 
     return adapted
+
+
+def _if_traceable(
+    traced: Callable[..., tuple[ClosedJaxpr, Any]], inputs: Any
+) -> tuple[ClosedJaxpr, Any] | None:
+    """Returns the traced function, or None if it fails on a tracer in place of a float."""
+    with contextlib.suppress(Exception):  # whatever a model raises on what it does not expect
+        return traced(*inputs)
+    return None
 
 
 def _evaluated(program: tuple[ClosedJaxpr, Any], inputs: Any) -> Any:

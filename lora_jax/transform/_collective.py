@@ -179,30 +179,16 @@ def _each_moved(
     new_axis: int | None,
 ) -> list[Any] | None:
     """Returns the outputs of a collective that moves each factor on its own, or None."""
+
+    def moved_term(group: _Group, term: Term, base: Array) -> Term | None:
+        windows = term.window
+        if new_axis is not None:
+            windows = (*windows[:new_axis], None, *windows[new_axis:])
+        first, second = moved(group, term.factor_A), moved(group, term.factor_B)
+        return _with_factors(term, first, second, windows)
+
     values = [_without_windows(value, without_windows_on) for value in inputs]
-    bases = evaluate_equation(equation, [base_of(value) for value in values])
-    outputs: list[Any] = []
-    for value, base in zip(values, bases, strict=True):
-        if not isinstance(value, Factored):
-            outputs.append(base)
-            continue
-        group = _group(equation, value)
-        terms = [
-            _with_factors(
-                term,
-                moved(group, term.factor_A),
-                moved(group, term.factor_B),
-                term.window
-                if new_axis is None
-                else (*term.window[:new_axis], None, *term.window[new_axis:]),
-            )
-            for term in map(group.with_same_scale, value.terms)
-        ]
-        gain = None if value.gain is None else moved(group, value.gain)
-        if None in terms or (gain is None and value.gain is not None):
-            return None
-        outputs.append(_factored(base, terms, gain))
-    return outputs
+    return _each(equation, values, moved_term, moved)
 
 
 def _each_summed(
@@ -212,6 +198,31 @@ def _each_summed(
     kept: Callable[[Array], Array | None],
 ) -> list[Any] | None:
     """Returns the outputs of a collective that sums, which is linear in one factor, or None."""
+
+    def summed_term(group: _Group, term: Term, base: Array) -> Term | None:
+        return _summed_term(group, term, moved, kept, base.ndim)
+
+    def kept_gain(group: _Group, gain: Factor) -> Array | None:
+        return None if group.varies(gain) else kept(gain.aligned)
+
+    return _each(equation, inputs, summed_term, kept_gain)
+
+
+def _each(
+    equation: Equation,
+    inputs: Sequence[Any],
+    term_of: Callable[[_Group, Term, Array], Term | None],
+    gain_of: _Move,
+) -> list[Any] | None:
+    """Returns the outputs of a collective, or None where a term or a gain has no counterpart.
+
+    Args:
+      equation: the collective.
+      inputs: its inputs.
+      term_of: from a term with one scale for all devices, and the base that comes out, to the term
+        that belongs to it.
+      gain_of: the same for a gain.
+    """
     bases = evaluate_equation(equation, [base_of(value) for value in inputs])
     outputs: list[Any] = []
     for value, base in zip(inputs, bases, strict=True):
@@ -219,14 +230,9 @@ def _each_summed(
             outputs.append(base)
             continue
         group = _group(equation, value)
-        terms = [
-            _summed_term(group, term, moved, kept, base.ndim)
-            for term in map(group.with_same_scale, value.terms)
-        ]
-        gain = None if value.gain is None else kept(value.gain.aligned)
-        if value.gain is not None and (gain is None or group.varies(value.gain)):
-            return None
-        if None in terms:
+        terms = [term_of(group, group.with_same_scale(term), base) for term in value.terms]
+        gain = None if value.gain is None else gain_of(group, value.gain)
+        if None in terms or (gain is None and value.gain is not None):
             return None
         outputs.append(_factored(base, terms, gain))
     return outputs

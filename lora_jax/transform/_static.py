@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._compat import Jaxpr, Var, inner_jaxprs
+from lora_jax._identity import Same, is_hashable
 from lora_jax._weight import is_lora_weight
 
 
@@ -32,7 +33,7 @@ class Static:
     identity: Any
 
     def __hash__(self) -> int:
-        return hash((type(self.value), self.identity if _is_hashable(self.identity) else None))
+        return hash((type(self.value), self.identity if is_hashable(self.identity) else None))
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -124,7 +125,7 @@ def _identity(leaf: Any) -> Any:
     if own_hash is object.__hash__:
         # It is itself whatever it holds; what it holds may change between two calls.
         return leaf, _snapshot(getattr(leaf, "__dict__", None))
-    if _is_hashable(leaf):
+    if is_hashable(leaf):
         return leaf
     try:
         identity = copy.deepcopy(leaf)
@@ -147,26 +148,4 @@ def _snapshot(value: Any) -> Any:
         return (type(value), *map(_snapshot, value))
     if isinstance(value, bool | int | float | complex | str | bytes | None):
         return type(value), repr(value)
-    return _Same(value)
-
-
-class _Same:
-    """Equal to what holds the same object."""
-
-    def __init__(self, value: Any) -> None:
-        """Holds an object."""
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+    return Same(value)
