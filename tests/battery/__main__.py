@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from tests import conftest as _settings  # noqa: F401 - JAX as the tests have it
 from tests.battery.rows import Row, all_rows, suite_rows
-from tests.battery.running import Failure, reason_against
+from tests.battery.running import Failure
+from tests.battery.worker import reasons_against
 from tests.progress import with_progress
 
 # Rows that a process takes at once: enough to reuse what the first of them made.
@@ -71,7 +71,9 @@ def _rows_and_reasons(
     with concurrent.futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), max_tasks_per_child=50
     ) as pool:
-        running = {pool.submit(_reasons, [row.name for row in chunk]): chunk for chunk in chunks}
+        running = {
+            pool.submit(reasons_against, [row.name for row in chunk]): chunk for chunk in chunks
+        }
         for future in concurrent.futures.as_completed(running):
             reasons = future.result()
             for row, reason in zip(running[future], reasons, strict=True):
@@ -81,11 +83,6 @@ def _rows_and_reasons(
             if exit_first and any(reasons):
                 pool.shutdown(cancel_futures=True)
                 return
-
-
-def _reasons(names: Sequence[str]) -> list[str]:
-    """Returns what is wrong with each row; rows cross between processes by name."""
-    return [reason_against(Row.named(name)) for name in names]
 
 
 def _print_table(failures: Sequence[Failure]) -> None:
