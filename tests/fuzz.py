@@ -545,15 +545,15 @@ def reason_against(program: Program) -> str:
         actual = _computed(applied, stacked, frozen, xs)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    tolerance = max(
-        1e-4,
-        *(16 * float(jnp.finfo(option.dtype).eps) for _, option, _ in program.weights.values()),
-    )
+    epsilon = max(float(jnp.finfo(option.dtype).eps) for _, option, _ in program.weights.values())
     # A narrow dtype leaves little of what cancels: there the whole is compared.
-    share = 0.01 if tolerance < 1e-3 else 1.0
+    share = 0.01 if 16 * epsilon < 1e-3 else 1.0
     for place, (adapter, example) in enumerate(program.transform.instances):
         tree = lora_jax.combine((adapters, other)[adapter], frozen)
-        results, gradients = _expected(function, tree, xs[example])
+        dense = {name: Dense.of(node) for name, node in tree.items()}
+        cancellation = max(each.cancellation for each in dense.values())
+        tolerance = max(1e-4, 16 * epsilon, float(np.finfo(np.float32).eps) * cancellation)
+        results, gradients = _expected(function, dense, xs[example])
         given = jax.tree.map(lambda leaf, place=place: leaf[place], actual)
         for name, expected in results.items():
             error = relative_error(given[0][name], expected, results, share=share)
@@ -567,9 +567,8 @@ def reason_against(program: Program) -> str:
     return ""
 
 
-def _expected(function: Any, wrapped: Any, x: np.ndarray) -> tuple[Any, dict[str, Any]]:
+def _expected(function: Any, dense: dict[str, Dense], x: np.ndarray) -> tuple[Any, dict[str, Any]]:
     """Returns the results of the dense weights in float64, and the adapters' gradients."""
-    dense = {name: Dense.of(node) for name, node in wrapped.items()}
 
     def with_gradients(params: Any, x: Any) -> Any:
         results, pullback = jax.vjp(lambda params: function(params, x), params)

@@ -17,6 +17,11 @@ def test_adapted_is_dense(chunk: int) -> None:
     assert not failed, "\n".join(failed)
 
 
+def test_a_norm_that_all_but_cancels_is_compared_by_its_parts() -> None:
+    """DoRA's norm of a feature with two inputs, a fiftieth of the weight's and of the change's."""
+    assert not fuzz.reason_against(fuzz.program_of(20261126, 2094))
+
+
 def test_a_case_is_what_its_seed_and_number_say() -> None:
     programs = [str(fuzz.program_of(3, case)) for case in (1, 1, 2)]
     assert programs[0] == programs[1] != programs[2]

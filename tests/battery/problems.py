@@ -125,6 +125,19 @@ class Dense:
             )
         return cls(value, total, gain, norm, node, layout)
 
+    @property
+    def cancellation(self) -> float:
+        """How many times its own rounding error a squared norm may have.
+
+        The library never builds W + s A B for it: it adds ‖W‖², 2s⟨W, AB⟩ and s²‖AB‖², whose errors
+        stay where their sum is small. A feature of two inputs may cancel by chance.
+        """
+        if self.norm is None:
+            return 1.0
+        weight = _taken(self.node.base, self.node.axes, self.node.layers)
+        parts = (_sum_of_squares(part, self.layout) for part in (weight, self.sum - weight))
+        return float(np.max(sum(parts) / self.norm**2))
+
     def gradient(self, of_value: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the gradient of the adapter, by the chain rule; a norm is a constant in it."""
         layout, node = self.layout, self.node
