@@ -1,5 +1,6 @@
 """What every test runs under: strict dtypes, eight devices on a plain CPU, and quick compiling."""
 
+import contextlib
 import gc
 import os
 import resource
@@ -7,9 +8,10 @@ import sys
 from collections.abc import Iterator
 
 import jax
-import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from tests.typechecking import annotations_unchecked
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def no_programs_of_other_modules() -> Iterator[None]:
     """Frees compiled programs between modules, which would add up to many gigabytes."""
     yield
+    free_programs()
+
+
+def free_programs() -> None:
+    """Frees what JAX keeps of programs, if this process has ever taken much memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if peak > MEMORY * (1024 if sys.platform == "darwin" else 1):
         jax.clear_caches()
@@ -70,10 +77,9 @@ def optimised() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def annotations(request: pytest.FixtureRequest) -> Iterator[None]:
     """Checks annotations, but not where a test gives another type on purpose."""
-    unchecked = request.node.get_closest_marker("wrong_types") is not None
-    jaxtyping.config.update("jaxtyping_disable", unchecked)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    wrong = request.node.get_closest_marker("wrong_types") is not None
+    with annotations_unchecked() if wrong else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -67,9 +67,8 @@ def _rows_and_reasons(
 ) -> Iterator[tuple[Row, str]]:
     """Yields each row with what is wrong with it, or an empty text, in no order."""
     chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
-    # A process that has compiled for long has much in memory: each gives way to a new one.
     with concurrent.futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), max_tasks_per_child=50
+        processes, multiprocessing.get_context("spawn")
     ) as pool:
         running = {
             pool.submit(reasons_against, [row.name for row in chunk]): chunk for chunk in chunks

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import jax
 
-from tests import conftest as _settings  # noqa: F401 - JAX as the tests have it
 from tests.battery.rows import Row
 from tests.battery.running import reason_against
+from tests.conftest import free_programs  # which also sets JAX as the tests have it
 
 
 def reasons_against(names: Sequence[str]) -> list[str]:
     """Returns what is wrong with each row, or empty texts; rows cross between processes by name."""
     with jax.numpy_rank_promotion("allow"):
-        return [reason_against(Row.named(name)) for name in names]
+        reasons = [reason_against(Row.named(name)) for name in names]
+    free_programs()
+    return reasons
