@@ -1,6 +1,7 @@
 """Growing and pruning the rank of adapters."""
 
 import dataclasses
+import functools
 import operator
 import zlib
 from collections.abc import Mapping
@@ -108,6 +109,7 @@ def _resized(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
     return resized if grows or node.norm is None else with_norm(resized)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "axes", "rank"))
 def _pruned(
     lora_A: Array,
     lora_B: Array,
@@ -130,6 +132,7 @@ def _pruned(
     return new_A.reshape(A_shape).astype(lora_A.dtype), new_B.reshape(B_shape).astype(lora_B.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "axes", "rank"))
 def _grown(
     lora_A: Array,
     lora_B: Array,
@@ -149,6 +152,7 @@ def _grown(
     )
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def truncated(lora_A: Array, lora_B: Array, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
     """Returns the factors of the best approximation of lora_A · lora_B of a lower rank.
 
@@ -166,6 +170,7 @@ def truncated(lora_A: Array, lora_B: Array, rank: int, key: PRNGKeyArray) -> tup
     )
 
 
+@jax.jit
 def balanced_factors(U: Array, S: Array, Vt: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
     r"""Returns $U \Sigma^{1/2}$ and $\Sigma^{1/2} V^\top$, so that both factors have one norm.
 

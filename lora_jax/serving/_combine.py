@@ -224,6 +224,7 @@ def _factors(nodes: Sequence[LoRAWeight], weights: Array) -> _Factors:
     )
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def _leading(change: Array, rank: int) -> tuple[Array, Array]:
     """Returns the factors of the best approximation of matrices (matrix, in, out)."""
     U, S, Vt = jnp.linalg.svd(change, full_matrices=False)

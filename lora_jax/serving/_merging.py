@@ -5,6 +5,7 @@ as one layer of a stack, is pruned by itself.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -28,6 +29,7 @@ class Recipe:
     prunes: Literal["largest", "random"] | None
     elects: bool
 
+    @functools.partial(jax.jit, static_argnames=("self", "density", "majority_sign"))
     def merged(
         self,
         values: Values,
