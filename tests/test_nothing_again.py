@@ -109,3 +109,32 @@ def test_other_weights_of_an_active_sum() -> None:
     called(several[0])
     with jax_does_nothing_but_run():
         called(several[1])
+
+
+_ARITHMETIC = {
+    "grown": lambda wrapped, weight: lora_jax.resize(wrapped, 3),
+    "pruned": lambda wrapped, weight: lora_jax.resize(wrapped, 1),
+    **{
+        method: functools.partial(
+            lambda wrapped, weight, **options: lora_jax.combine_adapters(
+                [wrapped, wrapped], [weight, 1.0], **options
+            ),
+            method=method,
+            density=0.5 if "dare" in method or "ties" in method else None,
+        )
+        for method in ("cat", "svd", "linear", "ties", "ties_svd", "dare_linear")
+    },
+}
+
+
+@pytest.mark.parametrize("name", _ARITHMETIC)
+def test_the_arithmetic_of_another_adapter(name: str) -> None:
+    random = np.random.default_rng(1)
+    params = {"kernel": jnp.asarray(random.standard_normal((6, 4)), jnp.float32)}
+    trees = [
+        lora_jax.wrap(params, "kernel", rank=2, alpha=alpha, key=jax.random.key(seed))
+        for seed, alpha in enumerate((1.0, 3.0))
+    ]
+    _ARITHMETIC[name](trees[0], 0.5)
+    with jax_does_nothing_but_run():
+        _ARITHMETIC[name](trees[1], 0.25)
