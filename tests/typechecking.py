@@ -2,12 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
 # As PEP 484 has it, an int is a float.
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def checked(function: Any) -> Any:
+    """Returns a function that checks its annotations, unless it is one within another.
+
+    That is made anew in each call, and writing its checks would take longer than the call.
+    """
+    return function if "<locals>" in function.__qualname__ else _checked(function)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint  # before the forks, each of which would import it anew
+import orbax.checkpoint  # noqa: F401 - each fork would import it anew
 
 import lora_jax
 from lora_jax.checkpoint import TrainingCheckpoints
