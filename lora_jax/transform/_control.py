@@ -412,6 +412,7 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 RULES: dict[str, Rule] = {
     "closed_call": closed_call,
     "cond": cond,
+    "eval_jaxpr": closed_call,
     "jit": jit,
     "remat2": remat,
     "scan": scan,

@@ -8,6 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# JAX 0.11 and newer refuse to roll a cut axis, and batch axes that are cut in two ways. They can't
+# differentiate a barrier in a custom rule, where a tangent that is zero is none to them.
+IS_STRICT = jax.__version_info__ >= (0, 11)
+
 # The activations: rows of numbers of which an op takes what it needs.
 ROWS, WIDTH = 3, 192
 

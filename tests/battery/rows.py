@@ -10,7 +10,7 @@ from tests.battery.covering import covering_array
 from tests.battery.layouts import LAYOUTS, Layout
 from tests.battery.ops import OPS
 from tests.battery.options import OPTIONS, Option
-from tests.battery.registry import Op
+from tests.battery.registry import IS_STRICT, Op
 from tests.battery.transforms import TRANSFORMS, Transform
 
 
@@ -49,6 +49,10 @@ class Row:
         return self.transform.kind
 
     @property
+    def in_custom_rule(self) -> bool:
+        return any(call.how == "custom" for call in self.option.calls)
+
+    @property
     def tolerance(self) -> float:
         return max(self.op.tolerance, self.option.tolerance)
 
@@ -60,12 +64,11 @@ def _called(values: Sequence[Any], name: str) -> Any:
 def is_possible(row: Row) -> bool:
     """Says whether the model itself, without adapters, can be called so."""
     op, option, transform = row.op, row.option, row.transform
-    in_custom_rule = any(call.how == "custom" for call in option.calls)
     return (
         len(row.layout.axes) in op.ndims
         and (option.layers is None or "batch" in row.layout.axes)
         and (op.batchable or ("vmap" not in transform.name and transform.name != "dropout"))
-        and (op.forward or (not in_custom_rule and transform.name != "jvp"))
+        and (op.forward or (not row.in_custom_rule and transform.name != "jvp"))
         and (transform.name != "symbolic rows" or (op.symbolic and option.mesh is None))
         and (option.mesh is None or op.meshes)
         and (option.mesh != "explicit" or op.explicit)
@@ -73,11 +76,13 @@ def is_possible(row: Row) -> bool:
 
 
 def jax_refuses(row: Row) -> bool:
-    """Says whether JAX can't vmap the op with plain weights that an explicit mesh cuts.
+    """Says whether JAX can't do it with plain weights.
 
-    A `cond` under vmap selects by a predicate of another sharding, and the transpose of `reshard`
-    gives the cotangent another sharding than the weight's.
+    On an explicit mesh, a `cond` under vmap selects by a predicate of another sharding, and the
+    transpose of `reshard` gives the cotangent another sharding than the weight's.
     """
+    if row.op.name == "kept_in_place" and IS_STRICT and row.in_custom_rule:
+        return True
     return (
         row.option.mesh == "explicit"
         and "vmap" in row.transform.name

@@ -163,6 +163,7 @@ _FORMS: dict[str, Callable[[Equation, list[Devices], int], Sequence[Devices]]] =
     "custom_vmap_call": lambda equation, inputs, count: _run(
         equation.params["call"], inputs, count
     ),
+    "eval_jaxpr": _called,
     "jit": _called,
     "platform_index": lambda equation, inputs, count: [[np.asarray(0, np.int32)] * count],
     "pjit": _called,

@@ -85,6 +85,7 @@ ELEMENTWISE: dict[str, Op] = {
         "ne": np.not_equal,
         "neg": np.negative,
         "not": np.invert,
+        "one_minus_square": lambda x: 1 - np.square(x),
         "or": np.bitwise_or,
         "pow": np.power,
         "rem": np.fmod,

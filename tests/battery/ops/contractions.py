@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from tests.battery.registry import op, rows
+from tests.battery.registry import IS_STRICT, op, rows
 
 _LETTERS = "abc"
 
@@ -46,7 +46,7 @@ def no_axis(w, v, x):
     return {"outer": jnp.tensordot(x[:, 0], w, 0), "outer, right": jnp.tensordot(w, x[:, 0], 0)}
 
 
-@op()
+@op(explicit=not IS_STRICT)
 def batched(w, v, x):
     """One axis is mapped over, another summed over."""
     letters = _letters(w)
@@ -61,7 +61,7 @@ def batched(w, v, x):
     return results
 
 
-@op()
+@op(explicit=not IS_STRICT)
 def batched_weight_first(w, v, x):
     letters = _letters(w)
     return {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tests.battery.registry import traced, weight_op
+from tests.battery.registry import IS_STRICT, traced, weight_op
 
 
 @weight_op()
@@ -101,7 +101,7 @@ def sliced(w, v, x):
     }
 
 
-@weight_op()
+@weight_op(explicit=not IS_STRICT)
 def rolled(w, v, x):
     return {"first": jnp.roll(w, 1, axis=0), "last": jnp.roll(w, -2, axis=-1)}
 
