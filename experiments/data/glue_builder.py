@@ -14,7 +14,12 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.text.glue import Glue
 
 from experiments.console import Console
-from experiments.data.prepared import builder_in, examples, prepare_from_network
+from experiments.data.prepared import (
+    builder_in,
+    examples,
+    is_prepared,
+    prepare_from_network,
+)
 from experiments.data.text import TextDataset, Texts
 
 NAME = "glue/sst2"
@@ -47,7 +52,7 @@ def sst2(data_dir: Path, console: Console) -> TextDataset:
       OSError: it is not prepared in this folder and can't be downloaded.
     """
     builder = builder_in(functools.partial(SST2, config="sst2"), data_dir)
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         prepare_from_network(builder, builder.builder_config.data_url, console)
     return TextDataset(NAME, _texts(builder, "train"), _texts(builder, "validation"))
 

@@ -41,9 +41,10 @@ def mnist(data_dir: Path, mnist_dir: Path | None, console: Console) -> Dataset:
     if (decoded := _from_arrays(arrays)) is not None:
         return decoded
     from experiments.data import mnist_builder
+    from experiments.data.prepared import is_prepared
 
     builder = mnist_builder.mnist_builder(data_dir)
-    if not builder.is_prepared():
+    if not is_prepared(builder):
         if mnist_dir is None:
             mnist_builder.prepare_from_network(builder, console)
         else:

@@ -4,6 +4,7 @@ Importing this module takes a second.
 """
 
 import contextlib
+import logging
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,9 +29,20 @@ def builder_in(make: Callable[..., Any], data_dir: Path) -> Any:
       data_dir: where prepared data sets are.
     """
     as_prepared = make(data_dir=data_dir)
-    if as_prepared.is_prepared():
+    if is_prepared(as_prepared):
         return as_prepared
     return make(data_dir=data_dir, file_format="array_record")
+
+
+def is_prepared(builder: Any) -> bool:
+    """Says whether a data set is there, without TFDS's warning where it is not."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return builder.is_prepared()
+    finally:
+        logger.setLevel(level)
 
 
 def prepare_from_network(builder: Any, url: str, console: Console) -> None:
