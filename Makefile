@@ -46,7 +46,7 @@ check: $(VENV)/test.stamp ## Formatting, lint and types
 	$(bin)/ruff check .
 	$(bin)/mypy
 
-format: $(VENV)/test.stamp ## Format, and mend what the linter can
+format: $(VENV)/test.stamp ## Format, and fix what the linter can
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 

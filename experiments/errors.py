@@ -1,4 +1,4 @@
-"""The one error that says: what you passed in does not fit, and this is how to mend it."""
+"""The one error that says: what you passed in does not fit, and this is how to fix it."""
 
 import contextlib
 from collections.abc import Iterator

@@ -65,7 +65,7 @@ def lora_weight(
 
 
 def with_norm(weight: LoRAWeight) -> LoRAWeight:
-    """Returns a weight whose factors change no more with its norm, if it has a magnitude.
+    """Caches the DoRA norm of a weight whose factors are fixed, if it has a magnitude.
 
     Those of a stack are computed one after the other, each by the same program, so that they are
     those of the single adapters, bit for bit.

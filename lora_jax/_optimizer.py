@@ -40,7 +40,7 @@ def optimizer(
       trainable half and its gradient.
 
     Raises:
-      TypeError: `tx` is no transformation.
+      TypeError: `tx` is not a transformation.
       ValueError: a label is unknown; or, from `init`, the tree has nothing that trains.
 
     Examples:

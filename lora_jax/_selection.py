@@ -78,7 +78,7 @@ def trained_leaves(params: Any, train: Targets | None, adapted: Mapping[str, Any
 
 
 def _obstacle_to_function(path: str, inferred: InferredAxes) -> str | None:
-    # A weight whose uses disagree is no bystander: passing it over would hide the disagreement.
+    # A weight whose uses disagree is not a bystander: passing it over would hide the disagreement.
     if path in inferred or path in inferred.disagreements:
         return None
     return inferred.reason_against(path)

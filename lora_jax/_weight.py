@@ -42,7 +42,7 @@ class LoRAWeight:
         `base` hold these places only.
       frozen: the names of leaves that don't train although they could, such as `"lora_A"`.
       norm: $\lVert W + s A B \rVert$ for each output feature, kept in a stack of adapters whose
-        factors change no more; else None, and it is computed where it is needed.
+        factors are fixed; else None, and it is computed where it is needed.
 
     In a stack of adapters `lora_A`, `lora_B`, `scale`, `magnitude` and `norm` have one more axis in
     front, and the rest is shared.

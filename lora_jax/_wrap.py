@@ -83,7 +83,7 @@ def wrap(
         direction: $m \circ (W + s A B) / \lVert W + s A B \rVert$, with $m = \lVert W \rVert$ at
         the start.
       layers: which places of a weight's first batch axis to adapt, such as `range(4, 8)` for layers
-        4 to 7 of a scan stack; all unless given. The others get no numbers at all.
+        4 to 7 of a scan stack; all by default. No parameters are allocated for the other layers.
       freeze: leaves that are not to train, of `"lora_A"`, `"lora_B"` and `"magnitude"`; no gradient
         of them is computed.
       dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.

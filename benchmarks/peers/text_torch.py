@@ -41,7 +41,7 @@ class Peft:
 
     def __init__(self, folder: str, dropout: bool) -> None:
         """Reads what `benchmarks.peers.text_start.Start` wrote."""
-        keep_freed_memory()  # as on the other side, so that it is no advantage
+        keep_freed_memory()  # as on the other side, so that neither side has an advantage
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._folder = Path(folder)

@@ -70,8 +70,8 @@ class Position:
 class TrainingBatches:
     """Every epoch shows the sentences in another order, which the seed and its number decide.
 
-    All batches are full. Where the sentences are no multiple of the batch size, each epoch leaves
-    out as many as are over, drawn anew.
+    All batches are full. Where the sentences are not a multiple of the batch size, each epoch
+    leaves out the remainder, drawn anew.
     """
 
     def __init__(

@@ -30,7 +30,8 @@ def read_texts(
     """Returns the sentences in a file, and their classes: all its labels, sorted.
 
     Labels that are all whole numbers are sorted as numbers, others as text. The first line is a
-    header if its label is the name of a column, such as `label`, or the only one that is no number.
+    header if its label is the name of a column, such as `label`, or the only one that is not a
+    number.
 
     Args:
       path: the file, in UTF-8.

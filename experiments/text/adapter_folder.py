@@ -59,7 +59,7 @@ class AdapterFolder:
             return Card(**{**content, "classes": tuple(content["classes"])})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"--adapter {self.folder} is no folder of an adapter ({path.name}: {error}); "
+                f"--adapter {self.folder} is not the folder of an adapter ({path.name}: {error}); "
                 "expected the folder `adapter` of a training's --out"
             ) from error
 

@@ -188,7 +188,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     # Replacing deletes, so it must not reach a folder that holds anything else.
     if not (destination / _METADATA_FILE).is_file():
         raise CheckpointError(
-            f"`path` {destination} exists and is no adapter checkpoint; choose another folder."
+            f"`path` {destination} exists and is not an adapter checkpoint; choose another folder."
         )
     if not overwrite:
         raise CheckpointError(
@@ -261,8 +261,8 @@ def _check_source(source: Path) -> None:
             f"{interruption_hint(source)}"
         )
     raise CheckpointError(
-        f"`path` {source} is no adapter checkpoint, having no {_METADATA_FILE}; expected a folder "
-        "that save wrote."
+        f"`path` {source} is not an adapter checkpoint: it has no {_METADATA_FILE}; expected a "
+        "folder that save wrote."
     )
 
 

@@ -138,7 +138,7 @@ def _check_folder(folder: Path) -> None:
         if match is None or match[2] is not None or (path / DESCRIPTION_FILE).is_file():
             continue
         raise CheckpointError(
-            f"`folder` {folder} holds '{path.name}', which is no training checkpoint, having no "
+            f"`folder` {folder} holds '{path.name}', which is not a training checkpoint: it has no "
             f"{DESCRIPTION_FILE}; choose another folder, or move it away if it is damaged."
         )
 

@@ -46,8 +46,8 @@ class TrainingCheckpoints:
         arrays before it returns, so that the next step may reuse their memory.
 
     Raises:
-      CheckpointError: `folder` is no folder, or holds steps that something else wrote; an argument
-        does not fit.
+      CheckpointError: `folder` is not a folder, or holds steps that something else wrote; an
+        argument does not fit.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lora_jax, optax, tempfile

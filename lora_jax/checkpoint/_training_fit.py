@@ -55,7 +55,7 @@ def check_same_frozen(saved: Mapping[str, int], given: Mapping[str, int], source
         raise CheckpointError(
             f"{source} belongs to another model: `wrapped` differs at the frozen leaf '{path}', "
             f"{what}. Expected wrap(params, ...) of the params, and with the key and init, that "
-            "the run began with. A leaf that changes in training and is no adapter belongs into "
+            "the run began with. A leaf that changes in training and is not an adapter belongs in "
             "`optimizer_state`, as in (optimizer_state, batch_statistics)."
         )
 

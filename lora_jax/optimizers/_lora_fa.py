@@ -42,7 +42,7 @@ def lora_fa(
       `update(gradients, state, adapters, wrapped=lora_jax.combine(adapters, frozen))`.
 
     Raises:
-      TypeError: `tx` is no transformation, or `damping` no number.
+      TypeError: `tx` is not a transformation, or `damping` is not a number.
       ValueError: `damping` is not positive and finite; from `init`, nothing trains but lora_A; or,
         from `update`, the parameters or the scale are missing.
 

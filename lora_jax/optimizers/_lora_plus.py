@@ -31,7 +31,7 @@ def lora_plus(ratio: float | Array = 16.0) -> optax.GradientTransformation:
       trainable half from `split`.
 
     Raises:
-      TypeError: `ratio` is no number.
+      TypeError: `ratio` is not a number.
       ValueError: `ratio` is not positive and finite; or, from `init`, no lora_B trains.
 
     Source: Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, 2024.

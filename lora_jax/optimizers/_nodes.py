@@ -43,7 +43,7 @@ def map_lora_weights(function: Callable[..., LoRAWeight], updates: Any, /, **tre
 
     Args:
       function: what to do to a node; it also gets the node's path and the nodes of `trees` there.
-      updates: a tree in any of the three forms; what is no `LoRAWeight` is kept.
+      updates: a tree in any of the three forms; what is not a `LoRAWeight` is kept.
       trees: further trees by the argument's name, with a `LoRAWeight` wherever `updates` has one.
 
     Raises:

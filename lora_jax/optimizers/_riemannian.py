@@ -38,7 +38,7 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
       a factor (`wrap(..., freeze=...)`), also `wrapped=lora_jax.combine(adapters, frozen)`.
 
     Raises:
-      TypeError: `damping` is no number.
+      TypeError: `damping` is not a number.
       ValueError: `damping` is not positive and finite; from `init`, no factor trains; or, from
         `update`, the parameters or a factor are missing.
 

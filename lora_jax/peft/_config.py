@@ -181,7 +181,7 @@ def _no_adapter(source: Path) -> str:
         )
     inside = sorted(file.parent.name for file in source.glob(f"*/{CONFIG_FILE}"))
     hint = f" Its folders {listed(inside)} hold adapters: choose one." if inside else ""
-    return f"`path` {source} is no PEFT adapter, having no {CONFIG_FILE}.{hint}"
+    return f"`path` {source} is not a PEFT adapter: it has no {CONFIG_FILE}.{hint}"
 
 
 def no_tensors(source: Path) -> str:

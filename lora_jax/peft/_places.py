@@ -46,7 +46,7 @@ class NamedLeaf:
 
     @property
     def places(self) -> Iterator[Place]:
-        """Every place of the stack; the one place () of a leaf that is no stack."""
+        """Every place of the stack; the one place () of a leaf that is not a stack."""
         return itertools.product(*(range(self.leaf.shape[axis]) for axis in self.stack))
 
     @property
@@ -79,7 +79,7 @@ class NamedLeaf:
         return self._layout
 
     def problem(self) -> str | None:
-        """Returns what is wrong with the axes, and the call that mends it, or None."""
+        """Returns what is wrong with the axes, and the call that fixes it, or None."""
         subject = f"'{self.path}' of shape {tuple(self.leaf.shape)}"
         remedy = f"Say so with Rule({self.rule.name!r}, {self.rule.path!r}, axes=...)"
         if self.axes is None:

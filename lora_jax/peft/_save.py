@@ -142,7 +142,7 @@ def _check_destination(destination: Path, overwrite: bool) -> None:
     )
     if others:
         raise CheckpointError(
-            f"`path` {destination} holds {listed(others)}, which is no part of an adapter; choose "
+            f"`path` {destination} holds {listed(others)}, which is not part of an adapter; choose "
             "another folder."
         )
     if not overwrite:

@@ -55,7 +55,7 @@ def activate(
 
 
 def check_no_magnitude(name: str, path: str, node: LoRAWeight) -> None:
-    """Raises if a weight is one of DoRA, of which a sum is no adapter."""
+    """Raises if a weight is one of DoRA, a sum of which is not an adapter."""
     if node.magnitude is not None:
         raise ValueError(
             f"{name} has a magnitude (DoRA) at '{path}', which multiplies the weight, so that such "

@@ -80,7 +80,7 @@ def replace_adapter(stacked: Any, wrapped: Any, *, adapter_id: int | Array) -> A
 
     Raises:
       ValueError: there is no such place, or the adapter does not fit the bank.
-      TypeError: `adapter_id` is no whole number.
+      TypeError: `adapter_id` is not an integer.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -115,7 +115,7 @@ def remove_adapter(stacked: Any, adapter_id: int) -> Any:
 
     Raises:
       ValueError: there is no such adapter.
-      TypeError: `adapter_id` is no whole number.
+      TypeError: `adapter_id` is not an integer.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax

@@ -100,7 +100,7 @@ def combine_adapters(
       ValueError: the adapters differ in base, structure, targets or axes, an option does not belong
         to the method, the factors of `"linear"` and its like differ in rank, or an adapter has a
         magnitude (DoRA).
-      TypeError: `adapters` is no list, or an option has the wrong type.
+      TypeError: `adapters` is not a list, or an option has the wrong type.
 
     Source: Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023; Yu et al.,
     Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch,

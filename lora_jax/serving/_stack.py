@@ -53,7 +53,7 @@ def stack(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | N
     Raises:
       ValueError: the adapters differ in base, structure, targets, axes or kind, one of them trains
         weights in full or holds values that are not finite, or there is no room for one.
-      TypeError: `adapters` is no list, or `capacity` or `rank` no whole number.
+      TypeError: `adapters` is not a list, or `capacity` or `rank` is not an integer.
 
     Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
 
@@ -85,7 +85,7 @@ def select(stacked: Any, adapter_id: int | Array) -> Any:
 
     Raises:
       ValueError: there is no such adapter.
-      TypeError: `adapter_id` is no whole number.
+      TypeError: `adapter_id` is not an integer.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -116,7 +116,7 @@ def adapter_ids(stacked: Any) -> tuple[int, ...]:
       The ids, in order.
 
     Raises:
-      ValueError: `stacked` is no stack, or is traced.
+      ValueError: `stacked` is not a stack, or is traced.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -159,7 +159,7 @@ def check_stacked(stacked: Any) -> None:
     nodes = lora_nodes(stacked)
     if not nodes or not all(node.is_stacked for _, node in nodes):
         raise ValueError(
-            "`stacked` is no stack of adapters; expected what stack([wrapped, ...]) returned."
+            "`stacked` is not a stack of adapters; expected what stack([wrapped, ...]) returned."
         )
 
 

@@ -12,8 +12,8 @@ def prefers_dense(base_flops: Size, factored_flops: Size, building_flops: Size) 
     weight is the gradient of W, as large as the base op, and two products to split it in A's and
     B's. Counting the forward pass alone would build W in every large batch and then pay for dW.
 
-    With a symbolic shape the counts are polynomials. Where none of two is smaller for every value
-    of its symbols, factors it is.
+    With a symbolic shape the counts are polynomials. Where neither is smaller for every value of
+    its symbols, the weight stays factored.
     """
     try:
         return bool(building_flops + base_flops + 2 * building_flops < 3 * factored_flops)

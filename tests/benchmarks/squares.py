@@ -11,7 +11,7 @@ class Squares:
 
     def squared(self, number: int) -> int:
         if not isinstance(number, int):
-            raise ValueError(f"{number!r} is no number")
+            raise ValueError(f"{number!r} is not a number")
         return number**2 + self._offset
 
     def squared_aloud(self, number: int) -> int:

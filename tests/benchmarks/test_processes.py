@@ -37,7 +37,7 @@ def test_memory_counts_for_that_process_alone(remote):
 
 
 def test_an_error_there_is_an_error_here(remote):
-    with pytest.raises(RuntimeError, match="squares:Squares: ValueError: 'four' is no number"):
+    with pytest.raises(RuntimeError, match="squares:Squares: ValueError: 'four' is not a number"):
         remote.call("squared", number="four")
     assert remote.call("squared", number=1) == 4
 

@@ -237,14 +237,14 @@ class TestSaveRefuses:
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_folder_with_other_things(self, tmp_path, wrapped, overwrite):
         (tmp_path / "thesis.tex").write_text("years of work")
-        with pytest.raises(CheckpointError, match="no adapter checkpoint"):
+        with pytest.raises(CheckpointError, match="not an adapter checkpoint"):
             lora_jax.save(tmp_path, wrapped, overwrite=overwrite)
         assert contents(tmp_path) == {"thesis.tex": b"years of work"}
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_a_file(self, tmp_path, wrapped, overwrite):
         (tmp_path / "notes").write_text("text")
-        with pytest.raises(CheckpointError, match="no adapter checkpoint"):
+        with pytest.raises(CheckpointError, match="not an adapter checkpoint"):
             lora_jax.save(tmp_path / "notes", wrapped, overwrite=overwrite)
         assert contents(tmp_path) == {"notes": b"text"}
 
@@ -339,12 +339,12 @@ class TestRestoreRefuses:
             lora_jax.restore(tmp_path / "none", params)
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path, params):
-        with pytest.raises(CheckpointError, match="no adapter checkpoint"):
+        with pytest.raises(CheckpointError, match="not an adapter checkpoint"):
             lora_jax.restore(tmp_path, params)
 
     def test_a_file(self, tmp_path, params):
         (tmp_path / "notes").write_text("text")
-        with pytest.raises(CheckpointError, match="no adapter checkpoint"):
+        with pytest.raises(CheckpointError, match="not an adapter checkpoint"):
             lora_jax.restore(tmp_path / "notes", params)
 
     def test_a_newer_format(self, saved, params):

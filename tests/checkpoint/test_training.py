@@ -406,7 +406,7 @@ class TestRefused:
 
     def test_a_folder_with_steps_of_another_program(self, tmp_path):
         (tmp_path / "12" / "state").mkdir(parents=True)
-        with pytest.raises(CheckpointError, match="holds '12', which is no training checkpoint"):
+        with pytest.raises(CheckpointError, match="holds '12', which is not a training checkpoint"):
             TrainingCheckpoints(tmp_path)
         assert names(tmp_path) == ["12"]
 

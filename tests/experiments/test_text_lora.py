@@ -181,7 +181,7 @@ def test_predict_refuses_what_does_not_fit(out, tmp_path, monkeypatch, capsys):
     assert main(adapter) == 2
     assert "there is no sentence" in capsys.readouterr().err
     assert main(["predict", "--adapter", str(tmp_path), "--text", "a film"]) == 2
-    assert "is no folder of an adapter" in capsys.readouterr().err
+    assert "is not the folder of an adapter" in capsys.readouterr().err
     from tests.tiny_bert import CONFIG, tensors
 
     other = write_model(tmp_path / "other", weights=tensors(CONFIG, seed=9))

@@ -75,7 +75,7 @@ def test_tables_are_for_people(adapters, capsys):
 
 def test_a_folder_without_an_adapter_is_an_error(adapters, tmp_path, capsys):
     assert two_tasks.main(arguments([adapters[0], tmp_path])) == 2
-    assert "is no folder of an adapter" in capsys.readouterr().err
+    assert "is not the folder of an adapter" in capsys.readouterr().err
 
 
 def test_adapters_of_other_weights_are_an_error(adapters, tmp_path, capsys):

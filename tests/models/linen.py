@@ -432,7 +432,7 @@ class Normalized(nn.Module):
     linear={"plain/kernel": "io"},
     also={"head/kernel": "io"},
     by_hand={"layer/kernel": "io"},
-    materialized={"layer/kernel": "its norm is no linear function of it"},
+    materialized={"layer/kernel": "its norm is not a linear function of it"},
 )
 def linen_weight_norm() -> Call:
     return called(Normalized(), noise(6, 24))

@@ -50,13 +50,13 @@ class TestFiles:
         refused(tmp_path / "none", "none does not exist; expected a folder with adapter_config")
 
     def test_a_folder_without_a_config(self, tmp_path):
-        refused(tmp_path, "no PEFT adapter, having no adapter_config.json")
+        refused(tmp_path, "not a PEFT adapter: it has no adapter_config.json")
 
     def test_a_folder_of_adapters(self, adapter):
         refused(adapter.parent, "Its folders 'adapter' hold adapters: choose one")
 
     def test_a_file(self, adapter):
-        refused(adapter / "adapter_config.json", "no PEFT adapter")
+        refused(adapter / "adapter_config.json", "not a PEFT adapter")
 
     def test_an_interrupted_save(self, adapter):
         adapter.rename(adapter.with_name(".adapter.previous"))
@@ -432,13 +432,13 @@ class TestSaveRefuses:
     def test_a_folder_with_other_things(self, adapter, overwrite):
         (adapter / "README.md").write_text("years of work")
         before = contents(adapter)
-        with pytest.raises(CheckpointError, match="holds 'README.md', which is no part"):
+        with pytest.raises(CheckpointError, match="holds 'README.md', which is not part"):
             save(adapter, wrapped(), names=NAMES, overwrite=overwrite)
         assert contents(adapter) == before
 
     def test_a_file_in_the_way(self, tmp_path):
         (tmp_path / "new").write_text("text")
-        with pytest.raises(CheckpointError, match="'new', which is no part of an adapter"):
+        with pytest.raises(CheckpointError, match="'new', which is not part of an adapter"):
             save(tmp_path / "new", wrapped(), names=NAMES, overwrite=True)
 
     @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])

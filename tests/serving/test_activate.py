@@ -106,5 +106,5 @@ def test_whole_numbers_are_weights() -> None:
 def test_magnitudes_do_not_add_up() -> None:
     with pytest.raises(ValueError, match=r"`stacked` has a magnitude \(DoRA\) at 'W1'.*extract"):
         lora_jax.activate(lora_jax.stack([DENSE.adapter(0, dora=True)]), [1.0])
-    with pytest.raises(ValueError, match="`stacked` is no stack"):
+    with pytest.raises(ValueError, match="`stacked` is not a stack"):
         lora_jax.activate(DENSE.adapter(0), [1.0])

@@ -178,8 +178,8 @@ def test_layers_that_a_bank_has_no_room_for() -> None:
         (lambda bank, w: lora_jax.replace_adapter(bank, w, adapter_id="a"), TypeError, "is 'a'"),
         (lambda bank, w: lora_jax.remove_adapter(bank, -1), ValueError, "`adapter_id` is -1"),
         (lambda bank, w: lora_jax.remove_adapter(bank, 1), ValueError, "no adapter with the id 1"),
-        (lambda bank, w: lora_jax.remove_adapter(w, 0), ValueError, "is no stack"),
-        (lambda bank, w: lora_jax.add_adapter(w, w), ValueError, "is no stack"),
+        (lambda bank, w: lora_jax.remove_adapter(w, 0), ValueError, "is not a stack"),
+        (lambda bank, w: lora_jax.add_adapter(w, w), ValueError, "is not a stack"),
     ],
 )
 def test_places_that_do_not_exist(change: Any, error: Any, message: str) -> None:

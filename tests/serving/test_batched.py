@@ -246,9 +246,9 @@ def test_arguments_that_do_not_fit() -> None:
 
 def test_one_adapter_is_no_stack_and_a_stack_is_not_one() -> None:
     wrapped = HEADS.adapter(0)
-    with pytest.raises(ValueError, match="`stacked` is no stack of adapters"):
+    with pytest.raises(ValueError, match="`stacked` is not a stack of adapters"):
         lora_jax.adapt_batched(HEADS.fn)(wrapped, [0] * BATCH, HEADS.x)
-    with pytest.raises(ValueError, match="`stacked` is no stack of adapters"):
+    with pytest.raises(ValueError, match="`stacked` is not a stack of adapters"):
         lora_jax.adapt_batched(HEADS.fn)(HEADS.params, [0] * BATCH, HEADS.x)
     with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one. adapt_batched"):
         lora_jax.adapt(HEADS.fn)(lora_jax.stack([wrapped] * 2), HEADS.x)
