@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.test_wrap import random
+from tests.arrays import random
 
 
 def params() -> dict[str, Any]:

@@ -13,9 +13,10 @@ import pytest
 import lora_jax
 from lora_jax._algebra import gain
 from tests.agreement import assert_agree
+from tests.arrays import random
 from tests.cases import CASES
 from tests.problems import as_if_trained
-from tests.test_wrap import LABELLINGS, SIZES, random
+from tests.test_wrap import LABELLINGS, SIZES
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 FROZEN = "frozen"
 
@@ -25,10 +26,6 @@ def standard_promotion() -> Iterator[None]:
     """Optax raises a rate to the power of an integer count, which strict promotion forbids."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 PARAMS = {

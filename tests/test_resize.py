@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 from tests.problems import as_if_trained
-from tests.test_wrap import random
 
 AXES = {
     "dense": ("in", "out"),

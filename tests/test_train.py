@@ -10,13 +10,10 @@ import optax
 import pytest
 
 import lora_jax
+from tests.arrays import random
 
 KEY = jax.random.key(2)
 FROZEN = "frozen"
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
 
 
 PARAMS = {

@@ -12,13 +12,10 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 KEY = jax.random.key(5)
 SIZES = (4, 5, 6, 3)
-
-
-def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape).astype(dtype)
 
 
 def every_labelling(ndim: int) -> list[tuple[str, ...]]:

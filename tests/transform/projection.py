@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax
+from tests.arrays import random
 
 KEY = jax.random.key(6)
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
 
 
 def trained(**shapes: tuple[int, ...]) -> Any:

@@ -12,7 +12,8 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.transform.projection import MERGED, WRAPPED, X, project, random, with_options
+from tests.arrays import random
+from tests.transform.projection import MERGED, WRAPPED, X, project, with_options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,12 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 KEY = jax.random.key(8)
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
 
 
 def trained(shapes: dict[str, tuple[int, ...]], rank: int = 2, **options: Any) -> Any:

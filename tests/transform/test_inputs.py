@@ -10,12 +10,9 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 KEY = jax.random.key(4)
-
-
-def random(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
 
 
 def assert_moments(

@@ -11,12 +11,9 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 KEY = jax.random.key(4)
-
-
-def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape).astype(dtype)
 
 
 def node(base: jax.Array, rank: int = 4, **options: Any) -> dict[str, lora_jax.LoRAWeight]:
