@@ -13,6 +13,7 @@ import pytest
 import lora_jax
 from lora_jax._shapes import to_matrices
 from tests.agreement import assert_agree
+from tests.arrays import random
 
 KEY = jax.random.key(3)
 
@@ -26,7 +27,7 @@ SHAPES = [
 
 
 def wrapped_kernel(shape: tuple[int, ...], **options: Any) -> lora_jax.LoRAWeight:
-    params = {"kernel": jax.random.normal(KEY, shape)}
+    params = {"kernel": random(*shape)}
     return lora_jax.wrap(params, "kernel", key=KEY, **options)["kernel"]
 
 
@@ -90,7 +91,7 @@ def low_rank_part_taken_out(
     ],
 )
 def test_an_initialiser_may_change_the_base(shape: tuple[int, ...], axes: tuple[str, ...]) -> None:
-    params = {"kernel": jax.random.normal(KEY, shape), "other": jnp.ones((3, 3))}
+    params = {"kernel": random(*shape), "other": jnp.ones((3, 3))}
     wrapped = lora_jax.wrap(
         params, "kernel", rank=2, alpha=1.0, axes={"kernel": axes}, init=low_rank_part_taken_out
     )
@@ -150,7 +151,7 @@ def seen_inputs(matrices: Any, count: int = 50) -> np.ndarray:
 
 
 def a_gradient(leaf: Any) -> jax.Array:
-    return jax.random.normal(jax.random.key(11), leaf.shape, leaf.dtype)
+    return random(*leaf.shape, dtype=leaf.dtype, seed=11)
 
 
 def from_moments(make: Callable[..., Any], **options: Any) -> Callable[[Any, Any], Any]:
@@ -218,7 +219,7 @@ def as_matrices(
 def test_the_model_stays_what_it_was(
     name: str, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> None:
-    leaf = jax.random.normal(KEY, shape)
+    leaf = random(*shape)
     weight = initialised(name, leaf, axes)
     assert_agree(lora_jax.merge(weight), leaf, tolerance=2e-6)
     assert (weight.base is leaf) == (name in KEEPS_THE_BASE)
@@ -230,7 +231,7 @@ def test_the_model_stays_what_it_was(
 
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_a_bfloat16_weight_gets_float32_factors(name: str) -> None:
-    leaf = jax.random.normal(KEY, (3, 12, 10)).astype(jnp.bfloat16)
+    leaf = random(3, 12, 10, dtype=jnp.bfloat16)
     weight = initialised(name, leaf, ("batch", "in", "out"))
     assert (weight.base.dtype, weight.lora_A.dtype) == (jnp.bfloat16, jnp.float32)
     assert_agree(lora_jax.merge(weight), leaf, tolerance=float(jnp.finfo(jnp.bfloat16).eps))
@@ -282,7 +283,7 @@ DEGENERATE_INPUTS = {
 def test_degenerate_inputs_give_finite_factors(make: Callable[..., Any]) -> None:
     gathered = [gathered_moments(rows[None]) for rows in DEGENERATE_INPUTS.values()]
     moments = jax.tree.map(lambda *parts: jnp.concatenate(parts), *gathered)
-    params = {"kernel": jax.random.normal(KEY, (len(gathered), 6, 5))}
+    params = {"kernel": random(len(gathered), 6, 5)}
     axes = {"kernel": ("batch", "in", "out")}
     wrapped = lora_jax.wrap(params, "kernel", rank=3, axes=axes, init=make({"kernel": moments}))
     assert all(jnp.isfinite(array).all() for array in jax.tree.leaves(wrapped))
@@ -335,7 +336,7 @@ DEFINITIONS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 def test_decompositions_are_those_of_their_definition(
     name: str, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> None:
-    leaf = jax.random.normal(KEY, shape)
+    leaf = random(*shape)
     weight = initialised(name, leaf, axes)
     matrices = np.asarray(to_matrices(leaf, axes), np.float64)
     for W, rows, base, A, B in zip(
@@ -364,7 +365,7 @@ def test_the_randomised_decomposition_is_close_where_the_spectrum_decays(
 
 
 def test_power_iterations_and_oversampling_sharpen_the_randomised_decomposition() -> None:
-    leaf = jax.random.normal(KEY, (80, 60))
+    leaf = random(80, 60)
 
     def distance(init: Any) -> float:
         wrapped = lora_jax.wrap({"kernel": leaf}, "kernel", rank=8, init=init)
@@ -399,7 +400,7 @@ def test_orthogonal_columns_are_orthonormal(shape: tuple[int, ...], axes: tuple[
 def test_mica_takes_the_outputs_that_the_weight_hardly_writes_to(
     shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> None:
-    leaf = jax.random.normal(KEY, shape)
+    leaf = random(*shape)
     _, A, B = as_matrices(initialised("mica", leaf, axes))
     assert not A.any()
     for W, minor in zip(np.asarray(to_matrices(leaf, axes), np.float64), B, strict=True):
@@ -410,7 +411,7 @@ def test_mica_takes_the_outputs_that_the_weight_hardly_writes_to(
 
 
 def test_mica_says_that_lora_b_does_not_train() -> None:
-    weight = jax.random.normal(KEY, (6, 5))
+    weight = random(6, 5)
     base, lora_A, lora_B = lora_jax.init.mica(KEY, weight, 2, 1.0)
     assert base is weight
     assert isinstance(lora_B, lora_jax.init.Frozen)
@@ -423,7 +424,7 @@ def test_mica_says_that_lora_b_does_not_train() -> None:
 def test_eva_takes_the_principal_components_of_the_inputs(
     centred: bool, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> None:
-    leaf = jax.random.normal(KEY, shape)
+    leaf = random(*shape)
     seen = seen_inputs(to_matrices(leaf, axes))
     init = lora_jax.init.eva({"kernel": gathered_moments(seen)}, centred=centred)
     weight = lora_jax.wrap({"kernel": leaf}, "kernel", rank=3, axes={"kernel": axes}, init=init)[
@@ -462,7 +463,7 @@ def test_lora_ga_takes_the_singular_vectors_of_the_gradient(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
 ) -> None:
-    leaf = jax.random.normal(KEY, shape)
+    leaf = random(*shape)
     init = lora_jax.init.lora_ga({"kernel": a_gradient(leaf)}, direction=direction, gamma=gamma)
     weight = lora_jax.wrap(
         {"kernel": leaf}, "kernel", rank=3, alpha=1.5, axes={"kernel": axes}, init=init
@@ -480,11 +481,8 @@ def test_lora_ga_takes_the_singular_vectors_of_the_gradient(
 
 
 def test_the_first_step_of_lora_ga_is_the_best_approximation_of_the_gradient() -> None:
-    params = {"kernel": jax.random.normal(KEY, (12, 10))}
-    x, y = (
-        jax.random.normal(jax.random.key(seed), shape)
-        for seed, shape in ((1, (20, 12)), (2, (20, 10)))
-    )
+    params = {"kernel": random(12, 10)}
+    x, y = (random(*shape, seed=seed) for seed, shape in ((1, (20, 12)), (2, (20, 10))))
 
     def loss(params: Any) -> jax.Array:
         return jnp.mean((x @ params["kernel"] - y) ** 2)
@@ -621,7 +619,7 @@ def test_data_that_does_not_fit_the_weight_raises(init: Any, message: str) -> No
 
 def test_statistics_are_mapped_over_with_the_matrices() -> None:
     axes = ("out", "batch", "in")
-    leaf = jax.random.normal(KEY, (5, 3, 4))
+    leaf = random(5, 3, 4)
     matrices = to_matrices(leaf, axes)
 
     def init(key: Any, weight2d: Any, rank: int, scale: float, statistics: Any) -> Any:
@@ -636,7 +634,7 @@ def test_statistics_are_mapped_over_with_the_matrices() -> None:
 
 
 def test_an_initialiser_of_one_target_may_differ() -> None:
-    params = {"a": jax.random.normal(KEY, (6, 6)), "b": jnp.ones((6, 6))}
+    params = {"a": random(6, 6), "b": jnp.ones((6, 6))}
     init = lora_jax.init.lora_ga({"a": jnp.eye(6), "b": None})
     wrapped = lora_jax.wrap(params, {"a": {"init": init}, "b": {}}, rank=2)
     assert wrapped["a"].base is not params["a"]
@@ -654,7 +652,7 @@ def test_the_errors_name_every_initialiser() -> None:
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_bfloat16_factors_lose_nothing_of_the_weight(name: str) -> None:
     """The base is what the rounded factors leave."""
-    params = {"kernel": jax.random.normal(KEY, (12, 10))}
+    params = {"kernel": random(12, 10)}
     wrapped = lora_jax.wrap(params, "kernel", rank=3, alpha=5, dtype=jnp.bfloat16, init=name)
     assert wrapped["kernel"].lora_A.dtype == jnp.bfloat16
     for restored in (

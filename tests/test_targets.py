@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax
 from lora_jax._paths import leaves_with_paths
+from tests.arrays import random
 
 Shapes = dict[str, Any]
 
@@ -28,8 +29,7 @@ SHAPES: Shapes = {
 
 def random_params(shapes: Shapes) -> Any:
     flat, structure = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    keys = jax.random.split(jax.random.key(0), len(flat))
-    leaves = [jax.random.normal(key, shape) for key, shape in zip(keys, flat, strict=True)]
+    leaves = [random(*shape, seed=i) for i, shape in enumerate(flat)]
     return jax.tree.unflatten(structure, leaves)
 
 

@@ -16,6 +16,7 @@ from lora_jax import _folders
 from lora_jax import init as lora_init
 from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError, _adapters
 from lora_jax.checkpoint._signed import signed_text
+from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
 
 
@@ -66,7 +67,7 @@ def edit_metadata(folder, change):
 
 def test_what_distinguishes_a_variant_is_restored(tmp_path):
     """DoRA's norms and a changed base are found again from the original weights, bit for bit."""
-    params = {"stack": jax.random.normal(jax.random.key(0), (4, 6, 5)), "kernel": jnp.ones((6, 4))}
+    params = {"stack": random(4, 6, 5), "kernel": jnp.ones((6, 4))}
 
     def half_taken_out(key, weight2d, rank, scale):
         lora_A = jax.random.normal(key, (weight2d.shape[0], rank))
@@ -194,7 +195,7 @@ class TestRoundTrip:
 
 class TestContents:
     def test_only_adapters(self, tmp_path):
-        params = {"kernel": jax.random.normal(jax.random.key(0), (1000, 500))}
+        params = {"kernel": random(1000, 500)}
         lora_jax.save(tmp_path / "adapters", lora_jax.wrap(params, "kernel", rank=1))
         size = sum(len(data) for data in contents(tmp_path).values())
         assert size < params["kernel"].nbytes / 50
@@ -269,7 +270,7 @@ class TestSaveRefuses:
 
 
 def test_an_adapter_that_grew_is_restored(tmp_path):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (12, 10))}
+    params = {"kernel": random(12, 10)}
     wrapped = lora_jax.resize(lora_jax.wrap(params, "kernel", rank=2, init="pissa"), 4)
     lora_jax.save(tmp_path / "adapters", wrapped)
     assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)

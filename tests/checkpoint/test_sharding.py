@@ -8,6 +8,7 @@ import pytest
 import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.checkpoint._fingerprint import frozen_fingerprints
+from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, trained
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -18,7 +19,7 @@ def mesh(shape, axis_type=AUTO):
 
 
 def params():
-    return {"kernel": jax.random.normal(jax.random.key(0), (16, 8)), "bias": jnp.arange(8.0)}
+    return {"kernel": random(16, 8), "bias": jnp.arange(8.0)}
 
 
 def sharded_wrap(on, kernel, lora_A, lora_B):
@@ -172,5 +173,5 @@ class TestFingerprint:
         keys = frozen_fingerprints(tree)
         assert list(keys) == ["b"]
         assert keys["b"] == frozen_fingerprints({"b": jax.random.key_data(tree["b"])})["b"]
-        array = jax.random.normal(jax.random.key(0), (4, 3))
+        array = random(4, 3)
         assert frozen_fingerprints([array]) == frozen_fingerprints([jax.device_get(array)])

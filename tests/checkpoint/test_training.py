@@ -14,6 +14,7 @@ import lora_jax
 from lora_jax._paths import map_with_paths
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints, _description
 from lora_jax.checkpoint._signed import signed_text
+from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
 
 
@@ -122,7 +123,7 @@ class TestRoundTrip:
 
     def test_a_changed_base_is_found_again_by_the_adapters_of_the_start(self, folder, params):
         """Where wrapping again would give other bits, `save` and `restore` give the same."""
-        params["encoder"][0]["kernel"] = jax.random.normal(jax.random.key(0), (6, 4))
+        params["encoder"][0]["kernel"] = random(6, 4)
         begun = lora_jax.wrap(params, "encoder/0", rank=2, init="pissa", dora=True)
         lora_jax.save(folder / "begun", begun)
         again = lora_jax.restore(folder / "begun", params)
@@ -234,7 +235,7 @@ class TestRoundTrip:
             checkpoints.save(1, wrapped, {"name": "text"})
 
     def test_only_what_trains_is_stored(self, folder):
-        params = {"kernel": jax.random.normal(jax.random.key(0), (1000, 500))}
+        params = {"kernel": random(1000, 500)}
         wrapped = lora_jax.wrap(params, "kernel", rank=1)
         round_trip(folder, wrapped, optax.adam(1.0).init(lora_jax.split(wrapped)[0]))
         assert sum(map(len, contents(folder).values())) < params["kernel"].nbytes / 30

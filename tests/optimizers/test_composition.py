@@ -12,6 +12,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax
+from tests.arrays import random
 from tests.optimizers.forms import (
     FEW,
     Half,
@@ -102,7 +103,7 @@ class Mlp(nn.Module):
 
 @each_variant
 def test_a_flax_train_state(variant: Variant) -> None:
-    x, y = (jax.random.normal(jax.random.key(seed), (16, size)) for seed, size in ((0, 8), (1, 3)))
+    x, y = (random(16, size, seed=seed) for seed, size in ((0, 8), (1, 3)))
     network = Mlp()
     wrapped = lora_jax.wrap(network.init(jax.random.key(2), x)["params"], "kernel", rank=2)
     inner = optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(5e-3))

@@ -12,6 +12,7 @@ import lora_jax
 from benchmarks.models import MLP, SCANNED_TRANSFORMER
 from benchmarks.programs import Cost, base_function, wrapped_params
 from tests.agreement import assert_agree
+from tests.arrays import random
 from tests.serving.models import (
     BATCH,
     CONVOLUTION,
@@ -113,7 +114,7 @@ def test_arguments_axes_flags_and_keywords() -> None:
     wrappeds = [DENSE.adapter(seed) for seed in range(2)]
     stacked = lora_jax.stack(wrappeds)
     inputs = {
-        "x": jax.random.normal(jax.random.key(1), (4, 3, 12)),
+        "x": random(4, 3, 12, seed=1),
         "offset": jnp.arange(27.0).reshape(1, 3, 9),
     }
     batched = lora_jax.adapt_batched(fn, in_axes=1, out_axes=1)

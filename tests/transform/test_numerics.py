@@ -184,8 +184,8 @@ def test_the_scale_of_a_dropout_mask_is_exact_in_bfloat16() -> None:
 
 def test_building_the_weight_is_as_exact_as_its_factors() -> None:
     """bfloat16 factors over a float32 weight: whether W + AB is built does not show."""
-    params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
-    x = jax.random.normal(jax.random.key(1), (64, 64))
+    params = {"kernel": random(64, 64, seed=0)}
+    x = random(64, 64, seed=1)
     fn = lambda params, x: x @ params["kernel"]  # noqa: E731
     for rank, how in ((2, "factored"), (48, "dense")):
         wrapped = lora_jax.wrap(params, "kernel", rank=rank, init="pissa", dtype=jnp.bfloat16)
