@@ -21,6 +21,9 @@ from tests.evaluation import evaluate
 # How many standard errors a mean over draws may be off, as the root of the mean of squares.
 _STANDARD_ERRORS = 3.0
 
+# What all but cancels is compared with this share of what it is among.
+_SHARE = 0.01
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -137,17 +140,15 @@ def _compared_means(row: Row, problem: Any, actual: Any, expected: Any) -> list[
     reasons: list[str] = []
     if not row.op.linear:
         return reasons
-    floor = 0.01 * math.sqrt(
-        np.mean(np.concatenate([np.ravel(y) ** 2 for y in jax.tree.leaves(expected[0])]))
-    )
+    floor = _SHARE * _norm(expected[0])
     means, deviations = actual
     for (name, mean), (_, deviation), (_, dense) in zip(
         *(jax.tree_util.tree_leaves_with_path(tree) for tree in (means, deviations, expected[0])),
         strict=True,
     ):
         place = jax.tree_util.keystr(name)
-        size = max(np.sqrt(np.mean(np.square(dense))), floor)
-        error = deviation / math.sqrt(DRAWS) + 2 * row.tolerance * size
+        rounding = row.tolerance * max(_norm(dense), floor) / math.sqrt(max(dense.size, 1))
+        error = deviation / math.sqrt(DRAWS) + 2 * rounding
         off = float(np.sqrt(np.mean(((mean - dense) / error) ** 2)))
         if not off <= _STANDARD_ERRORS:
             reasons.append(f"mean of {place} is off by {off:.1f} standard errors")
@@ -173,15 +174,14 @@ def _differences(actual: Any, expected: Any, tolerance: float) -> list[str]:
     ]
 
 
-def relative_error(actual: Any, expected: Any, among: Any, *, share: float = 0.01) -> float:
+def relative_error(actual: Any, expected: Any, among: Any, *, share: float = _SHARE) -> float:
     """Returns the error relative to what is expected, or to a share of what it is among."""
-
-    def norm(tree: Any) -> float:
-        return math.sqrt(
-            sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(tree))
-        )
-
     difference = jax.tree.map(
         lambda a, e: np.asarray(a, np.float64) - np.asarray(e, np.float64), actual, expected
     )
-    return norm(difference) / max(norm(expected), share * norm(among), 1e-30)
+    return _norm(difference) / max(_norm(expected), share * _norm(among), 1e-30)
+
+
+def _norm(tree: Any) -> float:
+    leaves = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree))
+    return math.sqrt(sum(float(np.sum(np.square(leaf))) for leaf in leaves))

@@ -45,7 +45,7 @@ def added(w, v, x):
         "an array": w + x[0, : w.size].reshape(w.shape),
         "from an array": 1.0 - w,
         "with itself": w + w,
-        "from itself": w - 3 * w,
+        "from itself": w - 4 * w,
     }
 
 
