@@ -1,6 +1,7 @@
 """What a `LoRAWeight` stands for, in numbers."""
 
 import dataclasses
+import functools
 import string
 from typing import Any
 
@@ -127,18 +128,20 @@ def low_rank(lora_A: AnyArray, lora_B: AnyArray, axes: Axes) -> Array:
 
 def dense(weight: LoRAWeight) -> Array:
     """Returns what a weight stands for, computed in at least float32 and cast once."""
+    return cut_as(base_sharding(weight.base), _dense, weight)
 
-    def computed(weight: LoRAWeight) -> Array:
-        value = _with_change(
-            taken_layers(weight.base, weight.axes, weight.layers), weight, weight.scale
-        )
-        if weight.magnitude is not None:
-            norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
-            gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
-            value = value * gain.squeeze(-1).astype(value.dtype)
-        return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
 
-    return cut_as(base_sharding(weight.base), computed, weight)
+# One program, so that outside of jit too nothing but A · B is held beside W and the result.
+@functools.partial(jax.jit, inline=True)
+def _dense(weight: LoRAWeight) -> Array:
+    value = _with_change(
+        taken_layers(weight.base, weight.axes, weight.layers), weight, weight.scale
+    )
+    if weight.magnitude is not None:
+        norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
+        gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
+        value = value * gain.squeeze(-1).astype(value.dtype)
+    return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
 
 
 def without_change(merged: Array, weight: LoRAWeight) -> Array:
