@@ -70,11 +70,16 @@ def optimise(value: bool) -> None:
 
 
 @pytest.fixture
-def optimised() -> Iterator[None]:
+def optimised() -> None:
     """Lets a test read costs off the program that a user would run."""
-    optimise(True)
-    yield
-    optimise(False)
+
+
+@pytest.fixture(autouse=True)
+def programs(request: pytest.FixtureRequest) -> None:
+    """Optimises for the tests that ask for it; what was compiled in the other way is dropped."""
+    wanted = "optimised" in request.fixturenames
+    if wanted == jax.config.values["jax_disable_most_optimizations"]:
+        optimise(wanted)
 
 
 @pytest.fixture(autouse=True)
