@@ -17,8 +17,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Compiling is most of what the suite does. Tests that read the compiled program turn this off.
+# Compiling is most of what the suite does, here and in processes that tests start. Tests that read
+# the compiled program turn this off.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # XLA's older emitters compile small programs in half the time, and in one piece a little faster.
 # Newer versions have no others, and refuse the flag. It changes the instructions, not what is
 # counted of a program.
