@@ -76,10 +76,13 @@ def optimised() -> None:
     """Lets a test read costs off the program that a user would run."""
 
 
-@pytest.fixture(autouse=True)
-def programs(request: pytest.FixtureRequest) -> None:
-    """Optimises for the tests that ask for it; what was compiled in the other way is dropped."""
-    wanted = "optimised" in request.fixturenames
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Optimises for the tests that ask for it; what was compiled in the other way is dropped.
+
+    It comes before the fixtures of the module, which compile too.
+    """
+    wanted = "optimised" in getattr(item, "fixturenames", ())
     if wanted == jax.config.values["jax_disable_most_optimizations"]:
         optimise(wanted)
 

@@ -101,6 +101,15 @@ def test_both_compile() -> None:
     assert_agree(back["W1"].base, wrapped["W1"].base)
 
 
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_nothing_but_the_change_is_held_beside_weight_and_result(dtype: Any) -> None:
+    wrapped = lora_jax.wrap({"W": jnp.ones((256, 256), dtype)}, "W", rank=2, dora=True)
+    memory = jax.jit(lora_jax.merge).lower(wrapped).compile().memory_analysis()
+    change = 256 * 256 * 4
+    assert memory.temp_size_in_bytes <= 1.01 * change
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,15 +15,13 @@ from lora_jax.serving import activate, adapt_batched, stack
 from tests.problems import output_and_gradient, params_of, problem_of, wrapped_of
 from tests.variants import VARIANTS, Variant
 
-_WORK = (
-    "/jax/core/compile/backend_compile_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-)
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_WORK = ("/jax/core/compile/backend_compile_duration", _LOWERED)
 
 
 @contextlib.contextmanager
-def jax_does_nothing_but_run() -> Iterator[None]:
-    """Fails if anything is lowered or compiled inside, by any part of the library.
+def work_of_jax() -> Iterator[list[str]]:
+    """Yields a list that names each lowering and compilation inside, by any part of the library.
 
     JAX reports a trace also where it finds that it has one: tests count those of their function.
     """
@@ -35,9 +33,16 @@ def jax_does_nothing_but_run() -> Iterator[None]:
 
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        yield
+        yield work
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@contextlib.contextmanager
+def jax_does_nothing_but_run() -> Iterator[None]:
+    """Fails if anything is lowered or compiled inside."""
+    with work_of_jax() as work:
+        yield
     assert not work
 
 
@@ -138,3 +143,26 @@ def test_the_arithmetic_of_another_adapter(name: str) -> None:
     _ARITHMETIC[name](trees[0], 0.5)
     with jax_does_nothing_but_run():
         _ARITHMETIC[name](trees[1], 0.25)
+
+
+_ON_ONE_WEIGHT: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "merging": (lora_jax.merge, False),
+    "merging DoRA": (lora_jax.merge, True),
+    "growing": (lambda wrapped: lora_jax.resize(wrapped, 3), False),
+    "pruning": (lambda wrapped: lora_jax.resize(wrapped, 1), False),
+}
+
+
+@pytest.mark.parametrize("name", _ON_ONE_WEIGHT)
+def test_a_new_shape_is_one_program(name: str) -> None:
+    """Outside of jit too: op by op, each shape would compile many and hold what lies between."""
+    change, dora = _ON_ONE_WEIGHT[name]
+    # Shapes that no other test has, so that none has compiled for them.
+    first, second = (
+        lora_jax.wrap({"kernel": jnp.ones((13, size))}, "kernel", rank=2, dora=dora)
+        for size in (17, 19)
+    )
+    change(first)
+    with work_of_jax() as work:
+        change(second)
+    assert work.count(_LOWERED) == 1

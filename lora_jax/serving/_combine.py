@@ -131,7 +131,7 @@ def combine_adapters(
             return factors.approximated(_fitting_rank(path, factors, rank))
         merged = functools.partial(
             RECIPES[method.removesuffix("_svd")].merged,
-            density=1.0 if density is None else density,
+            density=1.0 if density is None else float(density),
             majority_sign=majority_sign,
         )
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
