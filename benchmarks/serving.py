@@ -1,7 +1,7 @@
-"""Many adapters in one batch, in turns: the base model, `adapt_batched`, merging, and a loop.
+"""Many adapters in one batch, in turns: the base model, `serving.adapt`, merging, and a loop.
 
 Each round makes one call of each kind, and starts with another kind than the round before. The loop
-is what is done without `adapt_batched`: the examples of each adapter by themselves, one compiled
+is what is done without `serving.adapt`: the examples of each adapter by themselves, one compiled
 call for each adapter.
 """
 
@@ -73,7 +73,7 @@ class Comparison:
         axes = lora_jax.infer_axes(self._fn, self._params, self._x)
         self._wrapped = lora_jax.wrap(self._params, self._model.targets, rank=RANK, axes=axes)
         self._adapted = jax.jit(lora_jax.adapt(self._fn, on_materialize="error"))
-        self._batched = jax.jit(lora_jax.adapt_batched(self._fn, on_materialize="error"))
+        self._batched = jax.jit(lora_jax.serving.adapt(self._fn, on_materialize="error"))
         self._base = jax.jit(self._fn)
 
     def measured(self, rounds: int) -> dict[str, Any]:
@@ -84,11 +84,11 @@ class Comparison:
         flops = {"base model": _flops(self._base, self._params, self._x)}
         for count in COUNTS:
             ids = jnp.arange(BATCH, dtype=jnp.int32) % count
-            stacked = lora_jax.stack(self._adapters(count))
+            bank = lora_jax.serving.bank(self._adapters(count))
             batched, loop = (f"{how}, different adapters: {count}" for how in ("batched", "loop"))
-            calls[batched] = functools.partial(self._batched, stacked, ids, self._x)
-            flops[batched] = _flops(self._batched, stacked, ids, self._x)
-            calls[loop] = self._loop(stacked, ids, count)
+            calls[batched] = functools.partial(self._batched, bank, ids, self._x)
+            flops[batched] = _flops(self._batched, bank, ids, self._x)
+            calls[loop] = self._loop(bank, ids, count)
             np.testing.assert_allclose(calls[batched](), calls[loop](), rtol=1e-3, atol=1e-3)
         return {"milliseconds": _milliseconds(calls, rounds), "mflop": flops}
 
@@ -109,9 +109,9 @@ class Comparison:
             for seed in range(count)
         ]
 
-    def _loop(self, stacked: Any, ids: jax.Array, count: int) -> Call:
+    def _loop(self, bank: Any, ids: jax.Array, count: int) -> Call:
         """Returns one call for each adapter, with the examples that ask for it."""
-        singles = [lora_jax.select(stacked, place) for place in range(count)]
+        singles = [lora_jax.serving.select(bank, place) for place in range(count)]
         places = [np.flatnonzero(np.asarray(ids) == place) for place in range(count)]
         back = np.argsort(np.concatenate(places))
         examples = [self._x[each] for each in places]

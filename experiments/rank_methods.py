@@ -56,7 +56,7 @@ def optimizer(learning_rate: float, ratio: float | None) -> optax.GradientTransf
     adam = optax.adam(learning_rate)
     if ratio is None:
         return lora_jax.optimizer(adam)
-    return lora_jax.optimizer(optax.chain(adam, lora_jax.optimizers.lora_plus(ratio=ratio)))
+    return lora_jax.optimizer(optax.chain(adam, lora_jax.updates.lora_plus(ratio=ratio)))
 
 
 def _rank_of(layer: str, rank: int) -> int:

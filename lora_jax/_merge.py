@@ -22,7 +22,7 @@ from lora_jax._weight import (
 )
 
 
-def merge(wrapped: Any, targets: Targets | None = None, *, safe: bool = False) -> Any:
+def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -> Any:
     r"""Returns plain params with $W + s \cdot A B$ in place of each adapted weight.
 
     The sum is taken in at least float32, in the widest of the dtypes, and cast once, so that

@@ -10,8 +10,8 @@ import optax
 
 from lora_jax._paths import listed
 from lora_jax._train import FACTORS, TRAINABLE, labels
-from lora_jax.optimizers._checks import is_placeholder
-from lora_jax.optimizers._parts import Transformation, is_absent, on_part
+from lora_jax.updates._checks import is_placeholder
+from lora_jax.updates._parts import Transformation, is_absent, on_part
 
 
 def optimizer(
@@ -26,7 +26,7 @@ def optimizer(
 
     Extra arguments reach `tx`: trees like the wrapped one, such as `grad`, as their trainable half;
     functions of the wrapped tree, such as the `value_fn` of a line search, as functions of that
-    half; and the whole tree as `wrapped`, in which those of `lora_jax.optimizers` find the rest.
+    half; and the whole tree as `wrapped`, in which those of `lora_jax.updates` find the rest.
 
     A compiled step that returns the whole tree copies what is frozen, unless the tree is donated:
     `jax.jit(step, donate_argnums=(0, 1))` for a `step(wrapped, state, ...)`.

@@ -1,25 +1,63 @@
 """What `wrap` adapts and what it trains in full: `targets`, `exclude` and `train` together."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_jax._axes import InferredAxes
+from lora_jax._axes import InferredAxes, axes_of, check_axes
 from lora_jax._dtypes import is_narrow_float
 from lora_jax._leaf_kinds import Neighbourhood, floating_obstacle, weight_obstacle
 from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._shapes import AnyArray, Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
+from lora_jax._weight import is_adapter_node
 
 
-def adapted_leaves(
-    params: Any, targets: Targets, exclude: Targets | None, inferred: InferredAxes | None
-) -> dict[str, Selection]:
-    """Returns the paths of the weights to adapt, and how each was selected.
+@dataclasses.dataclass(frozen=True)
+class SelectedWeight:
+    """A weight that is to be adapted.
+
+    Attributes:
+      leaf: the weight.
+      axes: the role of each of its axes.
+      selection: how it was selected.
+    """
+
+    leaf: AnyArray
+    axes: Axes
+    selection: Selection
+
+
+def selected_weights(
+    params: Any,
+    targets: Targets,
+    *,
+    exclude: Targets | None = None,
+    axes: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, SelectedWeight]:
+    """Returns the weights to adapt by path.
 
     Raises:
-      ValueError: `targets` or `exclude` does not fit; or a selected leaf may be a bias, or a part
-        of a quantised weight.
+      ValueError: `params` is wrapped already; `targets`, `exclude` or `axes` does not fit; or a
+        selected leaf may be a bias, or a part of a quantised weight.
     """
+    check_not_wrapped(params)
+    check_axes(axes, params)
+    inferred = axes if isinstance(axes, InferredAxes) else None
     leaves = dict(leaves_with_paths(params))
+    return {
+        path: SelectedWeight(leaves[path], axes_of(path, leaves[path], axes), selection)
+        for path, selection in _selected(params, leaves, targets, exclude, inferred).items()
+    }
+
+
+def _selected(
+    params: Any,
+    leaves: Mapping[str, Any],
+    targets: Targets,
+    exclude: Targets | None,
+    inferred: InferredAxes | None,
+) -> dict[str, Selection]:
     neighbourhood = Neighbourhood.of(leaves.items())
 
     def obstacle(path: str, leaf: Any, named: bool) -> str | None:
@@ -75,6 +113,20 @@ def trained_leaves(params: Any, train: Targets | None, adapted: Mapping[str, Any
     )
     check_no_overrides(trained, "train", "what is trained in full")
     return set(trained)
+
+
+def check_not_wrapped(params: Any) -> None:
+    """Raises if `params` holds a node that `wrap` made."""
+    wrapped = [
+        path
+        for path, node in leaves_with_paths(params, is_leaf=is_adapter_node)
+        if is_adapter_node(node)
+    ]
+    if wrapped:
+        raise ValueError(
+            f"`params` is wrapped already at {listed(wrapped)}; wrap(unwrap(params), ...) starts "
+            "anew, wrap(merge(params), ...) adapts the merged weights."
+        )
 
 
 def _obstacle_to_function(path: str, inferred: InferredAxes) -> str | None:

@@ -153,6 +153,6 @@ def check_single(path: str, node: LoRAWeight) -> None:
     """Raises if a node holds several adapters."""
     if node.is_stacked:
         raise ValueError(
-            f"'{path}' holds {node.scale.shape[0]} adapters; expected one. adapt_batched(fn) "
-            "computes with them all, and select(stacked, id) gives one of them."
+            f"'{path}' holds {node.scale.shape[0]} adapters; expected one. serving.adapt(fn) "
+            "computes with them all, and serving.select(bank, id) gives one of them."
         )

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import lora_weight, on_original, original, squared_norms
-from lora_jax._axes import InferredAxes, axes_of, check_axes
+from lora_jax._algebra import lora_weight, original, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._initial_factors import initial_factors
-from lora_jax._paths import leaves_with_paths, listed, map_with_paths
-from lora_jax._selection import adapted_leaves, trained_leaves
+from lora_jax._paths import listed, map_with_paths
+from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
 from lora_jax._settings import Settings
 from lora_jax._shapes import (
     AnyArray,
@@ -24,11 +23,10 @@ from lora_jax._shapes import (
     Layers,
     side_size,
 )
-from lora_jax._targets import Selection, Targets
+from lora_jax._targets import Targets
 from lora_jax._weight import (
     FullWeight,
     LoRAWeight,
-    is_adapter_node,
     is_lora_weight,
     map_adapter_nodes,
 )
@@ -110,7 +108,6 @@ def wrap(
       >>> wrapped["dense"]["kernel"].lora_A.shape
       (4, 2)
     """
-    check_not_wrapped(params)
     defaults = Settings.checked(
         rank=rank,
         alpha=alpha,
@@ -121,11 +118,8 @@ def wrap(
         freeze=freeze,
         dtype=dtype,
     )
-    check_axes(axes, params)
     key = jax.random.key(0) if key is None else _checked_key(key)
-    adapted = adapted_leaves(
-        params, targets, exclude, axes if isinstance(axes, InferredAxes) else None
-    )
+    adapted = selected_weights(params, targets, exclude=exclude, axes=axes)
     trained = trained_leaves(params, train, adapted)
 
     def node(path: str, leaf: Any) -> Any:
@@ -133,11 +127,11 @@ def wrap(
             # A copy: one buffer can't be donated as two arguments of a training step.
             return FullWeight(base=leaf, value=jnp.copy(leaf))
         if path in adapted:
-            settings = defaults.overridden(path, adapted[path].overrides)
-            leaf_axes = axes_of(path, leaf, axes)
-            rank = _fitting_rank(path, leaf, leaf_axes, settings.rank, adapted[path])
+            weight = adapted[path]
+            settings = defaults.overridden(path, weight.selection.overrides)
+            rank = _fitting_rank(path, weight, settings.rank)
             return _wrapped_weight(
-                path, leaf, leaf_axes, dataclasses.replace(settings, rank=rank), key
+                path, leaf, weight.axes, dataclasses.replace(settings, rank=rank), key
             )
         return leaf
 
@@ -164,33 +158,6 @@ def unwrap(wrapped: Any) -> Any:
     """
     return map_adapter_nodes(
         lambda node: original(node) if is_lora_weight(node) else node.base, wrapped
-    )
-
-
-def on_original_base(wrapped: Any) -> Any:
-    r"""Returns the same model as adapters on the weights that were wrapped.
-
-    An initialiser such as `pissa` moves a part $s A_0 B_0$ of the weight into the factors. The
-    change that training made is then $s A B - s A_0 B_0 = [s A, s A_0]\,[B; -B_0]$: plain LoRA of
-    twice the rank, with a scale of 1, which leaves the weights alone. Other nodes are kept.
-
-    Args:
-      wrapped: what `wrap` returned, trained or not.
-
-    Returns:
-      A wrapped tree in which every base is the original weight, to rounding.
-
-    Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
-    Language Models, 2024, appendix C.
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> wrapped = lora_jax.wrap({"kernel": jnp.eye(6)}, "kernel", rank=2, init="pissa")
-      >>> lora_jax.on_original_base(wrapped)["kernel"].rank
-      4
-    """
-    return map_adapter_nodes(
-        lambda node: on_original(node) if is_lora_weight(node) else node, wrapped
     )
 
 
@@ -242,20 +209,6 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
         )
 
 
-def check_not_wrapped(params: Any) -> None:
-    """Raises if `params` holds a node that `wrap` made."""
-    wrapped = [
-        path
-        for path, node in leaves_with_paths(params, is_leaf=is_adapter_node)
-        if is_adapter_node(node)
-    ]
-    if wrapped:
-        raise ValueError(
-            f"`params` is wrapped already at {listed(wrapped)}; wrap(unwrap(params), ...) starts "
-            "anew, wrap(merge(params), ...) adapts the merged weights."
-        )
-
-
 def _fitting_layers(
     path: str, leaf: AnyArray, axes: Axes, layers: Sequence[SupportsIndex] | np.ndarray | None
 ) -> Layers | None:
@@ -278,13 +231,13 @@ def _fitting_layers(
     return None if len(places) == count else places
 
 
-def _fitting_rank(path: str, leaf: AnyArray, axes: Axes, rank: Any, selection: Selection) -> int:
-    """Returns the rank as an int that is at most the weight's smaller side."""
-    rank = operator.index(rank)
-    largest = min(side_size(leaf.shape, axes, role) for role in ("in", "out"))
-    if rank > largest and not selection.rank_may_shrink:
+def _fitting_rank(path: str, weight: SelectedWeight, rank: int) -> int:
+    """Returns the rank, at most the weight's smaller side where nobody has named the weight."""
+    shape, axes = weight.leaf.shape, weight.axes
+    largest = min(side_size(shape, axes, role) for role in ("in", "out"))
+    if rank > largest and not weight.selection.rank_may_shrink:
         raise ValueError(
-            f"`rank` is {rank} for '{path}' of shape {leaf.shape} with the axes {axes}; expected "
+            f"`rank` is {rank} for '{path}' of shape {shape} with the axes {axes}; expected "
             f"at most {largest}, its smaller side. A mapping gives this target a rank of its own: "
             f"wrap(..., {{'{path}': dict(rank={largest})}})."
         )

@@ -25,7 +25,7 @@ def fn(params: Any, x: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def inferred() -> lora_jax.InferredAxes:
+def inferred() -> lora_jax.transform.InferredAxes:
     return lora_jax.infer_axes(fn, PARAMS, np.ones((3, 4), np.float32))
 
 
@@ -53,7 +53,7 @@ HEADS, PAIRS = ("in", "out", "out"), ("in", "in", "out")
     ],
 )
 def test_given_axes_stand_beside_the_inferred_ones(
-    inferred: lora_jax.InferredAxes, given: Any, expected: Any
+    inferred: lora_jax.transform.InferredAxes, given: Any, expected: Any
 ) -> None:
     axes = functools.reduce(operator.or_, given, inferred)
     kernels = {f"layer_{i}/kernel": IN_OUT for i in range(2)}
@@ -66,7 +66,7 @@ def test_given_axes_stand_beside_the_inferred_ones(
 @pytest.mark.parametrize("targets", ["all-linear", ".*", ["kernel", "all-linear"]])
 @pytest.mark.parametrize("given", [{"mixed": HEADS}, {"m.*d": HEADS}, {"mixed|kernel": HEADS}])
 def test_a_weight_with_given_axes_is_wrapped_by_them(
-    inferred: lora_jax.InferredAxes, given: Any, targets: Any
+    inferred: lora_jax.transform.InferredAxes, given: Any, targets: Any
 ) -> None:
     axes = inferred | given | {"kernel": OUT_IN}
     wrapped = lora_jax.wrap(PARAMS, targets, rank=1, axes=axes)
@@ -85,7 +85,7 @@ def test_a_weight_with_given_axes_is_wrapped_by_them(
     ],
 )
 def test_what_matches_nothing_is_refused(
-    inferred: lora_jax.InferredAxes, given: Any, message: str
+    inferred: lora_jax.transform.InferredAxes, given: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"`axes`.*{message}"):
         inferred | given

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import peft
 from lora_jax._dtypes import common_dtype
+from lora_jax.exchange import peft
 from tests.agreement import assert_agree
 
 NARROW = (
@@ -87,9 +87,11 @@ def test_the_rest_of_the_library_takes_a_narrow_weight(dtype: str) -> None:
     wrapped = trained(lora_jax.wrap(params, "kernel", rank=2))
     merged = dense(wrapped["kernel"])
     for tree in (
-        lora_jax.resize(wrapped, 3),
-        lora_jax.on_original_base(wrapped),
-        lora_jax.extract(params, {"kernel": jnp.asarray(merged, jnp.float32)}, "kernel", rank=10),
+        lora_jax.arithmetic.resize(wrapped, 3),
+        lora_jax.arithmetic.on_original_base(wrapped),
+        lora_jax.arithmetic.extract(
+            params, {"kernel": jnp.asarray(merged, jnp.float32)}, "kernel", rank=10
+        ),
     ):
         assert tree["kernel"].dtype == dtype
         assert_agree(dense(tree["kernel"]), merged)
@@ -174,8 +176,8 @@ def test_a_cast_tree_goes_through_everything(dtype: str, function: str) -> None:
     wrapped = cast(trained(wrapped), dtype)
     merged = lora_jax.merge(wrapped)["kernel"]
     functions = {
-        "resize": functools.partial(lora_jax.resize, rank=3),
-        "on_original_base": lora_jax.on_original_base,
+        "resize": functools.partial(lora_jax.arithmetic.resize, rank=3),
+        "on_original_base": lora_jax.arithmetic.on_original_base,
         "unwrap": lora_jax.unwrap,
         "unmerge": lambda wrapped: lora_jax.unmerge({"kernel": merged}, wrapped),
     }

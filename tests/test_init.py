@@ -132,10 +132,10 @@ def test_factors_of_another_shape_raise(A_shape: tuple[int, ...], B_shape: tuple
         wrapped_kernel((8, 6), rank=2, init=init)
 
 
-def gathered_moments(rows: Any) -> lora_jax.InputMoments:
+def gathered_moments(rows: Any) -> lora_jax.init.InputMoments:
     """Returns the moments of `rows`, of shape (batch, n, in)."""
     rows = np.asarray(rows, np.float64)
-    return lora_jax.InputMoments(
+    return lora_jax.init.InputMoments(
         second=jnp.asarray(np.einsum("bni,bnj->bij", rows, rows), jnp.float32),
         first=jnp.asarray(rows.sum(1), jnp.float32),
         count=jnp.full(rows.shape[0], rows.shape[1]),
@@ -500,9 +500,9 @@ def test_the_first_step_of_lora_ga_is_the_best_approximation_of_the_gradient() -
     assert_agree((params["kernel"] - after) / rate, best, tolerance=0.002)
 
 
-def moments_with_variances(*variances: list[float], count: int = 100) -> lora_jax.InputMoments:
+def moments_with_variances(*variances: list[float], count: int = 100) -> lora_jax.init.InputMoments:
     second = count * np.stack([np.diag(row) for row in variances])
-    return lora_jax.InputMoments(
+    return lora_jax.init.InputMoments(
         jnp.asarray(second, jnp.float32), jnp.zeros(second.shape[:2]), jnp.asarray(count)
     )
 
@@ -658,7 +658,7 @@ def test_bfloat16_factors_lose_nothing_of_the_weight(name: str) -> None:
     for restored in (
         lora_jax.merge(wrapped),
         lora_jax.unwrap(wrapped),
-        lora_jax.merge(lora_jax.on_original_base(wrapped)),
-        lora_jax.unwrap(lora_jax.on_original_base(wrapped)),
+        lora_jax.merge(lora_jax.arithmetic.on_original_base(wrapped)),
+        lora_jax.unwrap(lora_jax.arithmetic.on_original_base(wrapped)),
     ):
         assert_agree(restored["kernel"], params["kernel"])

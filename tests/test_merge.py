@@ -43,7 +43,7 @@ def test_half_precision_is_left_once(dtype: Any) -> None:
 
 def test_a_subset_is_merged_and_taken_out() -> None:
     wrapped = DENSE.adapter(0)
-    partly = lora_jax.merge(wrapped, "W1")
+    partly = lora_jax.merge(wrapped, targets="W1")
     assert_agree(partly["W1"], lora_jax.merge(wrapped)["W1"])
     assert partly["W2"] is wrapped["W2"]
     assert partly["b"] is wrapped["b"]
@@ -59,12 +59,12 @@ def test_a_subset_is_merged_and_taken_out() -> None:
 
 def test_a_subset_may_be_a_predicate_or_several_expressions() -> None:
     wrapped = DENSE.adapter(0)
-    large = lora_jax.merge(wrapped, lambda path, leaf: leaf.shape[0] == 12)
+    large = lora_jax.merge(wrapped, targets=lambda path, leaf: leaf.shape[0] == 12)
     assert not isinstance(large["W1"], lora_jax.LoRAWeight)
     assert isinstance(large["W2"], lora_jax.LoRAWeight)
     assert not any(
         isinstance(leaf, lora_jax.LoRAWeight)
-        for leaf in lora_jax.merge(wrapped, ["W1", "W2"]).values()
+        for leaf in lora_jax.merge(wrapped, targets=["W1", "W2"]).values()
     )
 
 
@@ -81,7 +81,7 @@ def test_weights_trained_in_full_come_back() -> None:
     back = lora_jax.unmerge(lora_jax.merge(wrapped), wrapped)
     np.testing.assert_array_equal(back["b"].value, wrapped["b"].value)
     assert back["b"].base is wrapped["b"].base
-    assert isinstance(lora_jax.merge(wrapped, "W1")["b"], lora_jax.FullWeight)
+    assert isinstance(lora_jax.merge(wrapped, targets="W1")["b"], lora_jax.FullWeight)
 
 
 def test_unmerge_needs_no_base() -> None:
@@ -123,7 +123,7 @@ def test_safe_looks_at_every_value() -> None:
     }
     with pytest.raises(ValueError, match="`wrapped` merges to .* not finite at 'W2'; nothing is"):
         lora_jax.merge(diverged, safe=True)
-    lora_jax.merge(diverged, "W1", safe=True)
+    lora_jax.merge(diverged, targets="W1", safe=True)
     with pytest.raises(ValueError, match="`safe` is True, but the values are traced"):
         jax.jit(lambda tree: lora_jax.merge(tree, safe=True))(wrapped)
 
@@ -154,7 +154,7 @@ def test_safe_sees_what_overflows_in_the_cast() -> None:
 def test_targets_that_merge_nothing(targets: Any, message: str) -> None:
     wrapped = DENSE.adapter(0)
     with pytest.raises(ValueError, match=message):
-        lora_jax.merge(wrapped, targets)
+        lora_jax.merge(wrapped, targets=targets)
     with pytest.raises(ValueError, match=message):
         lora_jax.unmerge(lora_jax.merge(wrapped), wrapped, targets=targets)
 
@@ -172,8 +172,8 @@ def test_what_can_not_be_taken_out() -> None:
 
 
 def test_a_stack_has_no_one_merge() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0)] * 2)
+    bank = lora_jax.serving.bank([DENSE.adapter(0)] * 2)
     with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one"):
-        lora_jax.merge(stacked)
+        lora_jax.merge(bank)
     with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one"):
-        lora_jax.unmerge(DENSE.params, stacked)
+        lora_jax.unmerge(DENSE.params, bank)

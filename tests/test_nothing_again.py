@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.serving import activate, adapt_batched, stack
 from tests.problems import output_and_gradient, params_of, problem_of, wrapped_of
 from tests.variants import VARIANTS, Variant
 
@@ -83,7 +82,7 @@ def bank_of(dora: bool, seed: int) -> Any:
     random = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(random.standard_normal((6, 4)), jnp.float32)}
     keys = jax.random.split(jax.random.key(seed), 3)
-    return stack(
+    return serving.bank(
         [
             lora_jax.wrap(params, "kernel", rank=2, alpha=1.0 + i, key=key, dora=dora)
             for i, key in enumerate(keys)
@@ -93,7 +92,7 @@ def bank_of(dora: bool, seed: int) -> Any:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_other_ids_and_another_bank(dora: bool) -> None:
-    batched = jax.jit(adapt_batched(lambda params, x: x @ params["kernel"]))
+    batched = jax.jit(serving.adapt(lambda params, x: x @ params["kernel"]))
     x, ids = jnp.ones((3, 6)), [jnp.array(each) for each in ([0, 1, 2], [2, 2, -1])]
     banks = [bank_of(dora, seed) for seed in (0, 1)]
     batched(banks[0], ids[0], x)
@@ -108,7 +107,7 @@ def test_other_weights_of_an_active_sum() -> None:
     @jax.jit
     def called(weights: jax.Array) -> jax.Array:
         fn = lora_jax.adapt(lambda params, x: x @ params["kernel"])
-        return fn(activate(bank, weights), x)
+        return fn(serving.activate(bank, weights), x)
 
     several = [jnp.array(each) for each in ([1.0, 0.0, 0.5], [0.25, 0.75, 0.0])]
     called(several[0])
@@ -117,11 +116,11 @@ def test_other_weights_of_an_active_sum() -> None:
 
 
 _ARITHMETIC = {
-    "grown": lambda wrapped, weight: lora_jax.resize(wrapped, 3),
-    "pruned": lambda wrapped, weight: lora_jax.resize(wrapped, 1),
+    "grown": lambda wrapped, weight: lora_jax.arithmetic.resize(wrapped, 3),
+    "pruned": lambda wrapped, weight: lora_jax.arithmetic.resize(wrapped, 1),
     **{
         method: functools.partial(
-            lambda wrapped, weight, **options: lora_jax.combine_adapters(
+            lambda wrapped, weight, **options: lora_jax.arithmetic.blend(
                 [wrapped, wrapped], [weight, 1.0], **options
             ),
             method=method,
@@ -148,8 +147,8 @@ def test_the_arithmetic_of_another_adapter(name: str) -> None:
 _ON_ONE_WEIGHT: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "merging": (lora_jax.merge, False),
     "merging DoRA": (lora_jax.merge, True),
-    "growing": (lambda wrapped: lora_jax.resize(wrapped, 3), False),
-    "pruning": (lambda wrapped: lora_jax.resize(wrapped, 1), False),
+    "growing": (lambda wrapped: lora_jax.arithmetic.resize(wrapped, 3), False),
+    "pruning": (lambda wrapped: lora_jax.arithmetic.resize(wrapped, 1), False),
 }
 
 

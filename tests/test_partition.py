@@ -107,10 +107,10 @@ def test_wrap_and_merge_keep_every_partition(mesh: Any, spec: PartitionSpec) -> 
     assert_agree((plain(merged), plain(unwrapped)), (original, original))
 
 
-def moments() -> lora_jax.InputMoments:
+def moments() -> lora_jax.init.InputMoments:
     rows = np.random.default_rng(2).normal(size=(4, 20, SIZES[2])).astype(np.float32)
     second = jnp.asarray(np.einsum("bni,bnj->bij", rows, rows))
-    return lora_jax.InputMoments(second, jnp.asarray(rows.sum(1)), jnp.full((4,), 20))
+    return lora_jax.init.InputMoments(second, jnp.asarray(rows.sum(1)), jnp.full((4,), 20))
 
 
 def initialisers(array: Any) -> dict[str, Any]:
@@ -151,8 +151,8 @@ class TestAfterTraining:
     def test_everything_else_keeps_the_partition(self, mesh: Any, spec: PartitionSpec) -> None:
         tree = trained(wrapped(cut(weight(len(spec)), mesh, spec), init="pissa"))
         merged = plain(lora_jax.merge(tree))
-        on_original = lora_jax.on_original_base(tree)
-        grown, pruned = lora_jax.resize(tree, 3), lora_jax.resize(tree, 1)
+        on_original = lora_jax.arithmetic.on_original_base(tree)
+        grown, pruned = lora_jax.arithmetic.resize(tree, 3), lora_jax.arithmetic.resize(tree, 1)
         assert_agree(plain(lora_jax.merge(on_original)), merged)
         assert_agree(plain(lora_jax.merge(grown)), merged)
         for each in (on_original, grown, pruned):
@@ -173,7 +173,7 @@ class TestAfterTraining:
         axes = {"kernel": AXES[len(spec)]}
         options = {"axes": axes, "train": "bias"}
         for limit in ({"energy": 1.0}, {"rank": 4 if len(spec) == 2 else 8}):
-            tree = lora_jax.extract(params, tuned, "kernel", **options, **limit)
+            tree = lora_jax.arithmetic.extract(params, tuned, "kernel", **options, **limit)
             assert_cut(tree["kernel"], spec)
             assert_agree(plain(lora_jax.merge(tree)), plain(tuned))
 
@@ -181,10 +181,10 @@ class TestAfterTraining:
 def test_a_stack_of_adapters(mesh: Any) -> None:
     spec = PartitionSpec(None, "x", "y")
     adapters = [trained(wrapped(cut(weight(3), mesh, spec)))] * 2
-    stacked = lora_jax.resize(lora_jax.stack(adapters, capacity=3), 1)["kernel"]
+    bank = lora_jax.arithmetic.resize(lora_jax.serving.bank(adapters, capacity=3), 1)["kernel"]
     expected = shared_cuts(spec, 3)
-    assert cuts(stacked.lora_A)[1:] == as_cuts(expected["lora_A"])
-    assert cuts(stacked.lora_B)[1:] == as_cuts(expected["lora_B"])
+    assert cuts(bank.lora_A)[1:] == as_cuts(expected["lora_A"])
+    assert cuts(bank.lora_B)[1:] == as_cuts(expected["lora_B"])
 
 
 def test_some_layers_of_a_cut_stack(mesh: Any) -> None:

@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 import lora_jax
-from lora_jax import peft
 from lora_jax._paths import leaves_with_paths, map_with_paths, nearest_paths
+from lora_jax.exchange import peft
 
 
 @jax.tree_util.register_dataclass
@@ -177,22 +177,22 @@ RULES = [peft.Rule("{module:.+}.weight", "{module:.+}")]
 OF_PARAMS: dict[str, Callable[[Any, Any], Any]] = {
     "wrap": lambda tree, folder: lora_jax.wrap(tree, ".*", rank=1),
     "infer_axes": lambda tree, folder: lora_jax.infer_axes(matrices_of, tree, matrix()),
-    "input_moments": lambda tree, folder: lora_jax.input_moments(
-        matrices_of, tree, [matrix()], ".*"
+    "input_moments": lambda tree, folder: lora_jax.init.input_moments(
+        matrices_of, tree, [matrix()], targets=".*"
     ),
-    "extract": lambda tree, folder: lora_jax.extract(tree, tree, ".*", rank=1),
+    "extract": lambda tree, folder: lora_jax.arithmetic.extract(tree, tree, ".*", rank=1),
     "init.lora_ga": lambda tree, folder: lora_jax.init.lora_ga(tree),
     "restore": lambda tree, folder: lora_jax.restore(folder, tree),
     "peft.preview": lambda tree, folder: peft.preview(tree, names=RULES),
 }
 OF_WRAPPED: dict[str, Callable[[Any, Any], Any]] = {
     "merge": lambda tree, folder: lora_jax.merge(tree),
-    "merge some": lambda tree, folder: lora_jax.merge(tree, "a"),
+    "merge some": lambda tree, folder: lora_jax.merge(tree, targets="a"),
     "unmerge": lambda tree, folder: lora_jax.unmerge(tree, tree, targets="a"),
-    "resize": lambda tree, folder: lora_jax.resize(tree, 2),
+    "resize": lambda tree, folder: lora_jax.arithmetic.resize(tree, 2),
     "summary": lambda tree, folder: lora_jax.summary(tree),
     "save": lambda tree, folder: lora_jax.save(folder / "other", tree),
-    "stack": lambda tree, folder: lora_jax.stack([tree]),
+    "stack": lambda tree, folder: lora_jax.serving.bank([tree]),
     "peft.save": lambda tree, folder: peft.save(folder / "other", tree, names=RULES),
 }
 

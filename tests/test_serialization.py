@@ -146,7 +146,7 @@ assert (read["kernel"].base == 2).all()
 
 
 def test_moments_of_inputs() -> None:
-    moments = lora_jax.input_moments(apply, PARAMS, [X], "kernel")
+    moments = lora_jax.init.input_moments(apply, PARAMS, [X], targets="kernel")
     target = jax.tree.map(jnp.zeros_like, moments)
     written = flax.serialization.to_bytes(moments)
     assert_same(flax.serialization.from_bytes(target, written), moments)

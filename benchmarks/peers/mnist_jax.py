@@ -13,7 +13,7 @@ import lora_jax
 from benchmarks.peers.batches import read_batches, write_batches
 from experiments.mnist_task import ADAPTED_APPLY, LAYERS, initial_params
 from experiments.training import Training
-from lora_jax import peft
+from lora_jax.exchange import peft
 
 _NAMES = [peft.Rule(f"{layer}.weight", f"{layer}/kernel") for layer in LAYERS]
 _FRESH = functools.partial(lora_jax.init.gaussian, standard_deviation=1.0)

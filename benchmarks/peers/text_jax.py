@@ -19,7 +19,7 @@ from experiments.text.evaluation import log_probabilities
 from experiments.text.options import parsed
 from experiments.text.task import Encoder, adapted_apply, classifier_apply
 from experiments.text.training import CompiledSteps, optimizer
-from lora_jax import peft
+from lora_jax.exchange import peft
 
 
 class LoraJax:

@@ -14,7 +14,7 @@ from experiments.text.evaluation import batches_of
 from experiments.text.options import Options, parsed
 from experiments.text.task import Encoder, TextTask, loaded_texts, text_task
 from experiments.text.training import GREATEST_GRADIENT, learning_rates
-from lora_jax import peft
+from lora_jax.exchange import peft
 
 
 def peft_names(config: BertConfig) -> list[peft.Rule]:

@@ -52,10 +52,10 @@ class ServedTasks:
         self._encoder = encoder
         self._max_length = min(task.card.max_length for task in tasks)
         with as_input_error():
-            self._stacked = lora_jax.stack([task.wrapped["encoder"] for task in tasks])
+            self._stacked = lora_jax.serving.bank([task.wrapped["encoder"] for task in tasks])
         self._kernels, self._biases = _stacked_heads(tasks)
         fn = functools.partial(_log_probabilities, encoder.config)
-        self._serve = jax.jit(lora_jax.adapt_batched(fn))
+        self._serve = jax.jit(lora_jax.serving.adapt(fn))
 
     def rows(self, sentences: Sequence[str]) -> TokenBatch:
         """Returns the sentences once for every task: those of the first task come first."""

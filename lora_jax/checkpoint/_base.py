@@ -98,7 +98,8 @@ def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: 
             f"the checkpoint {source} belongs to another base: `params` has other numbers than the "
             f"weights that it was saved beside at {listed(others)}. Expected the params that were "
             "wrapped. restore(..., check_base=False) takes any that fit, such as these where "
-            "on_original_base, stack or resize gave back a weight to rounding before it was saved."
+            "on_original_base, serving.bank or resize gave back a weight to rounding before it was "
+            "saved."
         )
     if recast:
         path = next(iter(recast))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from lora_jax._moments import InputMoments
 from lora_jax.init._data import DataInitializer, moments_per_matrix, second_moment
 from lora_jax.init._linear_algebra import (
     product,
@@ -16,6 +15,7 @@ from lora_jax.init._linear_algebra import (
     singular_value_decomposition,
     widened,
 )
+from lora_jax.init._moments import InputMoments
 
 
 def corda(
@@ -64,7 +64,7 @@ def corda(
     Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> rows = jnp.array([[0.1, 0.0], [0.0, 5.0]])
-      >>> moments = lora_jax.InputMoments(
+      >>> moments = lora_jax.init.InputMoments(
       ...     second=(rows.T @ rows)[None], first=rows.sum(0)[None], count=jnp.array([2])
       ... )
       >>> params = {"kernel": jnp.array([[2.0, 0.0], [0.0, 1.0]])}

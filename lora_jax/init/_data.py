@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._moments import InputMoments
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._shapes import Axes, Layers, side_size, sizes, taken_layers, to_matrices
+from lora_jax.init._moments import InputMoments
 from lora_jax.init._protocol import Frozen
 
 DataFunction = Callable[
@@ -120,13 +120,13 @@ def moments_per_matrix(moments: Mapping[str, InputMoments]) -> dict[str, InputMo
     """
     if not isinstance(moments, Mapping):
         raise TypeError(
-            f"`moments` is {moments!r}; expected a mapping from path to lora_jax.InputMoments."
+            f"`moments` is {moments!r}; expected a mapping from path to lora_jax.init.InputMoments."
         )
     for path, value in moments.items():
         if not isinstance(value, InputMoments):
             raise TypeError(
                 f"`moments` has {type(value).__name__} for '{path}'; expected a "
-                "lora_jax.InputMoments."
+                "lora_jax.init.InputMoments."
             )
     return {
         path: dataclasses.replace(

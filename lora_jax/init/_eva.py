@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from lora_jax._moments import InputMoments
 from lora_jax.init._data import DataInitializer, moments_per_matrix, second_moment
 from lora_jax.init._linear_algebra import widened, with_fixed_signs
+from lora_jax.init._moments import InputMoments
 
 
 def eva(
@@ -50,7 +50,7 @@ def eva(
     Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> rows = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 3.0], [0.0, -3.0]])
-      >>> moments = lora_jax.InputMoments(
+      >>> moments = lora_jax.init.InputMoments(
       ...     second=(rows.T @ rows)[None], first=rows.sum(0)[None], count=jnp.array([4])
       ... )
       >>> params = {"kernel": jnp.ones((2, 3))}
@@ -104,7 +104,7 @@ def eva_ranks(
       >>> import jax.numpy as jnp, lora_jax
       >>> def moments(variances):
       ...     second = 10 * jnp.diag(jnp.array(variances))[None]
-      ...     return lora_jax.InputMoments(second, jnp.zeros((1, 4)), jnp.array([10]))
+      ...     return lora_jax.init.InputMoments(second, jnp.zeros((1, 4)), jnp.array([10]))
       >>> seen = {"even": moments([1.0, 1.0, 1.0, 1.0]), "uneven": moments([5.0, 3.0, 0.1, 0.1])}
       >>> lora_jax.init.eva_ranks(seen, rank=1)
       {'^uneven$': {'rank': 2}}

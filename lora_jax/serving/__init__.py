@@ -1,11 +1,13 @@
-"""Many adapters of one model: in one batch, in one sum, or made into one."""
+"""Many adapters of one model: a bank of them, one batch with an adapter for each example, a sum.
+
+A bank is one tree that holds several adapters, each in a slot; an id names the slot.
+"""
 
 from lora_jax.serving._activate import activate as activate
-from lora_jax.serving._bank import add_adapter as add_adapter
-from lora_jax.serving._bank import remove_adapter as remove_adapter
-from lora_jax.serving._bank import replace_adapter as replace_adapter
-from lora_jax.serving._batched import adapt_batched as adapt_batched
-from lora_jax.serving._combine import combine_adapters as combine_adapters
-from lora_jax.serving._stack import adapter_ids as adapter_ids
-from lora_jax.serving._stack import select as select
-from lora_jax.serving._stack import stack as stack
+from lora_jax.serving._bank import bank as bank
+from lora_jax.serving._bank import ids as ids
+from lora_jax.serving._bank import select as select
+from lora_jax.serving._batched import adapt as adapt
+from lora_jax.serving._slots import add as add
+from lora_jax.serving._slots import remove as remove
+from lora_jax.serving._slots import replace as replace

@@ -1,33 +1,36 @@
-"""Several adapters of a stack at once."""
+"""Several adapters of a bank at once."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._weight import LoRAWeight
-from lora_jax.serving._alike import lora_nodes, map_lora_weights
-from lora_jax.serving._stack import capacity_of, check_stacked
+from lora_jax.arithmetic._alike import (
+    check_no_magnitude,
+    checked_weights,
+    lora_nodes,
+    map_lora_weights,
+)
+from lora_jax.serving._bank import capacity_of, check_bank
 
 
 def activate(
-    stacked: Any, weights: Sequence[float | Array] | Real[Array, "capacity"] | np.ndarray
+    bank: Any, weights: Sequence[float | Array] | Real[Array, "capacity"] | np.ndarray
 ) -> Any:
-    r"""Returns the weighted sum of a stack's adapters as one wrapped tree.
+    r"""Returns the weighted sum of a bank's adapters as one wrapped tree.
 
     $W + \sum_i w_i s_i A_i B_i$, exactly: side by side the factors are one adapter of rank
     capacity · r with a scale of 1, whose lora_B takes $w_i s_i$. A weight of 0 switches an adapter
     off. Under `jax.jit` other weights don't recompile.
 
     Args:
-      stacked: what `stack` returned.
-      weights: a number for each place (capacity,).
+      bank: what `bank` returned.
+      weights: a number for each slot (capacity,).
 
     Returns:
       A wrapped tree, for `adapt` and `merge`.
@@ -43,43 +46,15 @@ def activate(
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
       >>> adapters = [lora_jax.wrap(params, "kernel", rank=2) for _ in range(3)]
-      >>> wrapped = lora_jax.activate(lora_jax.stack(adapters), [1.0, 0.0, -0.5])
+      >>> wrapped = lora_jax.serving.activate(lora_jax.serving.bank(adapters), [1.0, 0.0, -0.5])
       >>> wrapped["kernel"].rank
       6
     """
-    check_stacked(stacked)
-    for path, node in lora_nodes(stacked):
-        check_no_magnitude("`stacked`", path, node)
-    numbers = checked_weights(weights, capacity_of(stacked))
-    return map_lora_weights(lambda node: _activated(node, numbers), stacked)
-
-
-def check_no_magnitude(name: str, path: str, node: LoRAWeight) -> None:
-    """Raises if a weight is one of DoRA, a sum of which is not an adapter."""
-    if node.magnitude is not None:
-        raise ValueError(
-            f"{name} has a magnitude (DoRA) at '{path}', which multiplies the weight, so that such "
-            "adapters don't add up; expected plain LoRA. extract(params, merge(wrapped), targets, "
-            "rank=...) makes plain adapters of them."
-        )
-
-
-def checked_weights(weights: Any, count: int) -> Array:
-    """Returns `count` weights as a float array."""
-    array = weights
-    if not hasattr(weights, "dtype"):
-        is_traced = any(map(is_tracer, jax.tree.leaves(weights)))
-        array = (jnp if is_traced else np).asarray(weights, np.float32)
-    if array.shape != (count,):
-        raise ValueError(
-            f"`weights` has the shape {array.shape}; expected a number for each of the {count} "
-            "adapters."
-        )
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(np.float32)
-    if not is_tracer(array) and not np.all(np.isfinite(np.asarray(array, np.float64))):
-        raise ValueError(f"`weights` is {weights}; expected finite numbers.")
-    return jnp.asarray(array)
+    check_bank(bank)
+    for path, node in lora_nodes(bank):
+        check_no_magnitude("`bank`", path, node)
+    numbers = checked_weights(weights, capacity_of(bank))
+    return map_lora_weights(lambda node: _activated(node, numbers), bank)
 
 
 def _activated(node: LoRAWeight, weights: Array) -> LoRAWeight:

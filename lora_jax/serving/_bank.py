@@ -1,20 +1,24 @@
-"""Changing which adapters a stack of fixed capacity holds, without changing a shape."""
+"""A bank: several adapters of one model in one tree, and one of them out of it."""
 
 import dataclasses
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Bool
 
 from lora_jax._algebra import on_original, with_norm
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
+from lora_jax._settings import check_rank
 from lora_jax._weight import LoRAWeight
-from lora_jax.serving._alike import (
-    check_adapter,
-    check_same_model,
+from lora_jax.arithmetic._alike import (
+    checked_adapters,
     common_layers,
+    lora_nodes,
     map_lora_weights,
     map_together,
     numbers_of,
@@ -22,96 +26,62 @@ from lora_jax.serving._alike import (
     with_rank,
     without_change,
 )
-from lora_jax.serving._stack import (
-    adapter_ids,
-    capacity_of,
-    check_known,
-    check_stacked,
-    checked_id,
-)
 
 
-def add_adapter(stacked: Any, wrapped: Any) -> tuple[Any, int]:
-    """Returns the bank with one more adapter, and the id that it got: the first free one.
+def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | None = None) -> Any:
+    r"""Returns one tree with all adapters, which share the base.
+
+    In each `LoRAWeight`, `lora_A`, `lora_B`, `scale` and `magnitude` get an axis of adapters in
+    front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter i is
+    still $W + s_i A_i B_i$. What an initialiser had moved from the weight into the factors is moved
+    back first, as by `on_original_base`, which doubles that adapter's rank. An adapter of some
+    layers gets places for those of the others, at which it changes nothing.
+
+    The tree is a bank of slots: `add`, `replace` and `remove` change its numbers and none of its
+    shapes, so that compiled functions of it stay valid. To train an
+    adapter further `select` it; to train all of them in place, `split` the bank.
 
     Args:
-      stacked: what `stack([...], capacity=...)` returned.
-      wrapped: an adapter of the same params and targets, of at most the bank's rank.
+      adapters: wrapped trees of the same params with the same targets.
+      capacity: how many adapters there is room for; as many as there are unless given.
+      rank: the rank that there is room for, in every weight; the largest one of the adapters, by
+        weight, unless given.
 
     Returns:
-      stacked: the bank, of the same shapes.
-      adapter_id: the adapter's place.
+      The bank, for `serving.adapt`, `select` and `activate`.
 
     Raises:
-      ValueError: the bank is full, or the adapter does not fit it.
+      ValueError: the adapters differ in base, structure, targets, axes or kind, one of them trains
+        weights in full or holds values that are not finite, or there is no room for one.
+      TypeError: `adapters` is not a list, or `capacity` or `rank` is not an integer.
+
+    Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
-      >>> bank = lora_jax.stack([wrapped], capacity=3)
-      >>> bank, adapter_id = lora_jax.add_adapter(bank, wrapped)
-      >>> adapter_id
-      1
+      >>> adapters = [lora_jax.wrap(params, "kernel", rank=rank) for rank in (1, 2)]
+      >>> bank = lora_jax.serving.bank(adapters, capacity=8)
+      >>> bank["kernel"].lora_A.shape, bank["kernel"].lora_B.shape
+      ((8, 4, 2), (8, 2, 3))
     """
-    taken = set(adapter_ids(stacked))
-    capacity = capacity_of(stacked)
-    free = next((place for place in range(capacity) if place not in taken), None)
-    if free is None:
-        raise ValueError(
-            f"`stacked` is full: all of its {capacity} places hold adapters. "
-            "remove_adapter(stacked, id) frees one, and stack([...], capacity=...) makes a larger "
-            "bank."
-        )
-    return replace_adapter(stacked, wrapped, adapter_id=free), free
+    trees = checked_adapters(adapters)
+    slots = _checked_capacity(capacity, len(trees))
+    if rank is not None:
+        check_rank("`rank`", rank)
+    return map_together(lambda path, nodes: _bank_of(path, nodes, slots, rank), trees)
 
 
-def replace_adapter(stacked: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
-    """Returns the bank with an adapter in place of whatever a place held.
+def select(bank: Any, adapter_id: int | Array) -> Any:
+    """Returns one adapter of a bank, as an ordinary wrapped tree of the bank's rank.
 
     Args:
-      stacked: what `stack([...], capacity=...)` returned.
-      wrapped: an adapter of the same params and targets, of at most the bank's rank.
-      adapter_id: the place, from 0 to below the capacity. Under `jax.jit` it may be traced, which
-        with the bank donated overwrites it where it is; one out of range then changes nothing.
+      bank: what `bank` returned.
+      adapter_id: its slot; -1 for an adapter that changes nothing. Where it is traced, an unknown
+        one gives this too.
 
     Returns:
-      The bank, of the same shapes.
-
-    Raises:
-      ValueError: there is no such place, or the adapter does not fit the bank.
-      TypeError: `adapter_id` is not an integer.
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> bank = lora_jax.stack([lora_jax.wrap(params, "kernel", rank=2)], capacity=3)
-      >>> other = lora_jax.wrap(params, "kernel", rank=1)
-      >>> lora_jax.adapter_ids(lora_jax.replace_adapter(bank, other, adapter_id=2))
-      (0, 2)
-    """
-    check_stacked(stacked)
-    if not is_tracer(adapter_id):
-        _check_place(stacked, checked_id(adapter_id))
-    check_adapter("`wrapped`", wrapped)
-    check_same_model("`wrapped`", wrapped, "`stacked`", stacked)
-
-    def replaced(path: str, nodes: list[LoRAWeight]) -> LoRAWeight:
-        bank, node = nodes
-        return _with(bank, _fitting(path, node, bank), adapter_id)
-
-    return map_together(replaced, [stacked, wrapped])
-
-
-def remove_adapter(stacked: Any, adapter_id: int) -> Any:
-    """Returns the bank with a place emptied; whoever still asks for it gets the base model.
-
-    Args:
-      stacked: what `stack([...], capacity=...)` returned.
-      adapter_id: the place.
-
-    Returns:
-      The bank, of the same shapes.
+      The wrapped tree.
 
     Raises:
       ValueError: there is no such adapter.
@@ -120,72 +90,159 @@ def remove_adapter(stacked: Any, adapter_id: int) -> Any:
     Examples:
       >>> import jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
-      >>> bank = lora_jax.stack([wrapped, wrapped])
-      >>> lora_jax.adapter_ids(lora_jax.remove_adapter(bank, 0))
-      (1,)
+      >>> bank = lora_jax.serving.bank([lora_jax.wrap(params, "kernel", rank=2)])
+      >>> lora_jax.serving.select(bank, 0)["kernel"].rank
+      2
     """
-    check_stacked(stacked)
-    place = checked_id(adapter_id)
-    _check_place(stacked, place)
-    check_known(stacked, [place])
+    check_bank(bank)
+    if not is_tracer(adapter_id):
+        check_known(bank, [checked_id(adapter_id)])
 
-    def removed(node: LoRAWeight) -> LoRAWeight:
-        first = {name: array[0] for name, array in numbers_of(node).items()}
-        single = dataclasses.replace(node, **first)
-        return _with(node, dataclasses.replace(single, **without_change(single)), place)
+    def selected(node: LoRAWeight) -> LoRAWeight:
+        return dataclasses.replace(slot(node, adapter_id), norm=None)
 
-    return map_lora_weights(removed, stacked)
+    return map_lora_weights(selected, bank)
 
 
-def _fitting(path: str, node: LoRAWeight, bank: LoRAWeight) -> LoRAWeight:
-    """Returns the weight with the shapes and dtypes that the bank has room for."""
-    node = on_original(node)
-    if node.rank > bank.rank:
+def ids(bank: Any) -> tuple[int, ...]:
+    """Returns the slots of a bank that hold an adapter; the others compute what the base does.
+
+    A slot is empty where all factors and scales are zero.
+
+    Args:
+      bank: what `bank` returned.
+
+    Returns:
+      The ids, in order.
+
+    Raises:
+      ValueError: `bank` is not a bank of adapters, or is traced.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> params = {"kernel": jnp.ones((4, 3))}
+      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
+      >>> lora_jax.serving.ids(lora_jax.serving.bank([wrapped, wrapped], capacity=5))
+      (0, 1)
+    """
+    check_bank(bank)
+    numbers = _occupying(bank)
+    if any(map(is_tracer, jax.tree.leaves(numbers))):
         raise ValueError(
-            f"`wrapped` has the rank {node.rank} at '{path}', and `stacked` has room for "
-            f"{bank.rank}; expected at most that. stack([...], rank={node.rank}) makes a bank with "
-            f"room for it, and resize(wrapped, {bank.rank}) the best approximation of it."
+            "`bank` is traced, so that its slots can't be looked at; call this outside of "
+            "jax.jit, or serving.replace(bank, wrapped, adapter_id=...) with an id."
         )
-    if common_layers([node, bank]) != bank.layers:
-        raise ValueError(
-            f"`wrapped` adapts the layers {node.layers or 'all'} at '{path}', and `stacked` has "
-            f"room for {bank.layers}; expected some of them. Give both to stack([...])."
-        )
-    node = dataclasses.replace(node, base=bank.base)
-    node = with_rank(spread(node, bank.layers), bank.rank)
-    if bank.norm is not None:
-        node = with_norm(node)
-    for name, array in numbers_of(node).items():
-        dtype = getattr(bank, name).dtype
-        if common_dtype(array.dtype, dtype) != dtype:
-            raise ValueError(
-                f"`wrapped` has the dtype {array.dtype} at '{path}/{name}', and `stacked` {dtype}, "
-                "which does not hold it; give both to stack([...])."
-            )
-    return node
+    with jax.ensure_compile_time_eval():
+        return tuple(np.flatnonzero(_occupied(numbers)).tolist())
 
 
-def _with(bank: LoRAWeight, node: LoRAWeight, place: int | Array) -> LoRAWeight:
-    """Returns the stacked weight with other numbers in one place."""
-    index = jnp.asarray(place, jnp.int32)
-    numbers = {
-        name: _written(getattr(bank, name), array, index)
+def slot(node: LoRAWeight, adapter_id: int | Array) -> LoRAWeight:
+    """Returns one adapter of a weight's bank; the base's where there is no such slot."""
+    count = node.scale.shape[0]
+    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
+    is_known = (adapter_id >= 0) & (adapter_id < count)
+    place = jnp.clip(adapter_id, 0, count - 1)
+    held: dict[str, Any] = {
+        name: jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
         for name, array in numbers_of(node).items()
     }
-    return dataclasses.replace(bank, **numbers)
+    single = dataclasses.replace(node, **held)
+    # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
+    chosen: dict[str, Any] = {
+        name: jnp.where(is_known, held[name], base) for name, base in without_change(single).items()
+    }
+    return dataclasses.replace(single, **chosen)
+
+
+def check_bank(bank: Any) -> None:
+    """Raises unless `bank` is what `bank` returned."""
+    nodes = lora_nodes(bank)
+    if not nodes or not all(node.is_stacked for _, node in nodes):
+        raise ValueError(
+            "`bank` is not a bank of adapters; expected what serving.bank([wrapped, ...]) returned."
+        )
+
+
+def capacity_of(bank: Any) -> int:
+    """Returns how many slots a bank has."""
+    return lora_nodes(bank)[0][1].scale.shape[0]
+
+
+def checked_id(adapter_id: Any) -> int:
+    """Returns an id as an int."""
+    if isinstance(adapter_id, bool) or not hasattr(adapter_id, "__index__"):
+        raise TypeError(f"`adapter_id` is {adapter_id!r}; expected a whole number.")
+    return operator.index(adapter_id)
+
+
+def check_known(bank: Any, wanted: Sequence[int]) -> None:
+    """Raises if one of `wanted` is neither -1 nor that of an adapter."""
+    if any(map(is_tracer, jax.tree.leaves(_occupying(bank)))):
+        known: Sequence[int] = range(capacity_of(bank))
+    else:
+        known = ids(bank)
+    unknown = sorted(set(wanted) - {-1, *known})
+    if unknown:
+        raise ValueError(
+            f"There is no adapter with the id {', '.join(map(str, unknown))}; expected one of "
+            f"{', '.join(map(str, known)) or 'none'}, or -1 for the base model. "
+            "serving.ids(bank) lists them."
+        )
+
+
+def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | None) -> LoRAWeight:
+    untouched = next((node for node in nodes if node.initial_A is None), nodes[0])
+    nodes = [on_original(node) for node in nodes]
+    largest = max(node.rank for node in nodes)
+    if rank is not None and largest > rank:
+        raise ValueError(
+            f"`rank` is {rank}, and an adapter has the rank {largest} at '{path}'; expected at "
+            f"least that: serving.bank(..., rank={largest})."
+        )
+    layers = common_layers(nodes)
+    base = on_original(untouched).base
+    alike = [
+        with_norm(with_rank(spread(dataclasses.replace(node, base=base), layers), rank or largest))
+        for node in nodes
+    ]
+    frozen = {node.frozen for node in nodes}
+    null = without_change(alike[0])
+    numbers: dict[str, Any] = {
+        name: _filled_up([numbers_of(node)[name] for node in alike], array, capacity)
+        for name, array in null.items()
+    }
+    return dataclasses.replace(alike[0], **numbers, frozen=frozen.pop() if len(frozen) == 1 else ())
+
+
+def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
+    """Returns the arrays as one, of the dtype that holds all, with `empty` in the other slots."""
+    dtype = common_dtype(*(array.dtype for array in arrays))
+    rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
+    return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])
+
+
+def _occupying(bank: Any) -> list[list[Any]]:
+    """Returns the numbers of each weight of which one is not zero where there is an adapter."""
+    return [[node.lora_A, node.lora_B, node.scale] for _, node in lora_nodes(bank)]
 
 
 @jax.jit
-def _written(stacked: Array, array: Array, index: Array) -> Array:
-    row = array.astype(stacked.dtype)
-    return stacked.at[index].set(row, mode="drop", wrap_negative_indices=False)
+def _occupied(numbers: Sequence[Sequence[Array]]) -> Bool[Array, "capacity"]:
+    holds = [
+        jnp.any(array.reshape(array.shape[0], -1) != 0, axis=1)
+        for arrays in numbers
+        for array in arrays
+    ]
+    return jnp.any(jnp.stack(holds), axis=0)
 
 
-def _check_place(stacked: Any, place: int) -> None:
-    capacity = capacity_of(stacked)
-    if not 0 <= place < capacity:
+def _checked_capacity(capacity: Any, count: int) -> int:
+    if capacity is None:
+        return count
+    if isinstance(capacity, bool) or not hasattr(capacity, "__index__"):
+        raise TypeError(f"`capacity` is {capacity!r}; expected a whole number.")
+    if operator.index(capacity) < count:
         raise ValueError(
-            f"`adapter_id` is {place}; expected a place from 0 to {capacity - 1}, of which "
-            "`stacked` has that many. stack([...], capacity=...) makes a larger bank."
+            f"`capacity` is {capacity}, and there are {count} adapters; expected at least as many."
         )
+    return operator.index(capacity)

@@ -9,28 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lora_jax import transform
 from lora_jax._compat import is_tracer
 from lora_jax._weight import LoRAWeight
-from lora_jax.serving._alike import map_lora_weights
-from lora_jax.serving._stack import check_known, check_stacked, slot
-from lora_jax.transform import adapt
+from lora_jax.arithmetic._alike import map_lora_weights
+from lora_jax.serving._bank import check_bank, check_known, slot
 from lora_jax.transform._report import OnMaterialize
 
 InAxes = int | None | Sequence[int | None]
 
 
-def adapt_batched(
+def adapt(
     fn: Callable[..., Any],
     *,
     in_axes: InAxes = 0,
     out_axes: int = 0,
     on_materialize: OnMaterialize = "warn",
 ) -> Callable[..., Any]:
-    r"""Returns `fn` as a function of a stack of adapters and of which example uses which.
+    r"""Returns `fn` as a function of a bank of adapters and of which example uses which.
 
     Example n gets $W + s_i A_i B_i$ with i = ids[n]. All products with $W$ are done once, for the
     whole batch; the factors are gathered by id and multiplied in small batched products, so that
-    the compiled program depends on the size of the batch and of the stack, and not on the ids.
+    the compiled program depends on the size of the batch and of the bank, and not on the ids.
 
     `fn` keeps its batch axis: it is called under `jax.vmap` with a batch of one example, and so has
     to treat examples independently, as models do in inference.
@@ -41,16 +41,16 @@ def adapt_batched(
         all examples share, or one of these for each argument. Leaves that are no arrays, and
         keyword arguments, are shared.
       out_axes: the batch axis of each array that `fn` returns.
-      on_materialize: as for `adapt`.
+      on_materialize: as for `lora_jax.adapt`.
 
     Returns:
-      A function `(stacked, ids, *args, **kwargs)`, where `stacked` is what `stack` returned and
+      A function `(bank, ids, *args, **kwargs)`, where `bank` is what `bank` returned and
       `ids` holds an id for each example (batch,), with -1 for the base model. An id that no adapter
       has is an error; where the ids are traced, under `jax.jit`, it gives the base model too.
 
     Raises:
       ValueError: when called: an unknown id, an argument that does not fit `ids`, or an output
-        without a batch axis; or, when differentiated with respect to `stacked`, it keeps the norms
+        without a batch axis; or, when differentiated with respect to `bank`, it keeps the norms
         of its adapters (DoRA), which `split` leaves out.
       TypeError: when called: `ids` are no whole numbers.
 
@@ -59,15 +59,15 @@ def adapt_batched(
     Examples:
       >>> import jax, jax.numpy as jnp, lora_jax
       >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> stacked = lora_jax.stack([lora_jax.wrap(params, "kernel", rank=2)])
-      >>> serve = jax.jit(lora_jax.adapt_batched(lambda params, x: x @ params["kernel"]))
-      >>> serve(stacked, jnp.array([0, -1]), jnp.ones((2, 4))).tolist()
+      >>> bank = lora_jax.serving.bank([lora_jax.wrap(params, "kernel", rank=2)])
+      >>> serve = jax.jit(lora_jax.serving.adapt(lambda params, x: x @ params["kernel"]))
+      >>> serve(bank, jnp.array([0, -1]), jnp.ones((2, 4))).tolist()
       [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
-    adapted = adapt(fn, on_materialize=on_materialize)
+    adapted = transform.adapt(fn, on_materialize=on_materialize)
 
-    def batched(stacked: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = _checked_ids(stacked, ids)
+    def batched(bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = _checked_ids(bank, ids)
         leaves, structure = jax.tree.flatten(args)
         axes = _leaf_axes(args, in_axes)
         _check_sizes(args, axes, ids.shape[0])
@@ -77,7 +77,7 @@ def adapt_batched(
             single = list(leaves)
             for (place, axis), example in zip(mapped.items(), examples, strict=True):
                 single[place] = jnp.expand_dims(example, axis)
-            wrapped = map_lora_weights(lambda node: _served(slot(node, adapter_id)), stacked)
+            wrapped = map_lora_weights(lambda node: _served(slot(node, adapter_id)), bank)
             outputs = adapted(wrapped, *jax.tree.unflatten(structure, single), **kwargs)
             return jax.tree.map(lambda output: _without_batch_axis(output, out_axes), outputs)
 
@@ -103,15 +103,15 @@ def _fixed(factors: dict[str, Any]) -> dict[str, Any]:
 @_fixed.defjvp
 def _fixed_jvp(primals: Any, tangents: Any) -> Any:
     raise ValueError(
-        "`stacked` keeps the norms of its adapters (DoRA), and after a step they would be those of "
+        "`bank` keeps the norms of its adapters (DoRA), and after a step they would be those of "
         "the factors before; expected a derivative with respect to the half that trains: "
-        "adapters, frozen = split(stacked), which leaves them out, or an adapter by itself: "
-        "select(stacked, id)."
+        "adapters, frozen = split(bank), which leaves them out, or an adapter by itself: "
+        "serving.select(bank, id)."
     )
 
 
-def _checked_ids(stacked: Any, ids: Any) -> Array:
-    check_stacked(stacked)
+def _checked_ids(bank: Any, ids: Any) -> Array:
+    check_bank(bank)
     if not hasattr(ids, "dtype"):
         is_traced = any(map(is_tracer, jax.tree.leaves(ids)))
         ids = jnp.asarray(ids) if is_traced else np.asarray(ids)
@@ -120,10 +120,11 @@ def _checked_ids(stacked: Any, ids: Any) -> Array:
     if ids.ndim != 1:
         raise ValueError(
             f"`ids` has the shape {ids.shape}; expected one id for each example (batch,). "
-            "adapt(fn)(select(stacked, id), ...) gives all examples the same adapter."
+            "lora_jax.adapt(fn)(serving.select(bank, id), ...) "
+            "gives all examples the same adapter."
         )
     if not is_tracer(ids):
-        check_known(stacked, np.asarray(ids).tolist())
+        check_known(bank, np.asarray(ids).tolist())
     return jnp.asarray(ids)
 
 

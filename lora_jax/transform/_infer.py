@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from lora_jax._axes import InferredAxes, WeightUse
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax._paths import path_strings
+from lora_jax._selection import check_not_wrapped
 from lora_jax._shapes import Axes, AxisRole
-from lora_jax._wrap import check_not_wrapped
 from lora_jax.transform._adapt import traced_function
 from lora_jax.transform._factored import Factor, Factored, Term, base_of, without_windows
 from lora_jax.transform._indexing import aligned_with_offsets, looked_up_axes

@@ -271,7 +271,7 @@ class TestSaveRefuses:
 
 def test_an_adapter_that_grew_is_restored(tmp_path):
     params = {"kernel": random(12, 10)}
-    wrapped = lora_jax.resize(lora_jax.wrap(params, "kernel", rank=2, init="pissa"), 4)
+    wrapped = lora_jax.arithmetic.resize(lora_jax.wrap(params, "kernel", rank=2, init="pissa"), 4)
     lora_jax.save(tmp_path / "adapters", wrapped)
     assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax import peft
+from lora_jax.exchange import peft
 
 ROOT = Path(__file__).parents[2]
 NAMES = [peft.Rule("dense.weight", "kernel")]

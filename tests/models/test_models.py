@@ -37,7 +37,7 @@ class Problem:
     fn: Callable[..., Any]
     params: Any
     args: tuple[Any, ...]
-    axes: lora_jax.InferredAxes
+    axes: lora_jax.transform.InferredAxes
     wrapped: Any
 
     @property
@@ -76,7 +76,7 @@ def make_problem(model: Model, **options: Any) -> Problem:
     return Problem(model, fn, params, args, axes, as_if_trained(wrapped))
 
 
-def targets_and_axes(model: Model, axes: lora_jax.InferredAxes) -> dict[str, Any]:
+def targets_and_axes(model: Model, axes: lora_jax.transform.InferredAxes) -> dict[str, Any]:
     also = [re.escape(path) for path in (*model.also, *model.by_hand)]
     if not model.by_hand:
         return {"targets": also + ["all-linear"] * bool(model.linear), "axes": axes}

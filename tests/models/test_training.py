@@ -139,8 +139,8 @@ def nnx_regression(x: jax.Array, **options: Any) -> tuple[Any, Any, Any]:
 
 NNX_TRANSFORMATIONS = {
     "adam": lambda: optax.adam(3e-2),
-    "lora_plus": lambda: optax.chain(optax.adam(1e-2), lora_jax.optimizers.lora_plus(4.0)),
-    "lora_fa": lambda: lora_jax.optimizers.lora_fa(optax.sgd(3e-1, momentum=0.9)),
+    "lora_plus": lambda: optax.chain(optax.adam(1e-2), lora_jax.updates.lora_plus(4.0)),
+    "lora_fa": lambda: lora_jax.updates.lora_fa(optax.sgd(3e-1, momentum=0.9)),
     "each label": lambda: {
         label: optax.adam(3e-2) for label in ("lora_A", "lora_B", "magnitude", "full")
     },
@@ -193,7 +193,7 @@ def test_optax_on_the_parameters_of_an_nnx_module() -> None:
     """The tree is whole, so that a transformation finds both factors of a weight."""
     x = noise(16, 24)
     _, adapted, wrapped = nnx_regression(x)
-    tx = lora_jax.optimizer(optax.chain(lora_jax.optimizers.riemannian(), optax.adam(3e-2)))
+    tx = lora_jax.optimizer(optax.chain(lora_jax.updates.riemannian(), optax.adam(3e-2)))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: Any, state: Any) -> tuple[Any, Any, jax.Array]:

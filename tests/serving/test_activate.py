@@ -34,8 +34,8 @@ def summed(model: Model, wrappeds: list[Any], weights: Any) -> dict[str, np.ndar
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_the_sum_is_exact(model: Model) -> None:
     wrappeds = [model.adapter(seed, rank=seed + 1, alpha=2.0) for seed in range(3)]
-    stacked = lora_jax.stack(wrappeds)
-    active = lora_jax.activate(stacked, WEIGHTS)
+    bank = lora_jax.serving.bank(wrappeds)
+    active = lora_jax.serving.activate(bank, WEIGHTS)
     expected = summed(model, wrappeds, WEIGHTS)
     for name, leaf in lora_jax.merge(active).items():
         assert_agree(leaf, expected[name])
@@ -49,31 +49,31 @@ def test_switching_compiles_nothing_again() -> None:
     traces = []
 
     @jax.jit
-    def apply(stacked: Any, weights: jax.Array, x: jax.Array) -> jax.Array:
+    def apply(bank: Any, weights: jax.Array, x: jax.Array) -> jax.Array:
         traces.append(1)
-        return lora_jax.adapt(DENSE.fn)(lora_jax.activate(stacked, weights), x)
+        return lora_jax.adapt(DENSE.fn)(lora_jax.serving.activate(bank, weights), x)
 
     wrappeds = [DENSE.adapter(seed) for seed in range(3)]
-    stacked = lora_jax.stack(wrappeds)
+    bank = lora_jax.serving.bank(wrappeds)
     for weights in np.eye(3, dtype=np.float32):
         expected = DENSE.fn(lora_jax.merge(wrappeds[int(weights.argmax())]), DENSE.x)
-        assert_agree(apply(stacked, weights, DENSE.x), expected)
-    off = apply(stacked, np.zeros(3, np.float32), DENSE.x)
+        assert_agree(apply(bank, weights, DENSE.x), expected)
+    off = apply(bank, np.zeros(3, np.float32), DENSE.x)
     assert_agree(off, DENSE.fn(DENSE.params, DENSE.x))
     assert len(traces) == 1
-    faded = jax.jit(lambda share: lora_jax.activate(stacked, [share, 1 - share, 0.0]))
+    faded = jax.jit(lambda share: lora_jax.serving.activate(bank, [share, 1 - share, 0.0]))
     assert_agree(
-        faded(0.25)["W1"].lora_B, lora_jax.activate(stacked, [0.25, 0.75, 0.0])["W1"].lora_B
+        faded(0.25)["W1"].lora_B, lora_jax.serving.activate(bank, [0.25, 0.75, 0.0])["W1"].lora_B
     )
 
 
 def test_each_example_with_its_own_sum() -> None:
     wrappeds = [DENSE.adapter(seed) for seed in range(2)]
-    stacked = lora_jax.stack(wrappeds)
+    bank = lora_jax.serving.bank(wrappeds)
     weights = np.random.default_rng(0).normal(size=(len(DENSE.x), 2)).astype(np.float32)
 
     def one(weights: jax.Array, x: jax.Array) -> jax.Array:
-        return lora_jax.adapt(DENSE.fn)(lora_jax.activate(stacked, weights), x)
+        return lora_jax.adapt(DENSE.fn)(lora_jax.serving.activate(bank, weights), x)
 
     actual = jax.jit(jax.vmap(one))(weights, DENSE.x)
     for place, x in enumerate(DENSE.x):
@@ -92,19 +92,19 @@ def test_each_example_with_its_own_sum() -> None:
 )
 def test_weights_that_do_not_fit(weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lora_jax.activate(lora_jax.stack([DENSE.adapter(0)] * 2), weights)
+        lora_jax.serving.activate(lora_jax.serving.bank([DENSE.adapter(0)] * 2), weights)
 
 
 def test_whole_numbers_are_weights() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0)])
+    bank = lora_jax.serving.bank([DENSE.adapter(0)])
     assert_agree(
-        lora_jax.merge(lora_jax.activate(stacked, jnp.array([1])))["W1"],
+        lora_jax.merge(lora_jax.serving.activate(bank, jnp.array([1])))["W1"],
         lora_jax.merge(DENSE.adapter(0))["W1"],
     )
 
 
 def test_magnitudes_do_not_add_up() -> None:
-    with pytest.raises(ValueError, match=r"`stacked` has a magnitude \(DoRA\) at 'W1'.*extract"):
-        lora_jax.activate(lora_jax.stack([DENSE.adapter(0, dora=True)]), [1.0])
-    with pytest.raises(ValueError, match="`stacked` is not a stack"):
-        lora_jax.activate(DENSE.adapter(0), [1.0])
+    with pytest.raises(ValueError, match=r"`bank` has a magnitude \(DoRA\) at 'W1'.*extract"):
+        lora_jax.serving.activate(lora_jax.serving.bank([DENSE.adapter(0, dora=True)]), [1.0])
+    with pytest.raises(ValueError, match="`bank` is not a bank"):
+        lora_jax.serving.activate(DENSE.adapter(0), [1.0])

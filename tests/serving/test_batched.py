@@ -1,4 +1,4 @@
-"""`adapt_batched`: each example with its own adapter equals a loop, at the cost of one base."""
+"""`serving.adapt`: each example with its own adapter equals a loop, at the cost of one base."""
 
 import re
 from typing import Any
@@ -47,9 +47,9 @@ def adapters(model: Model, kind: str) -> list[Any]:
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_batch_is_a_loop(model: Model, kind: str) -> None:
     wrappeds = adapters(model, kind)
-    stacked = lora_jax.stack(wrappeds, capacity=5)
-    serve = jax.jit(lora_jax.adapt_batched(model.fn, on_materialize="error"))
-    actual = serve(stacked, jnp.array(IDS), model.x)
+    bank = lora_jax.serving.bank(wrappeds, capacity=5)
+    serve = jax.jit(lora_jax.serving.adapt(model.fn, on_materialize="error"))
+    actual = serve(bank, jnp.array(IDS), model.x)
     expected = one_by_one(model, of(wrappeds, model.params, IDS), model.x)
     assert_agree(actual, expected)
 
@@ -62,10 +62,10 @@ def test_adapters_of_some_layers(choices: list[Any], dora: bool) -> None:
     wrappeds = [
         SCANNED.adapter(seed, layers=layers, dora=dora) for seed, layers in enumerate(choices)
     ]
-    stacked = lora_jax.stack(wrappeds)
+    bank = lora_jax.serving.bank(wrappeds)
     union = {layer for layers in choices for layer in layers or range(3)}
-    assert stacked["W"].lora_A.shape == (3, len(union), 10, 2)
-    actual = jax.jit(lora_jax.adapt_batched(SCANNED.fn))(stacked, jnp.array(IDS), SCANNED.x)
+    assert bank["W"].lora_A.shape == (3, len(union), 10, 2)
+    actual = jax.jit(lora_jax.serving.adapt(SCANNED.fn))(bank, jnp.array(IDS), SCANNED.x)
     expected = one_by_one(SCANNED, of(wrappeds, SCANNED.params, IDS), SCANNED.x)
     assert_agree(actual, expected)
 
@@ -73,22 +73,22 @@ def test_adapters_of_some_layers(choices: list[Any], dora: bool) -> None:
 @pytest.mark.parametrize("kind", ["ranks and scales", "dora"])
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_minus_one_and_unknown_ids_are_the_base(model: Model, kind: str) -> None:
-    stacked = lora_jax.stack(adapters(model, kind), capacity=4)
+    bank = lora_jax.serving.bank(adapters(model, kind), capacity=4)
     ids = jnp.array([-1, -2, 3, 4, 5, 1000, -1000])
-    serve = jax.jit(lora_jax.adapt_batched(model.fn))
-    actual = serve(stacked, ids, model.x)
-    np.testing.assert_array_equal(actual, serve(stacked, jnp.full(BATCH, -1), model.x))
+    serve = jax.jit(lora_jax.serving.adapt(model.fn))
+    actual = serve(bank, ids, model.x)
+    np.testing.assert_array_equal(actual, serve(bank, jnp.full(BATCH, -1), model.x))
     assert_agree(actual, model.fn(model.params, model.x))
 
 
 def test_what_one_adapter_diverged_to_reaches_no_other_example() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0), DENSE.adapter(1)])
-    serve = jax.jit(lora_jax.adapt_batched(DENSE.fn))
-    expected = serve(stacked, jnp.array(IDS) % 2 - 1, DENSE.x)
+    bank = lora_jax.serving.bank([DENSE.adapter(0), DENSE.adapter(1)])
+    serve = jax.jit(lora_jax.serving.adapt(DENSE.fn))
+    expected = serve(bank, jnp.array(IDS) % 2 - 1, DENSE.x)
     poisoned = jax.tree.map(
         lambda label, leaf: leaf.at[1].set(jnp.nan) if label == "lora_B" else leaf,
-        lora_jax.labels(stacked),
-        stacked,
+        lora_jax.labels(bank),
+        bank,
     )
     np.testing.assert_array_equal(serve(poisoned, jnp.array(IDS) % 2 - 1, DENSE.x), expected)
 
@@ -99,7 +99,9 @@ def test_half_precision_bases_keep_their_dtype(base: Any) -> None:
     wrapped = lora_jax.wrap(params, "W.*", rank=2)
     wrappeds = [as_if_trained(wrapped, seed) for seed in range(2)]
     x = DENSE.x[:3].astype(base)
-    outputs = jax.jit(lora_jax.adapt_batched(DENSE.fn))(lora_jax.stack(wrappeds), [0, 1, -1], x)
+    outputs = jax.jit(lora_jax.serving.adapt(DENSE.fn))(
+        lora_jax.serving.bank(wrappeds), [0, 1, -1], x
+    )
     assert outputs.dtype == base
     expected = one_by_one(DENSE, [*wrappeds, params], x)
     assert_agree(outputs, expected, tolerance=4 * float(jnp.finfo(base).eps))
@@ -112,13 +114,13 @@ def test_arguments_axes_flags_and_keywords() -> None:
         return {"y": time_first / temperature + inputs["offset"]}
 
     wrappeds = [DENSE.adapter(seed) for seed in range(2)]
-    stacked = lora_jax.stack(wrappeds)
+    bank = lora_jax.serving.bank(wrappeds)
     inputs = {
         "x": random(4, 3, 12, seed=1),
         "offset": jnp.arange(27.0).reshape(1, 3, 9),
     }
-    batched = lora_jax.adapt_batched(fn, in_axes=1, out_axes=1)
-    outputs = batched(stacked, np.array([1, 0, -1]), inputs, "sum", temperature=2.0)["y"]
+    batched = lora_jax.serving.adapt(fn, in_axes=1, out_axes=1)
+    outputs = batched(bank, np.array([1, 0, -1]), inputs, "sum", temperature=2.0)["y"]
     assert outputs.shape == (4, 3, 9)
     for place, tree in enumerate([wrappeds[1], wrappeds[0], DENSE.params]):
         single = jax.tree.map(lambda leaf, place=place: leaf[:, place : place + 1], inputs)
@@ -127,14 +129,14 @@ def test_arguments_axes_flags_and_keywords() -> None:
 
 
 def test_an_argument_that_all_examples_share() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0)])
-    batched = lora_jax.adapt_batched(
+    bank = lora_jax.serving.bank([DENSE.adapter(0)])
+    batched = lora_jax.serving.adapt(
         lambda params, x, shift: DENSE.fn(params, x + jnp.broadcast_to(shift, x.shape)),
         in_axes=(0, None),
     )
     shift = jnp.arange(12.0)
-    actual = batched(stacked, [0] * BATCH, DENSE.x, shift)
-    expected = lora_jax.adapt_batched(DENSE.fn)(stacked, [0] * BATCH, DENSE.x + shift[None])
+    actual = batched(bank, [0] * BATCH, DENSE.x, shift)
+    expected = lora_jax.serving.adapt(DENSE.fn)(bank, [0] * BATCH, DENSE.x + shift[None])
     assert_agree(actual, expected)
 
 
@@ -154,9 +156,9 @@ def stacked_shapes(model: Any, count: int) -> Any:
     )
 
 
-def factor_flops(stacked: Any, examples: int, uses: int) -> float:
+def factor_flops(bank: Any, examples: int, uses: int) -> float:
     """Returns the operations on factors when each is applied to `uses` rows of each example."""
-    nodes = jax.tree.leaves(stacked, is_leaf=lambda node: isinstance(node, lora_jax.LoRAWeight))
+    nodes = jax.tree.leaves(bank, is_leaf=lambda node: isinstance(node, lora_jax.LoRAWeight))
     sizes = [
         node.lora_A.size / node.scale.size + node.lora_B.size / node.scale.size
         for node in nodes
@@ -170,26 +172,26 @@ def factor_flops(stacked: Any, examples: int, uses: int) -> float:
 def test_the_base_is_multiplied_once_for_the_whole_batch(count: int) -> None:
     examples = 64
     x = jax.ShapeDtypeStruct((examples, 784), jnp.float32)
-    stacked, ids = stacked_shapes(MLP, count), jax.ShapeDtypeStruct((examples,), jnp.int32)
-    serve = lora_jax.adapt_batched(base_function(MLP), on_materialize="error")
-    lowered = jax.jit(serve).lower(stacked, ids, x)
+    bank, ids = stacked_shapes(MLP, count), jax.ShapeDtypeStruct((examples,), jnp.int32)
+    serve = lora_jax.serving.adapt(base_function(MLP), on_materialize="error")
+    lowered = jax.jit(serve).lower(bank, ids, x)
     for shape in ("784x1000", "1000x2000", "2000x10"):
         assert len(re.findall(rf"dot_general.*tensor<{shape}xf32>\) ->", lowered.as_text())) == 1
         assert f"tensor<{examples}x{shape}xf32>" not in lowered.as_text()
     base = Cost.of(jax.jit(base_function(MLP)).lower(MLP.params, x).compile()).flops
     flops = Cost.of(lowered.compile()).flops
     # The factors' products, and choosing them by id, which counts as one operation a number.
-    assert flops <= base + 3 * factor_flops(stacked, examples, 1)
+    assert flops <= base + 3 * factor_flops(bank, examples, 1)
     assert flops <= 1.02 * base
 
 
 @pytest.mark.usefixtures("optimised", "promoted_ranks")
 def test_the_base_of_a_scanned_transformer_is_multiplied_once() -> None:
     model = SCANNED_TRANSFORMER
-    stacked = stacked_shapes(model, 8)
+    bank = stacked_shapes(model, 8)
     ids = jax.ShapeDtypeStruct(model.inputs.shape[:1], jnp.int32)
-    serve = lora_jax.adapt_batched(base_function(model), on_materialize="error")
-    compiled = jax.jit(serve).lower(stacked, ids, model.inputs).compile()
+    serve = lora_jax.serving.adapt(base_function(model), on_materialize="error")
+    compiled = jax.jit(serve).lower(bank, ids, model.inputs).compile()
     adapted = lora_jax.adapt(base_function(model))
     single = jax.jit(adapted).lower(wrapped_params(model), model.inputs).compile()
     assert Cost.of(compiled).flops <= 1.02 * Cost.of(single).flops
@@ -202,8 +204,8 @@ def test_norms_of_dora_are_not_computed_in_the_call() -> None:
     ids = jnp.zeros(32, jnp.int32)
     flops = [
         Cost.of(
-            jax.jit(lora_jax.adapt_batched(DENSE.fn))
-            .lower(lora_jax.stack([lora_jax.wrap(params, "W.*", rank=4, dora=dora)]), ids, x)
+            jax.jit(lora_jax.serving.adapt(DENSE.fn))
+            .lower(lora_jax.serving.bank([lora_jax.wrap(params, "W.*", rank=4, dora=dora)]), ids, x)
             .compile()
         ).flops
         for dora in (False, True)
@@ -216,49 +218,49 @@ def test_norms_of_dora_are_not_computed_in_the_call() -> None:
 
 @pytest.mark.parametrize("ids", [[0, 1, 7], [0, -2, 1], [0, 1, 2]], ids=str)
 def test_unknown_ids_are_errors_where_they_can_be_seen(ids: list[int]) -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0), DENSE.adapter(1)], capacity=3)
+    bank = lora_jax.serving.bank([DENSE.adapter(0), DENSE.adapter(1)], capacity=3)
     unknown = next(each for each in ids if each not in (0, 1))
     with pytest.raises(
         ValueError, match=rf"no adapter with the id {unknown}; expected one of 0, 1"
     ):
-        lora_jax.adapt_batched(DENSE.fn)(stacked, ids, DENSE.x[:3])
+        lora_jax.serving.adapt(DENSE.fn)(bank, ids, DENSE.x[:3])
 
 
 def test_ids_that_are_no_ids() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0)])
-    batched = lora_jax.adapt_batched(DENSE.fn)
+    bank = lora_jax.serving.bank([DENSE.adapter(0)])
+    batched = lora_jax.serving.adapt(DENSE.fn)
     with pytest.raises(TypeError, match="`ids` has the dtype float32; expected whole numbers"):
-        batched(stacked, jnp.zeros(BATCH), DENSE.x)
+        batched(bank, jnp.zeros(BATCH), DENSE.x)
     with pytest.raises(ValueError, match=r"`ids` has the shape \(\); .*select"):
-        batched(stacked, 0, DENSE.x)
+        batched(bank, 0, DENSE.x)
 
 
 def test_arguments_that_do_not_fit() -> None:
-    stacked = lora_jax.stack([DENSE.adapter(0)])
+    bank = lora_jax.serving.bank([DENSE.adapter(0)])
     with pytest.raises(ValueError, match=r"args\[0\] after `ids` has the shape \(7, 12\); .*2 ex"):
-        lora_jax.adapt_batched(DENSE.fn)(stacked, [0, 0], DENSE.x)
+        lora_jax.serving.adapt(DENSE.fn)(bank, [0, 0], DENSE.x)
     with pytest.raises(ValueError, match="`in_axes` has 2 entries, and 1 arguments"):
-        lora_jax.adapt_batched(DENSE.fn, in_axes=(0, 0))(stacked, [0] * BATCH, DENSE.x)
+        lora_jax.serving.adapt(DENSE.fn, in_axes=(0, 0))(bank, [0] * BATCH, DENSE.x)
     with pytest.raises(ValueError, match=r"`fn` returned an array of shape \(\)"):
-        lora_jax.adapt_batched(lambda params, x: jnp.sum(x @ params["W1"]))(
-            stacked, [0] * BATCH, DENSE.x
+        lora_jax.serving.adapt(lambda params, x: jnp.sum(x @ params["W1"]))(
+            bank, [0] * BATCH, DENSE.x
         )
 
 
-def test_one_adapter_is_no_stack_and_a_stack_is_not_one() -> None:
+def test_one_adapter_is_not_a_bank_and_a_bank_is_not_one() -> None:
     wrapped = HEADS.adapter(0)
-    with pytest.raises(ValueError, match="`stacked` is not a stack of adapters"):
-        lora_jax.adapt_batched(HEADS.fn)(wrapped, [0] * BATCH, HEADS.x)
-    with pytest.raises(ValueError, match="`stacked` is not a stack of adapters"):
-        lora_jax.adapt_batched(HEADS.fn)(HEADS.params, [0] * BATCH, HEADS.x)
-    with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one. adapt_batched"):
-        lora_jax.adapt(HEADS.fn)(lora_jax.stack([wrapped] * 2), HEADS.x)
+    with pytest.raises(ValueError, match="`bank` is not a bank of adapters"):
+        lora_jax.serving.adapt(HEADS.fn)(wrapped, [0] * BATCH, HEADS.x)
+    with pytest.raises(ValueError, match="`bank` is not a bank of adapters"):
+        lora_jax.serving.adapt(HEADS.fn)(HEADS.params, [0] * BATCH, HEADS.x)
+    with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one. serving.adapt"):
+        lora_jax.adapt(HEADS.fn)(lora_jax.serving.bank([wrapped] * 2), HEADS.x)
 
 
 def test_what_builds_the_weight_says_so() -> None:
-    stacked = lora_jax.stack([CONVOLUTION.adapter(0)])
+    bank = lora_jax.serving.bank([CONVOLUTION.adapter(0)])
     fn = lambda params, x: CONVOLUTION.fn({"W": jnp.sin(params["W"])}, x)  # noqa: E731
     with pytest.warns(lora_jax.MaterializationWarning, match="'W'|W"):
-        lora_jax.adapt_batched(fn)(stacked, [0] * BATCH, CONVOLUTION.x)
+        lora_jax.serving.adapt(fn)(bank, [0] * BATCH, CONVOLUTION.x)
     with pytest.raises(lora_jax.MaterializationError):
-        lora_jax.adapt_batched(fn, on_materialize="error")(stacked, [0] * BATCH, CONVOLUTION.x)
+        lora_jax.serving.adapt(fn, on_materialize="error")(bank, [0] * BATCH, CONVOLUTION.x)

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import lora_jax
-from lora_jax import peft
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
+from lora_jax.exchange import peft
 from tests.agreement import assert_agree
 from tests.serving.models import DENSE, SCANNED, Model
 
@@ -33,7 +33,7 @@ def adapters_of(kind: str, first_seed: int = 0) -> list[Any]:
 
 @functools.cache
 def bank_of(kind: str) -> Any:
-    return lora_jax.stack(adapters_of(kind), capacity=CAPACITY)
+    return lora_jax.serving.bank(adapters_of(kind), capacity=CAPACITY)
 
 
 def names_of(model: Model) -> list[peft.Rule]:
@@ -49,10 +49,10 @@ def assert_same(actual: Any, expected: Any) -> None:
 def assert_each_is(bank: Any, adapters: list[Any]) -> None:
     """Asserts that the bank's places hold what computes as these adapters do."""
     for place, adapter in enumerate(adapters):
-        assert_agree(lora_jax.merge(lora_jax.select(bank, place)), lora_jax.merge(adapter))
+        assert_agree(lora_jax.merge(lora_jax.serving.select(bank, place)), lora_jax.merge(adapter))
 
 
-SINGLE = r"'W1?' holds 3 adapters; expected one\..*select\(stacked, id\)"
+SINGLE = r"'W1?' holds 3 adapters; expected one\..*serving\.select\(bank, id\)"
 PLAIN = r"`params` is wrapped already at .*unwrap\(params\)"
 
 # What takes one adapter, or none, says so.
@@ -61,26 +61,30 @@ REFUSED: dict[str, tuple[Callable[[Any, Model, Path], Any], str]] = {
     "explain": (lambda bank, model, _: lora_jax.explain(model.fn, bank, model.x), SINGLE),
     "merge": (lambda bank, *_: lora_jax.merge(bank), SINGLE),
     "unmerge": (lambda bank, model, _: lora_jax.unmerge(model.params, bank), SINGLE),
-    "stack": (lambda bank, *_: lora_jax.stack([bank]), SINGLE),
-    "combine_adapters": (lambda bank, *_: lora_jax.combine_adapters([bank], [1.0]), SINGLE),
-    "add_adapter": (lambda bank, *_: lora_jax.add_adapter(bank, bank), SINGLE),
-    "replace_adapter": (
-        lambda bank, *_: lora_jax.replace_adapter(bank, bank, adapter_id=0),
+    "stack": (lambda bank, *_: lora_jax.serving.bank([bank]), SINGLE),
+    "blend": (lambda bank, *_: lora_jax.arithmetic.blend([bank], [1.0]), SINGLE),
+    "add_adapter": (lambda bank, *_: lora_jax.serving.add(bank, bank), SINGLE),
+    "replace": (
+        lambda bank, *_: lora_jax.serving.replace(bank, bank, adapter_id=0),
         SINGLE,
     ),
     "wrap": (lambda bank, *_: lora_jax.wrap(bank, "W.*"), PLAIN),
     "infer_axes": (lambda bank, model, _: lora_jax.infer_axes(model.fn, bank, model.x), PLAIN),
     "input_moments": (
-        lambda bank, model, _: lora_jax.input_moments(model.fn, bank, [(model.x,)], "W.*"),
+        lambda bank, model, _: lora_jax.init.input_moments(
+            model.fn, bank, [(model.x,)], targets="W.*"
+        ),
         PLAIN,
     ),
     "extract": (
-        lambda bank, model, _: lora_jax.extract(model.params, bank, "W.*", rank=1, axes=model.axes),
+        lambda bank, model, _: lora_jax.arithmetic.extract(
+            model.params, bank, "W.*", rank=1, axes=model.axes
+        ),
         "`tuned` has another structure than `params`",
     ),
     "peft.save": (
         lambda bank, model, path: peft.save(path, bank, names=names_of(model)),
-        r"holds several adapters at 'W.*save\(path, select\(stacked, id\)",
+        r"holds several adapters at 'W.*save\(path, serving\.select\(bank, id\)",
     ),
 }
 
@@ -100,34 +104,38 @@ class TestTakesABank:
         assert_same(lora_jax.unwrap(bank_of(kind)), dict(KINDS[kind][0].params))
 
     def test_on_original_base(self, kind: str) -> None:
-        assert_same(lora_jax.on_original_base(bank_of(kind)), bank_of(kind))
+        assert_same(lora_jax.arithmetic.on_original_base(bank_of(kind)), bank_of(kind))
 
     @pytest.mark.parametrize("rank", [1, 4])
     def test_resize(self, kind: str, rank: int) -> None:
-        resized = lora_jax.resize(bank_of(kind), rank)
-        assert_each_is(resized, [lora_jax.resize(each, rank) for each in adapters_of(kind)])
-        assert lora_jax.adapter_ids(resized)[:2] == (0, 1)
-        assert_agree(lora_jax.merge(lora_jax.select(resized, -1)), dict(KINDS[kind][0].params))
+        resized = lora_jax.arithmetic.resize(bank_of(kind), rank)
+        assert_each_is(
+            resized, [lora_jax.arithmetic.resize(each, rank) for each in adapters_of(kind)]
+        )
+        assert lora_jax.serving.ids(resized)[:2] == (0, 1)
+        assert_agree(
+            lora_jax.merge(lora_jax.serving.select(resized, -1)), dict(KINDS[kind][0].params)
+        )
 
     def test_save_and_restore(self, kind: str, tmp_path: Path) -> None:
         lora_jax.save(tmp_path / "bank", bank_of(kind))
         assert_same(lora_jax.restore(tmp_path / "bank", KINDS[kind][0].params), bank_of(kind))
 
     def test_training_checkpoints(self, kind: str, tmp_path: Path) -> None:
-        other = lora_jax.stack(adapters_of(kind, 7), capacity=CAPACITY)
+        other = lora_jax.serving.bank(adapters_of(kind, 7), capacity=CAPACITY)
         with TrainingCheckpoints(tmp_path) as checkpoints:
             checkpoints.save(1, bank_of(kind), 0)
             assert_same(checkpoints.restore(other, 0).wrapped, bank_of(kind))
 
     def test_summary_and_counts(self, kind: str) -> None:
-        bank, same_rank = bank_of(kind), lora_jax.select(bank_of(kind), 0)
+        bank, same_rank = bank_of(kind), lora_jax.serving.select(bank_of(kind), 0)
         counts, single = map(lora_jax.count_parameters, (bank, same_rank))
         assert counts.trainable == CAPACITY * single.trainable
         assert counts.original == single.original
         assert f"{counts.trainable:,} train" in lora_jax.summary(bank)
 
     def test_labels_and_split(self, kind: str) -> None:
-        bank, single = bank_of(kind), lora_jax.select(bank_of(kind), 0)
+        bank, single = bank_of(kind), lora_jax.serving.select(bank_of(kind), 0)
         for name, node in lora_jax.labels(single).items():
             for part in ("lora_A", "lora_B", "scale", "magnitude") if node != "frozen" else ():
                 assert getattr(lora_jax.labels(bank)[name], part) == getattr(node, part)
@@ -140,8 +148,8 @@ class TestTakesABank:
         "tx",
         [
             optax.sgd(0.1, momentum=0.9),
-            lora_jax.optimizers.riemannian(),
-            lora_jax.optimizers.lora_fa(optax.sgd(0.1)),
+            lora_jax.updates.riemannian(),
+            lora_jax.updates.lora_fa(optax.sgd(0.1)),
         ],
         ids=["sgd", "riemannian", "lora_fa"],
     )
@@ -153,7 +161,7 @@ class TestTakesABank:
         updates, _ = tx.update(gradient, tx.init(bank), bank)
         for place in range(2):
             own, own_gradient, update = (
-                lora_jax.select(each, place) for each in (bank, gradient, updates)
+                lora_jax.serving.select(each, place) for each in (bank, gradient, updates)
             )
             expected, _ = tx.update(own_gradient, tx.init(own), own)
             actual, expected = (lora_jax.split(each)[0] for each in (update, expected))

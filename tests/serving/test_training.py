@@ -18,11 +18,11 @@ IDS = jnp.array([0, 1, 0, 1, 1, -1, 0])
 
 def bank_of(model: Model, **options: Any) -> Any:
     adapters = [model.adapter(seed, rank=1 + seed, **options) for seed in range(2)]
-    return lora_jax.stack(adapters, capacity=3)
+    return lora_jax.serving.bank(adapters, capacity=3)
 
 
-def loss(model: Model, stacked: Any) -> jax.Array:
-    return jnp.mean(lora_jax.adapt_batched(model.fn)(stacked, IDS, model.x) ** 2)
+def loss(model: Model, bank: Any) -> jax.Array:
+    return jnp.mean(lora_jax.serving.adapt(model.fn)(bank, IDS, model.x) ** 2)
 
 
 def steps(model: Model, adapters: Any, frozen: Any, count: int = 3) -> Any:
@@ -35,8 +35,8 @@ def steps(model: Model, adapters: Any, frozen: Any, count: int = 3) -> Any:
 
 def assert_serves_its_adapters(model: Model, bank: Any) -> None:
     """Asserts law 7: a batch over the bank is a loop over its adapters."""
-    expected = one_by_one(model, [lora_jax.select(bank, place) for place in IDS], model.x)
-    assert_agree(lora_jax.adapt_batched(model.fn)(bank, IDS, model.x), expected)
+    expected = one_by_one(model, [lora_jax.serving.select(bank, place) for place in IDS], model.x)
+    assert_agree(lora_jax.serving.adapt(model.fn)(bank, IDS, model.x), expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}], ids=str)
@@ -49,7 +49,7 @@ class TestInPlace:
         # The premise: the norms have changed by far more than rounding.
         if options:
             before, after = (
-                lora_jax.merge(lora_jax.select(each, 0))
+                lora_jax.merge(lora_jax.serving.select(each, 0))
                 for each in (bank_of(model, dora=True), trained)
             )
             assert any(np.abs(after[name] - before[name]).max() > 1e-2 for name in before)
@@ -68,7 +68,7 @@ class TestInPlace:
             ]
             return jnp.mean(jnp.concatenate(outputs) ** 2)
 
-        trees = {place: lora_jax.select(bank, place) for place in (-1, 0, 1)}
+        trees = {place: lora_jax.serving.select(bank, place) for place in (-1, 0, 1)}
         expected = jax.jit(jax.grad(loss_of_each))(trees)
         for name, node in lora_jax.labels(bank).items():
             for leaf in ("lora_A", "lora_B", "magnitude") if node != "frozen" else ():
@@ -79,13 +79,13 @@ class TestInPlace:
     def test_goes_on_as_a_bank(self, model: Model, options: dict[str, Any]) -> None:
         """Without norms, adapters are put in and taken out as with them, and `stack` keeps them."""
         bank = lora_jax.combine(*lora_jax.split(bank_of(model, **options)))
-        bank, place = lora_jax.add_adapter(bank, model.adapter(5, rank=2, **options))
+        bank, place = lora_jax.serving.add(bank, model.adapter(5, rank=2, **options))
         assert place == 2
-        bank = lora_jax.remove_adapter(bank, 0)
-        bank = lora_jax.replace_adapter(bank, model.adapter(6, rank=1, **options), adapter_id=0)
+        bank = lora_jax.serving.remove(bank, 0)
+        bank = lora_jax.serving.replace(bank, model.adapter(6, rank=1, **options), adapter_id=0)
         assert_serves_its_adapters(model, bank)
-        assert_serves_its_adapters(model, lora_jax.remove_adapter(bank, 2))
-        again = lora_jax.stack([lora_jax.select(bank, place) for place in range(3)])
+        assert_serves_its_adapters(model, lora_jax.serving.remove(bank, 2))
+        again = lora_jax.serving.bank([lora_jax.serving.select(bank, place) for place in range(3)])
         assert_serves_its_adapters(model, again)
         assert jax.tree.structure(again) == jax.tree.structure(bank_of(model, **options))
 
@@ -94,8 +94,8 @@ class TestBesideKeptNorms:
     @pytest.mark.parametrize("transform", [jax.grad, lambda f: jax.jit(jax.grad(f)), jax.jacfwd])
     def test_a_derivative_is_refused(self, transform: Any) -> None:
         bank = bank_of(DENSE, dora=True)
-        with pytest.raises(ValueError, match=r"norms .*split\(stacked\).*select\(stacked, id\)"):
-            transform(lambda stacked: loss(DENSE, stacked))(bank)
+        with pytest.raises(ValueError, match=r"norms .*split\(bank\).*select\(bank, id\)"):
+            transform(lambda bank: loss(DENSE, bank))(bank)
 
     def test_as_the_optimiser_of_a_whole_tree_takes_it(self) -> None:
         bank = bank_of(DENSE, dora=True)
@@ -106,7 +106,7 @@ class TestBesideKeptNorms:
     def test_what_does_not_train_them_is_not(self) -> None:
         """By its inputs a bank is differentiated as any function, and so are its magnitudes."""
         bank = bank_of(DENSE, dora=True)
-        serve = lora_jax.adapt_batched(DENSE.fn)
+        serve = lora_jax.serving.adapt(DENSE.fn)
 
         def of_inputs(x: jax.Array, bank: Any) -> jax.Array:
             return jnp.sum(serve(bank, IDS, x) ** 2)

@@ -16,7 +16,7 @@ KEY = jax.random.key(4)
 
 
 def assert_moments(
-    actual: lora_jax.InputMoments, rows: np.ndarray, counts: list[int] | None = None
+    actual: lora_jax.init.InputMoments, rows: np.ndarray, counts: list[int] | None = None
 ) -> None:
     """Compares with the moments of rows (batch, n, in)."""
     rows = np.asarray(rows, np.float64)
@@ -124,8 +124,8 @@ SINGLE: dict[str, tuple[Callable[..., Any], Any, tuple[str, ...], Any, np.ndarra
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_moments_are_sums_over_the_inputs(name: str) -> None:
     fn, weight, axes, x, rows = SINGLE[name]
-    moments = lora_jax.input_moments(
-        lambda params, x: fn(params["W"], x), {"W": weight}, [x], "W", axes={"W": axes}
+    moments = lora_jax.init.input_moments(
+        lambda params, x: fn(params["W"], x), {"W": weight}, [x], targets="W", axes={"W": axes}
     )
     assert_moments(moments["W"], rows)
 
@@ -136,17 +136,17 @@ def test_batches_add_up() -> None:
         return jnp.mean((x @ params["W"] - y) ** 2)
 
     batches = [(random(n, 5, seed=n), random(n, 4)) for n in (3, 8, 1)]
-    moments = lora_jax.input_moments(fn, {"W": random(5, 4)}, iter(batches), "W")
+    moments = lora_jax.init.input_moments(fn, {"W": random(5, 4)}, iter(batches), targets="W")
     assert_moments(moments["W"], np.concatenate([x for x, _ in batches])[None])
 
 
 def test_a_ragged_product_counts_each_experts_rows() -> None:
     x, sizes = random(6, 5), jnp.array([2, 0, 4])
-    moments = lora_jax.input_moments(
+    moments = lora_jax.init.input_moments(
         lambda params, x: jax.lax.ragged_dot(x, params["W"], sizes),
         {"W": random(3, 5, 4)},
         [x],
-        "W",
+        targets="W",
         axes={"W": ("batch", "in", "out")},
     )["W"]
     rows = np.zeros((3, 4, 5))
@@ -160,8 +160,8 @@ def test_a_function_with_a_derivative_rule_of_its_own() -> None:
         return x @ W
 
     layer.defvjp(lambda W, x: (x @ W, None), lambda saved, cotangent: (None, None))
-    moments = lora_jax.input_moments(
-        lambda params, x: layer(params["W"], x), {"W": random(5, 4)}, [X], "W"
+    moments = lora_jax.init.input_moments(
+        lambda params, x: layer(params["W"], x), {"W": random(5, 4)}, [X], targets="W"
     )
     assert_moments(moments["W"], X[None])
 
@@ -173,7 +173,7 @@ def test_the_model_runs_as_it_is() -> None:
     def fn(params: Any, x: jax.Array) -> jax.Array:
         return (x @ jnp.sin(params["first"]) + x @ params["first"]) @ params["second"]
 
-    moments = lora_jax.input_moments(fn, params, [X], ".*")
+    moments = lora_jax.init.input_moments(fn, params, [X], targets=".*")
     assert_moments(moments["first"], X[None])
     assert_moments(moments["second"], (X @ (jnp.sin(params["first"]) + params["first"]))[None])
 
@@ -220,7 +220,7 @@ JOINED: dict[str, tuple[Callable[..., Any], Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", JOINED)
 def test_each_of_several_weights_has_its_own_inputs(name: str) -> None:
     fn, params, rows = JOINED[name]
-    moments = lora_jax.input_moments(fn, params, [X], "a|b")
+    moments = lora_jax.init.input_moments(fn, params, [X], targets="a|b")
     for path in params:
         assert_moments(moments[path], np.asarray(rows[path])[None])
 
@@ -228,8 +228,8 @@ def test_each_of_several_weights_has_its_own_inputs(name: str) -> None:
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_sums_are_in_float32_whatever_the_model_computes_in(dtype: Any) -> None:
     x = (10 * random(900, 5)).astype(dtype)
-    moments = lora_jax.input_moments(
-        lambda p, x: x @ p["W"].astype(dtype), {"W": random(5, 4)}, [x], "W"
+    moments = lora_jax.init.input_moments(
+        lambda p, x: x @ p["W"].astype(dtype), {"W": random(5, 4)}, [x], targets="W"
     )["W"]
     rows = np.asarray(x, np.float64)
     assert_agree(moments.second[0], rows.T @ rows)
@@ -239,11 +239,11 @@ def test_sums_are_in_float32_whatever_the_model_computes_in(dtype: Any) -> None:
 
 def test_a_convolution_in_bfloat16() -> None:
     images = IMAGES.astype(jnp.bfloat16)
-    moments = lora_jax.input_moments(
+    moments = lora_jax.init.input_moments(
         lambda p, x: convolved(x, p["W"].astype(jnp.bfloat16)),
         {"W": random(3, 3, 4, 2)},
         [images],
-        "W",
+        targets="W",
         axes={"W": ("in", "in", "in", "out")},
     )
     assert_moments(moments["W"], patches(images.astype(jnp.float32), 3)[None])
@@ -259,4 +259,4 @@ def test_a_convolution_in_bfloat16() -> None:
 )
 def test_refuses(fn: Callable[..., Any], batches: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        lora_jax.input_moments(fn, {"W": random(5, 4)}, batches, "W")
+        lora_jax.init.input_moments(fn, {"W": random(5, 4)}, batches, targets="W")

@@ -1,0 +1,33 @@
+"""Adapters on the weights that were wrapped, wherever an initialiser had changed the base."""
+
+from typing import Any
+
+from lora_jax._algebra import on_original
+from lora_jax._weight import is_lora_weight, map_adapter_nodes
+
+
+def on_original_base(wrapped: Any) -> Any:
+    r"""Returns the same model as adapters on the weights that were wrapped.
+
+    An initialiser such as `pissa` moves a part $s A_0 B_0$ of the weight into the factors. The
+    change that training made is then $s A B - s A_0 B_0 = [s A, s A_0]\,[B; -B_0]$: plain LoRA of
+    twice the rank, with a scale of 1, which leaves the weights alone. Other nodes are kept.
+
+    Args:
+      wrapped: what `wrap` returned, trained or not.
+
+    Returns:
+      A wrapped tree in which every base is the original weight, to rounding.
+
+    Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+    Language Models, 2024, appendix C.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.eye(6)}, "kernel", rank=2, init="pissa")
+      >>> lora_jax.arithmetic.on_original_base(wrapped)["kernel"].rank
+      4
+    """
+    return map_adapter_nodes(
+        lambda node: on_original(node) if is_lora_weight(node) else node, wrapped
+    )

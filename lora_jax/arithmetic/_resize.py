@@ -1,0 +1,192 @@
+"""Growing and pruning the rank of adapters."""
+
+import dataclasses
+import functools
+import operator
+import zlib
+from collections.abc import Mapping
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+from lora_jax._algebra import on_original, with_norm
+from lora_jax._dtypes import common_dtype
+from lora_jax._partition import cut_as, factor_shardings
+from lora_jax._paths import (
+    compile_expression,
+    leaves_with_paths,
+    listed,
+    map_with_paths,
+    nearest_paths,
+)
+from lora_jax._settings import check_rank
+from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
+from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
+from lora_jax.arithmetic._svd import new_columns, truncated
+
+
+def resize(
+    wrapped: Any,
+    rank: SupportsIndex | Mapping[str, SupportsIndex],
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Any:
+    r"""Returns the tree with adapters of another rank.
+
+    A larger rank changes no number that the model computes: the new rows of lora_B are zero, and
+    the new columns of lora_A are drawn as for a new adapter, without which they would never train.
+    A smaller one keeps the best approximation of the change of each weight, which is its truncated
+    singular value decomposition: with $A = Q_A R_A$, $B^\top = Q_B R_B$ and
+    $R_A R_B^\top = U \Sigma V^\top$, the new factors are $Q_A U_r \Sigma_r^{1/2}$ and
+    $\Sigma_r^{1/2} V_r^\top Q_B^\top$; $A B$ is never built. What an initialiser had moved from the
+    weight into the factors is moved back before, as by `on_original_base`, so that the change alone
+    is cut. Directions in which a weight has not changed start anew. The scale stays, whatever the
+    rank.
+
+    Args:
+      wrapped: what `wrap` returned, trained or not; or a stack of adapters, each of which is
+        resized.
+      rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that it
+        does not match keep theirs.
+      key: a random key for new columns; `jax.random.key(0)` unless given.
+
+    Returns:
+      The resized tree.
+
+    Raises:
+      ValueError: the rank does not fit a weight, an expression matches no adapter, or the new rows
+        of a lora_B that is frozen would never train.
+      TypeError: a rank is not a whole number.
+
+    Source: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((6, 4))}, "kernel", rank=2)
+      >>> lora_jax.arithmetic.resize(wrapped, 3)["kernel"].lora_A.shape
+      (6, 3)
+    """
+    ranks = _ranks(wrapped, rank)
+    key = jax.random.key(0) if key is None else key
+
+    def with_new_rank(path: str, node: Any) -> Any:
+        if path not in ranks or ranks[path] == node.rank:
+            return node
+        # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
+        own_key = jax.random.fold_in(key, zlib.crc32(f"{path} beyond {node.rank}".encode()))
+        return _resized(node, ranks[path], own_key)
+
+    return map_with_paths(with_new_rank, wrapped, is_leaf=is_adapter_node)
+
+
+def _resized(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
+    grows = rank > node.rank
+    node = node if grows else on_original(node)
+    shape = layers_shape(node.shape, node.axes, node.layers)
+
+    def of_single(lora_A: Array, lora_B: Array, scale: Array) -> tuple[Array, Array]:
+        if grows:
+            factors = _grown(lora_A, lora_B, shape, node.axes, rank, key)
+        else:
+            factors = _pruned(lora_A, lora_B, shape, node.axes, rank, key)
+        if not node.is_stacked:
+            return factors
+        # A place of a stack that is all zero is empty, and stays so.
+        is_empty = (scale == 0) & ~jnp.any(lora_A) & ~jnp.any(lora_B)
+        return jnp.where(is_empty, 0, factors[0]), factors[1]
+
+    lora_A, lora_B = cut_as(
+        factor_shardings(node.base, node.axes, node.layers, rank, is_stacked=node.is_stacked),
+        jax.vmap(of_single) if node.is_stacked else of_single,
+        node.lora_A,
+        node.lora_B,
+        node.scale,
+    )
+    resized = dataclasses.replace(node, lora_A=lora_A, lora_B=lora_B)
+    return resized if grows or node.norm is None else with_norm(resized)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "axes", "rank"))
+def _pruned(
+    lora_A: Array,
+    lora_B: Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    rank: int,
+    key: PRNGKeyArray,
+) -> tuple[Array, Array]:
+    """Returns the factors of the best approximation of a weight's change of a lower rank."""
+    inputs, outputs = (side_size(shape, axes, role) for role in ("in", "out"))
+    present = lora_A.shape[-1]
+    wide = common_dtype(lora_A.dtype, jnp.float32)
+    new_A, new_B = truncated(
+        lora_A.reshape(-1, inputs, present).astype(wide),
+        lora_B.reshape(-1, present, outputs).astype(wide),
+        rank,
+        key,
+    )
+    A_shape, B_shape = factor_shapes(shape, axes, rank)
+    return new_A.reshape(A_shape).astype(lora_A.dtype), new_B.reshape(B_shape).astype(lora_B.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "axes", "rank"))
+def _grown(
+    lora_A: Array,
+    lora_B: Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    rank: int,
+    key: PRNGKeyArray,
+) -> tuple[Array, Array]:
+    """Returns the factors with new columns of lora_A and as many rows of zeros of lora_B."""
+    added = rank - lora_A.shape[-1]
+    inputs, batch = side_size(shape, axes, "in"), side_size(shape, axes, "batch")
+    columns = new_columns(key, batch, inputs, added, lora_A.dtype)
+    A_shape, B_shape = factor_shapes(shape, axes, added)
+    return (
+        jnp.concatenate([lora_A, columns.reshape(A_shape)], axis=-1),
+        jnp.concatenate([lora_B, jnp.zeros(B_shape, lora_B.dtype)], axis=axes.count("batch")),
+    )
+
+
+def _ranks(wrapped: Any, rank: SupportsIndex | Mapping[str, SupportsIndex]) -> dict[str, int]:
+    """Returns the new rank of each adapter that gets one, by path."""
+    nodes = {
+        path: node
+        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
+        if is_lora_weight(node)
+    }
+    if not nodes:
+        raise ValueError("`wrapped` has no adapters; expected what wrap(params, targets) returned.")
+    ranks: dict[str, int] = {}
+    for expression, each in (rank if isinstance(rank, Mapping) else {".*": rank}).items():
+        check_rank(f"`rank` of '{expression}'" if isinstance(rank, Mapping) else "`rank`", each)
+        pattern = compile_expression(expression, "rank")
+        matched = [path for path in nodes if pattern.search(path)]
+        if not matched:
+            raise ValueError(
+                f"`rank` has {expression!r}, which matches no adapter; the nearest paths are "
+                f"{listed(nearest_paths(expression, nodes))}."
+            )
+        for path in matched:
+            ranks.setdefault(path, operator.index(each))
+    for path, each in ranks.items():
+        _check_fits(path, nodes[path], each)
+        if each > nodes[path].rank and "lora_B" in nodes[path].frozen:
+            raise ValueError(
+                f"`rank` is {each} for '{path}', whose lora_B is frozen: new rows of it would stay "
+                f"zero. Expected at most its rank, {nodes[path].rank}."
+            )
+    return ranks
+
+
+def _check_fits(path: str, node: LoRAWeight, rank: int) -> None:
+    largest = min(side_size(node.shape, node.axes, role) for role in ("in", "out"))
+    if rank > largest:
+        raise ValueError(
+            f"`rank` is {rank} for '{path}' of shape {node.shape}; expected at most {largest}, its "
+            f"smaller side. A mapping gives it a rank of its own: resize(..., {{'{path}': "
+            f"{largest}}})."
+        )

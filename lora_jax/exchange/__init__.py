@@ -1,0 +1,3 @@
+"""Adapters in the file formats of other projects, one module for each format."""
+
+from lora_jax.exchange import peft as peft

@@ -1,0 +1,194 @@
+"""The config of an adapter: what it says, and what of it lora_jax can't carry."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax._folders import CheckpointError, as_checkpoint_error, interruption_hint
+from lora_jax._paths import listed
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+
+# What PEFT takes where a config says nothing.
+DEFAULT_RANK = 8
+DEFAULT_ALPHA = 8
+
+_PICKLE_FILE = "adapter_model.bin"
+
+_NOT_CARRIED = {
+    "alora_invocation_tokens": "aLoRA, which turns the adapter on in the middle of a text",
+    "arrow_config": "Arrow, which routes between adapters",
+    "kasa_config": "KaSA, which changes the base and has a diagonal between the factors",
+    "layer_replication": "layers that are repeated",
+    "lora_bias": "a bias of lora_B",
+    "megatron_config": "layers of Megatron",
+    "monteclora_config": "MonteCLoRA, which samples weights",
+    "trainable_token_indices": "rows of an embedding that train",
+    "use_bdlora": "BD-LoRA's block-diagonal factors",
+    "use_qalora": "QALoRA, which pools the inputs",
+    "velora_config": "VeLoRA's compressed activations",
+}
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns what the config of a PEFT adapter says, also what lora_jax has no use for.
+
+    It is data: no class or module that it names is imported. `save(..., config=...)` takes it for
+    the way back.
+
+    Args:
+      path: the folder with `adapter_config.json`.
+
+    Returns:
+      The config, as it is in the file.
+
+    Raises:
+      CheckpointError: there is no such file, it is damaged, or it asks for something that lora_jax
+        does not carry, which the message names.
+
+    Examples:
+      >>> import json, pathlib, tempfile
+      >>> from lora_jax.exchange import peft
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     config = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "bert-base-cased"}
+      ...     _ = pathlib.Path(folder, "adapter_config.json").write_text(json.dumps(config))
+      ...     peft.read_config(folder)["base_model_name_or_path"]
+      'bert-base-cased'
+    """
+    source = Path(path)
+    file = source / CONFIG_FILE
+    with as_checkpoint_error(f"`path` {source} can't be read"):
+        if not file.is_file():
+            raise CheckpointError(_no_adapter(source))
+    with as_checkpoint_error(f"{file} is damaged, take another copy"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{file} is damaged, take another copy: it holds a {type(config).__name__}; expected "
+            "an object."
+        )
+    with as_checkpoint_error(f"{file} is damaged, take another copy"):
+        check_carried(config, str(file))
+        check_types(config, str(file))
+    return config
+
+
+def check_carried(config: Mapping[str, Any], subject: str) -> None:
+    """Raises if a config asks for what lora_jax does not carry."""
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise CheckpointError(f"{subject} has `peft_type` {peft_type!r}; lora_jax carries 'LORA'.")
+    for key, meaning in _NOT_CARRIED.items():
+        if config.get(key):
+            raise CheckpointError(
+                f"{subject} has `{key}` {config[key]!r}: {meaning}. lora_jax does not carry that."
+            )
+    init = config.get("init_lora_weights", True)
+    if changes_base(init):
+        raise CheckpointError(
+            f"{subject} has `init_lora_weights` {init!r}, so that its factors belong to a base "
+            "that this initialisation changed. Convert them to the original base in PEFT: "
+            "model.save_pretrained(path, path_initial_model_for_weight_conversion=...)."
+        )
+
+
+def changes_base(init: Any) -> bool:
+    """Says whether PEFT changes the base weights where `init_lora_weights` has this value."""
+    return isinstance(init, str) and init.lower().startswith(_BASE_CHANGING)
+
+
+def check_types(config: Mapping[str, Any], subject: str) -> None:
+    """Raises if what lora_jax reads of a config has the wrong type."""
+    for key, value in (*_patterns(config, "rank_pattern"), ("r", config.get("r", DEFAULT_RANK))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"{subject} has the rank {value!r} for {key!r}; expected a whole number from 1."
+            )
+    alphas = (*_patterns(config, "alpha_pattern"), ("lora_alpha", _alpha(config)))
+    for key, value in alphas:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise CheckpointError(
+                f"{subject} has the alpha {value!r} for {key!r}; expected a finite number."
+            )
+    version = config.get("peft_version")
+    if not isinstance(version, str | None):
+        raise CheckpointError(f"{subject} has `peft_version` {version!r}; expected text.")
+    for key in ("target_parameters", "modules_to_save"):
+        value = config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise CheckpointError(f"{subject} has `{key}` {value!r}; expected a list of names.")
+
+
+def rank_of(config: Mapping[str, Any], name: str) -> int:
+    """Returns the rank that PEFT gives the adapter of a module, or of a parameter."""
+    rank: int = _by_pattern(config, "rank_pattern", name, config.get("r", DEFAULT_RANK))
+    return rank
+
+
+def scale_of(config: Mapping[str, Any], name: str, rank: int) -> float:
+    r"""Returns $\alpha / r$, or $\alpha / \sqrt r$ under rsLoRA, as PEFT computes it."""
+    alpha: float = _by_pattern(config, "alpha_pattern", name, _alpha(config))
+    return alpha / rank_divisor(config, rank)
+
+
+def rank_divisor(config: Mapping[str, Any], rank: int) -> float:
+    """Returns what PEFT divides alpha by."""
+    return math.sqrt(rank) if config.get("use_rslora") else float(rank)
+
+
+def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
+    """Says whether a config adapts a parameter as such, rather than as a module's weight."""
+    targets = config.get("target_parameters") or []
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _alpha(config: Mapping[str, Any]) -> Any:
+    return config.get("lora_alpha", DEFAULT_ALPHA)
+
+
+def _patterns(config: Mapping[str, Any], key: str) -> tuple[tuple[str, Any], ...]:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"`{key}` is {patterns!r}; expected an object.")
+    return tuple(patterns.items())
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+    """Returns the value of the first pattern that is the end of a name, from a dot on."""
+    for pattern, value in _patterns(config, key):
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise CheckpointError(
+                f"`{key}` has {pattern!r}, which is not a regular expression: {error}."
+            ) from error
+    return default
+
+
+def _no_adapter(source: Path) -> str:
+    if not source.exists():
+        return (
+            f"`path` {source} does not exist; expected a folder with {CONFIG_FILE} and "
+            f"{TENSORS_FILE}.{interruption_hint(source)}"
+        )
+    inside = sorted(file.parent.name for file in source.glob(f"*/{CONFIG_FILE}"))
+    hint = f" Its folders {listed(inside)} hold adapters: choose one." if inside else ""
+    return f"`path` {source} is not a PEFT adapter: it has no {CONFIG_FILE}.{hint}"
+
+
+def no_tensors(source: Path) -> str:
+    """Returns the error for a folder without adapter tensors that lora_jax reads."""
+    if (source / _PICKLE_FILE).exists():
+        return (
+            f"`path` {source} holds {_PICKLE_FILE}, a pickle, which can run any code when it is "
+            f"read. Expected {TENSORS_FILE}: model.save_pretrained(path) in PEFT writes it."
+        )
+    return f"`path` {source} holds no {TENSORS_FILE}; expected it beside {CONFIG_FILE}."

@@ -1,0 +1,200 @@
+"""The adapters of a wrapped tree as PEFT has them."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax._algebra import on_original
+from lora_jax._folders import CheckpointError
+from lora_jax._shapes import factor_shapes, layers_shape
+from lora_jax._weight import LoRAWeight, is_lora_weight
+from lora_jax.exchange.peft._expert_layouts import written_layout
+from lora_jax.exchange.peft._keys import Part, adapter_key
+from lora_jax.exchange.peft._places import NamedLeaf, NamedTree
+from lora_jax.exchange.peft._tensors import Tensors
+from lora_jax.exchange.peft._tied import parts_of_other
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One adapter of a PyTorch module, or of a module's own parameter.
+
+    Attributes:
+      module: the module that PEFT wraps.
+      target: by what name a config targets it: the module, or the parameter.
+      rank: its rank.
+      scale: its scale, in the dtype of the tree.
+      parts: its tensors as PEFT has them.
+      named: the leaf that it comes from.
+      is_embedding: whether the module is an embedding.
+    """
+
+    module: str
+    target: str
+    rank: int
+    scale: np.ndarray
+    parts: Mapping[Part, np.ndarray]
+    named: NamedLeaf
+    is_embedding: bool
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it adapts a parameter as such, not a module's weight."""
+        return self.named.rule.kind == "parameter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """All adapters of a tree.
+
+    Attributes:
+      each: the adapters; of the parameters of one module the innermost first.
+      wrappers: for each adapted module, how many adapters PEFT puts around it.
+    """
+
+    each: tuple[Adapter, ...]
+    wrappers: Mapping[str, int]
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of all adapters, by their keys."""
+        left = collections.Counter(self.wrappers)
+        tensors = {}
+        for adapter in self.each:
+            left[adapter.module] -= 1
+            for part, tensor in adapter.parts.items():
+                key = adapter_key(
+                    adapter.module,
+                    part,
+                    is_embedding=adapter.is_embedding,
+                    depth=left[adapter.module],
+                )
+                tensors[key] = tensor
+        return tensors
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether these are DoRA's."""
+        return any("magnitude" in adapter.parts for adapter in self.each)
+
+
+def exported_adapters(tree: NamedTree) -> Adapters:
+    """Returns the adapters of a tree."""
+    each = tuple(
+        adapter
+        for named in tree.leaves
+        if is_lora_weight(named.leaf)
+        for adapter in _adapters_of(named, on_original(named.leaf))
+    )
+    if not each:
+        raise CheckpointError(
+            "`wrapped` has no low-rank adapters, and PEFT can't do without; expected what "
+            "wrap(params, targets) returned."
+        )
+    adapters = Adapters(each, collections.Counter(adapter.module for adapter in each))
+    _check_wrappers(adapters)
+    _check_magnitudes(adapters)
+    return adapters
+
+
+def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
+    _check_shapes(named, weight)
+    layout = written_layout(named.layout)
+    lora_A, lora_B, scale = (np.asarray(x) for x in (weight.lora_A, weight.lora_B, weight.scale))
+    magnitude = None if weight.magnitude is None else np.asarray(weight.magnitude)
+    for place in named.places:
+        if weight.layers is not None and place[0] not in weight.layers:
+            continue
+        held = place if weight.layers is None else (weight.layers.index(place[0]), *place[1:])
+        A, B = layout.file_factors(lora_A[held], lora_B[held])
+        parts: dict[Part, np.ndarray] = {"lora_A": A, "lora_B": B}
+        if magnitude is not None:
+            shape = layout.file_shapes(weight.rank)["magnitude"]
+            parts["magnitude"] = magnitude[held].reshape(shape)
+        is_embedding = named.rule.kind == "embedding"
+        names = [(named.name(place), parts, is_embedding)]
+        if named.tied_name is not None:
+            names.append((named.tied_name, parts_of_other(parts), not is_embedding))
+        for name, own_parts, is_lookup in names:
+            module, target = _module_and_target(named, name)
+            yield Adapter(module, target, weight.rank, scale, own_parts, named, is_lookup)
+
+
+def _module_and_target(named: NamedLeaf, name: str) -> tuple[str, str]:
+    kind = named.rule.kind
+    module, _, parameter = name.rpartition(".")
+    if kind == "array":
+        raise CheckpointError(
+            f"`wrapped` adapts '{named.path}', whose rule {named.rule.name!r} has the kind "
+            "'array'; PEFT adapts the kinds 'linear', 'embedding', 'conv' and 'parameter'."
+        )
+    if kind == "parameter":
+        if not module:
+            raise CheckpointError(
+                f"`wrapped` adapts '{named.path}', whose PyTorch name '{name}' has no module; PEFT "
+                "can't adapt a parameter of the whole model."
+            )
+        return module, name
+    if parameter != "weight" or not module:
+        raise CheckpointError(
+            f"`wrapped` adapts '{named.path}', whose PyTorch name is '{name}'; PEFT adapts a "
+            "module's weight, 'MODULE.weight', or with Rule(..., kind='parameter') a parameter of "
+            "another name."
+        )
+    return module, module
+
+
+def _check_shapes(named: NamedLeaf, weight: LoRAWeight) -> None:
+    part = layers_shape(tuple(weight.shape), weight.axes, weight.layers)
+    expected = factor_shapes(part, weight.axes, weight.rank)
+    shapes = tuple(weight.lora_A.shape), tuple(weight.lora_B.shape)
+    if shapes != expected or np.ndim(weight.scale) != 0:
+        raise CheckpointError(
+            f"`wrapped` has lora_A and lora_B of shapes {shapes} and a scale of shape "
+            f"{np.shape(weight.scale)} at '{named.path}'; expected {expected} and a scalar. Of "
+            "stacked adapters, save one at a time."
+        )
+    if weight.layers is not None and not named.stack:
+        raise CheckpointError(
+            f"`wrapped` adapts the places {weight.layers} of '{named.path}', which is one "
+            f"parameter {named.rule.name!r} in PyTorch; PEFT adapts all experts of a parameter "
+            "or none."
+        )
+
+
+def _check_wrappers(adapters: Adapters) -> None:
+    for adapter in adapters.each:
+        if adapters.wrappers[adapter.module] > 1 and not adapter.is_parameter:
+            raise CheckpointError(
+                f"`wrapped` adapts '{adapter.target}' twice, once at '{adapter.named.path}'; PEFT "
+                "adapts either a module's weight or its other parameters."
+            )
+    rules: dict[tuple[str, Any], str] = {}
+    for adapter in adapters.each:
+        if not adapter.is_parameter:
+            continue
+        first = rules.setdefault((adapter.module, adapter.named.rule), adapter.target)
+        if first != adapter.target:
+            raise CheckpointError(
+                f"'{first}' and '{adapter.target}' share the rule {adapter.named.rule.name!r}; "
+                "expected a rule for each, in the order in which the PyTorch module defines them."
+            )
+
+
+def _check_magnitudes(adapters: Adapters) -> None:
+    if not adapters.has_magnitudes:
+        return
+    for adapter in adapters.each:
+        if "magnitude" not in adapter.parts:
+            raise CheckpointError(
+                f"`wrapped` has magnitudes (DoRA) in some places and none at "
+                f"'{adapter.named.path}'; PEFT has them for all adapters or for none."
+            )
+        if adapter.is_parameter:
+            raise CheckpointError(
+                f"`wrapped` has magnitudes (DoRA) at '{adapter.named.path}', of the kind "
+                "'parameter'; PEFT has no DoRA for parameters. wrap(..., dora=False) there."
+            )

@@ -1,0 +1,235 @@
+"""Which leaf of a tree holds which parameters of a PyTorch model."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from lora_jax._folders import CheckpointError
+from lora_jax._paths import compile_expression, leaves_with_paths, listed
+from lora_jax._shapes import Axes, positions
+from lora_jax._weight import is_adapter_node, is_lora_weight
+from lora_jax.exchange.peft._layout import Layout
+from lora_jax.exchange.peft._rules import Rule
+
+Place = tuple[int, ...]
+GivenAxes = Mapping[str, Sequence[str]] | None
+
+_ROLES = {"in", "out", "batch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedLeaf:
+    """A leaf with a rule, and the PyTorch parameters that it holds.
+
+    Attributes:
+      path: its path.
+      leaf: the array, or the node that `wrap` made of it.
+      rule: the first rule whose path it has.
+      fields: the text of the rule's fields in the path.
+      axes: the role of each axis; None where they are not known.
+    """
+
+    path: str
+    leaf: Any
+    rule: Rule
+    fields: Mapping[str, str]
+    axes: Axes | None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes of the leaf along which it stacks PyTorch parameters."""
+        count = len(self.rule.stack_fields)
+        return tuple(range(count)) if self.axes is None else positions(self.axes, "batch")[:count]
+
+    @property
+    def places(self) -> Iterator[Place]:
+        """Every place of the stack; the one place () of a leaf that is not a stack."""
+        return itertools.product(*(range(self.leaf.shape[axis]) for axis in self.stack))
+
+    @property
+    def template(self) -> str:
+        """The name of its parameters, with the fields that number the stack left open."""
+        return self.rule.named(
+            {**{name: f"{{{name}}}" for name in self.rule.stack_fields}, **self.fields}
+        )
+
+    def name(self, place: Place) -> str:
+        """Returns the name of the PyTorch parameter at one place."""
+        numbers = dict(zip(self.rule.stack_fields, map(str, place), strict=True))
+        return self.rule.named({**self.fields, **numbers})
+
+    @property
+    def tied_name(self) -> str | None:
+        """The name of the other PyTorch parameter that it is, where it is two and that is known."""
+        return self.rule.named_tied(self.fields)
+
+    @property
+    def layout(self) -> Layout:
+        """How PyTorch and the tree lay out each of the parameters.
+
+        Raises:
+          CheckpointError: the axes are not known, or can't be those of the leaf.
+        """
+        problem = self.problem()
+        if problem is not None:
+            raise CheckpointError(problem)
+        return self._layout
+
+    def problem(self) -> str | None:
+        """Returns what is wrong with the axes, and the call that fixes it, or None."""
+        subject = f"'{self.path}' of shape {tuple(self.leaf.shape)}"
+        remedy = f"Say so with Rule({self.rule.name!r}, {self.rule.path!r}, axes=...)"
+        if self.axes is None:
+            return (
+                f"`names` has no axes for {subject}: which are inputs and which outputs? {remedy}, "
+                "such as axes=('in', 'out', 'out'), or with axes=lora_jax.infer_axes(...)."
+            )
+        if len(self.axes) != len(self.leaf.shape) or not set(self.axes) <= _ROLES:
+            return (
+                f"{subject} has the axes {self.axes}; expected 'in', 'out' or 'batch' for each. "
+                f"{remedy}."
+            )
+        stacked, batch = len(self.rule.stack_fields), self.axes.count("batch")
+        experts = batch - stacked
+        if experts < 0 or experts > (1 if self.rule.kind == "parameter" else 0):
+            return (
+                f"{subject} has the axes {self.axes}, of which {batch} are 'batch'; expected "
+                f"{stacked}, one for each field that only the name has: "
+                f"{listed(self.rule.stack_fields) or 'none'}. A stack of experts has the kind "
+                f"'parameter'. {remedy}."
+            )
+        misfit = self._layout.problem()
+        return (
+            None if misfit is None else f"{subject} is no {self.rule.kind!r}: {misfit}. {remedy}."
+        )
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.axes is not None
+        kept = [axis for axis in range(len(self.axes)) if axis not in self.stack]
+        shape, axes = self.leaf.shape, self.axes
+        return Layout(
+            self.rule.kind,
+            self.rule.transposed,
+            tuple(shape[axis] for axis in kept),
+            tuple(axes[axis] for axis in kept),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedTree:
+    """A parameter tree whose leaves have PyTorch names.
+
+    Attributes:
+      leaves: the leaves with a rule, in the order of the rules.
+      without_rule: the paths of the others.
+      idle_rules: the rules whose paths no leaf has.
+      by_name: leaf and place of each PyTorch name; of a leaf that is two parameters, by both.
+    """
+
+    leaves: tuple[NamedLeaf, ...]
+    without_rule: tuple[str, ...]
+    idle_rules: tuple[Rule, ...]
+    by_name: Mapping[str, tuple[NamedLeaf, Place]]
+
+
+def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
+    """Returns the leaves of `tree` with the names that the rules give them.
+
+    Raises:
+      TypeError: `names` are no rules.
+      ValueError: two leaves have the same name.
+    """
+    _check_rules(names)
+    found: list[list[NamedLeaf]] = [[] for _ in names]
+    without_rule = []
+    for path, leaf in leaves_with_paths(tree, is_leaf=is_adapter_node):
+        if not hasattr(leaf, "shape"):
+            continue
+        matches = [(number, rule.fields_of(path)) for number, rule in enumerate(names)]
+        number, fields = next(((n, each) for n, each in matches if each is not None), (-1, None))
+        if fields is None:
+            without_rule.append(path)
+            continue
+        rule = names[number]
+        named = NamedLeaf(path, leaf, rule, fields, _axes_of(rule, path, leaf, axes))
+        _check_stack(named)
+        found[number].append(named)
+    leaves = tuple(itertools.chain.from_iterable(found))
+    return NamedTree(
+        leaves=leaves,
+        without_rule=tuple(without_rule),
+        idle_rules=tuple(rule for rule, has in zip(names, found, strict=True) if not has),
+        by_name=_by_name(leaves),
+    )
+
+
+def taken(leaf: Any, named: NamedLeaf, place: Place) -> np.ndarray:
+    """Returns one place of a stack."""
+    array = np.moveaxis(np.asarray(leaf), named.stack, range(len(named.stack)))
+    return np.asarray(array[place])
+
+
+def _check_rules(names: Any) -> None:
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(rule, Rule) for rule in names):
+        raise TypeError(
+            f"`names` is {names!r}; expected a sequence of rules, such as "
+            "[Rule('layer.{layer}.query.weight', 'layer_{layer}/query/kernel')]."
+        )
+
+
+def _check_stack(leaf: NamedLeaf) -> None:
+    fields, axes = leaf.rule.stack_fields, leaf.stack
+    if len(axes) != len(fields) or not all(axis < len(leaf.leaf.shape) for axis in axes):
+        raise ValueError(
+            f"`names` has the rule {leaf.rule.name!r} for '{leaf.path}' of shape "
+            f"{tuple(leaf.leaf.shape)} with the axes {leaf.axes}; expected a batch axis for each "
+            f"field that only the name has: {listed(fields)}."
+        )
+
+
+def _by_name(leaves: Iterable[NamedLeaf]) -> dict[str, tuple[NamedLeaf, Place]]:
+    by_name: dict[str, tuple[NamedLeaf, Place]] = {}
+    for leaf in leaves:
+        names = [(leaf.name(place), place) for place in leaf.places]
+        tied = [] if leaf.tied_name is None else [(leaf.tied_name, ())]
+        for name, place in (*names, *tied):
+            if name in by_name:
+                raise ValueError(
+                    f"`names` gives '{by_name[name][0].path}' and '{leaf.path}' the same PyTorch "
+                    f"name '{name}'; expected a name of its own for each, by a field of the path "
+                    "in the name or a rule of its own."
+                )
+            by_name[name] = leaf, place
+    return by_name
+
+
+def _axes_of(rule: Rule, path: str, leaf: Any, given: GivenAxes) -> Axes | None:
+    if is_lora_weight(leaf):
+        return leaf.axes
+    if rule.axes is not None:
+        return tuple(rule.axes)
+    roles = _given_roles(path, given or {})
+    if roles is not None:
+        return cast(Axes, tuple(roles))
+    stacked = len(rule.stack_fields)
+    own = len(leaf.shape) - stacked
+    if own < 0:
+        return None
+    is_vector = rule.kind == "array" or own < 2
+    if own > 2 and not is_vector:
+        return None
+    return cast(Axes, (*("batch",) * stacked, *(("out",) * own if is_vector else ("in", "out"))))
+
+
+def _given_roles(path: str, given: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
+    if path in given:
+        return given[path]
+    matching = (
+        roles for key, roles in given.items() if compile_expression(key, "axes").search(path)
+    )
+    return next(matching, None)
