@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import jaxtyping
 from jax.extend import core
+from jax.extend.core import primitives as listed_primitives
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 ClosedJaxpr = core.ClosedJaxpr
 Equation = core.JaxprEqn
 Jaxpr = core.Jaxpr
 Literal = core.Literal
+Primitive = core.Primitive
 Var = core.Var
+primitives = listed_primitives
 
 # As they were imported, which is how frames name them, and where links lead.
 _OWN_FOLDERS = tuple(
@@ -86,6 +90,57 @@ def _with_own_variables(equation: Equation, values: Sequence[Any]) -> Equation:
             for atom, is_changed in zip(equation.invars, changed, strict=True)
         ]
     )
+
+
+def emitted_primitive(function: Callable[..., Any], *arguments: Any) -> Primitive:
+    """Returns the primitive to which a public function of JAX traces first.
+
+    That is the way to the primitives that JAX does not name in public.
+
+    Args:
+      function: the function.
+      *arguments: the shapes of its arguments.
+    """
+    return _traced_without_mesh(function, *arguments).eqns[0].primitive
+
+
+def primitive_in_shards(
+    function: Callable[[Any], Any], *, check_vma: bool, is_cut: bool = True
+) -> Primitive:
+    """Returns the primitive to which a function traces first within `jax.shard_map`.
+
+    Args:
+      function: a function of a shard of shape (1, 1), along the mesh axis `SHARD_AXIS`.
+      check_vma: as for `jax.shard_map`.
+      is_cut: whether the shard varies along the mesh axis.
+    """
+    mapped, shard = one_shard(function, check_vma=check_vma, is_cut=is_cut)
+    body = _traced_without_mesh(mapped, shard).eqns[0].params["jaxpr"]
+    return body.eqns[0].primitive
+
+
+# A name that no model's mesh or `jax.vmap` around has.
+SHARD_AXIS = "lora_jax_shard"
+
+
+def one_shard(
+    function: Callable[[Any], Any], *, check_vma: bool = True, is_cut: bool = True
+) -> tuple[Callable[[Any], Any], jax.ShapeDtypeStruct]:
+    """Returns a function mapped over a mesh of one device, and the shape of its argument."""
+    mapped = jax.shard_map(
+        function,
+        mesh=AbstractMesh((1,), (SHARD_AXIS,), axis_types=(AxisType.Auto,)),
+        in_specs=PartitionSpec(SHARD_AXIS if is_cut else None),
+        out_specs=PartitionSpec(SHARD_AXIS),
+        check_vma=check_vma,
+    )
+    return mapped, jax.ShapeDtypeStruct((1, 1), "float32")
+
+
+def _traced_without_mesh(function: Callable[..., Any], *arguments: Any) -> Jaxpr:
+    """Returns the jaxpr of a function, whatever mesh the caller's context has."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.make_jaxpr(function)(*arguments).jaxpr
 
 
 def settings_of(equation: Equation) -> AbstractContextManager[Any]:

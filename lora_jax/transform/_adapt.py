@@ -14,11 +14,11 @@ from jaxtyping import PRNGKeyArray
 from lora_jax._compat import ClosedJaxpr, evaluate
 from lora_jax._paths import path_strings
 from lora_jax._weight import FullWeight, is_lora_weight, map_adapter_nodes
-from lora_jax.transform._dropout import Dropout
+from lora_jax.transform._building import materialized_value
+from lora_jax.transform._dropout import Dropout, NoDropout
 from lora_jax.transform._factored import Factored, factored_weight
 from lora_jax.transform._interpreter import Interpreter
-from lora_jax.transform._report import OnMaterialize, Recorder, ignore, recorder_for
-from lora_jax.transform._rules import RULES
+from lora_jax.transform._report import OnMaterialize, Recorder, Reporter, recorder_for
 from lora_jax.transform._sharing import SharedFunctions
 from lora_jax.transform._static import (
     NotComparableError,
@@ -27,6 +27,7 @@ from lora_jax.transform._static import (
     with_static,
     without_static,
 )
+from lora_jax.transform.rules import with_factors
 
 
 def adapt(
@@ -159,7 +160,7 @@ def _adapted(
     told = recorder_for(on_materialize)
 
     def rewritten(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
-        masks = None if lora_key is None else Dropout(dropout, lora_key)
+        masks = NoDropout() if lora_key is None else Dropout(dropout, lora_key)
         return rewrite(fn, arguments, recorder=told, dropout=masks)
 
     # For each signature whether `fn` needs the values of Python floats: a memo, so that finding
@@ -219,8 +220,8 @@ def rewrite(
     fn: Callable[..., Any],
     arguments: Any,
     *,
-    recorder: Recorder = ignore,
-    dropout: Dropout | None = None,
+    recorder: Recorder,
+    dropout: Dropout | NoDropout,
 ) -> Any:
     """Returns the outputs of `fn` on (args, kwargs) that hold `LoRAWeight` nodes.
 
@@ -228,20 +229,21 @@ def rewrite(
       fn: the function as its author wrote it.
       arguments: (args, kwargs), with leaves that are no arrays made static.
       recorder: what is told of each equation that an adapted weight reaches.
-      dropout: LoRA dropout, or None.
+      dropout: LoRA dropout.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
     leaves = [leaf for _, leaf in flat]
     paths = weight_paths(flat)
     plain = [leaf.base if is_lora_weight(leaf) else leaf for leaf in leaves]
     traced = traced_function(fn, structure, plain)
-    interpreter = Interpreter(RULES, SharedFunctions(), recorder, dropout)
+    reporter = Reporter(recorder)
+    interpreter = Interpreter(with_factors(), SharedFunctions(), reporter, dropout)
     values = [
         factored_weight(leaf, path) if is_lora_weight(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
     ]
     outputs = [
-        interpreter.materialized_value(value, "the output", "the end of the function")
+        materialized_value(reporter, value, "the output", "the end of the function")
         if isinstance(value, Factored)
         else value
         for value in interpreter.run(traced.closed_jaxpr, values)

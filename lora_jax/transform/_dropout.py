@@ -1,6 +1,7 @@
 """LoRA dropout: on the adapter's input only, with an independent mask for each use."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,45 @@ _LEVELS = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
+class NoDropout:
+    """Evaluation: nothing is dropped. It has the methods of `Dropout`."""
+
+    is_active: ClassVar[bool] = False
+
+    @property
+    def settings(self) -> None:
+        """None: there is nothing to set."""
+
+    def at(self, place: int) -> "NoDropout":
+        """Returns itself."""
+        del place
+        return self
+
+    def key_of(self, use: int = 0) -> None:
+        """Returns None: no body needs a key."""
+        del use
+
+    def dropped_out(self, x: Array, use: int = 0) -> Array:
+        """Returns x."""
+        del use
+        return x
+
+    def scaled(self, scale: Array) -> Array:
+        """Returns the scale."""
+        return scale
+
+    def with_key(self, key: PRNGKeyArray | None) -> "NoDropout":
+        """Returns itself."""
+        del key
+        return self
+
+    def within_mesh(self, axes: frozenset[str]) -> "NoDropout":
+        """Returns itself."""
+        del axes
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
 class Dropout:
     """Draws a mask for each use of an adapter, which depends on the key and the use's place alone.
 
@@ -26,23 +66,35 @@ class Dropout:
         inputs draw other masks. Devices that hold the same input draw the same.
     """
 
+    is_active: ClassVar[bool] = True
+
     rate: float
     key: PRNGKeyArray | None
     place: int = 0
     mesh_axes: frozenset[str] = frozenset()
 
+    @property
+    def settings(self) -> tuple[float, frozenset[str]]:
+        """What a body that was rewritten with this dropout depends on, beside its key."""
+        return self.rate, self.mesh_axes
+
     def at(self, place: int) -> "Dropout":
         """Returns the dropout of another equation of the same body."""
         return dataclasses.replace(self, place=place)
 
-    def key_of(self, use: int) -> PRNGKeyArray:
+    def key_of(self, use: int = 0) -> PRNGKeyArray:
         """Returns the key of one use within this equation, which no other use in the body has."""
         assert self.key is not None
         key = jax.random.fold_in(_on_this_mesh(self.key), self.place)
         return jax.random.fold_in(key, use) if use else key
 
-    def dropped_out(self, x: Array, use: int) -> Array:
-        """Returns x with elements dropped; the kept ones count 1 / (1 - rate) through the scale."""
+    def dropped_out(self, x: Array, use: int = 0) -> Array:
+        """Returns x with elements dropped; the kept ones count 1 / (1 - rate) through the scale.
+
+        Args:
+          x: an adapter's input.
+          use: tells apart the masks that one equation draws.
+        """
         key = self.key_of(use)
         for axis in sorted(self.mesh_axes & varying_axes(x)):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))

@@ -11,6 +11,7 @@ from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.transform._adapt import rewrite, unbound, weight_paths, with_trained_values
+from lora_jax.transform._dropout import NoDropout
 from lora_jax.transform._report import Use
 from lora_jax.transform._static import with_static
 
@@ -116,7 +117,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     args, kwargs = (*bound_args, *args), {**bound_kwargs, **kwargs}
     arguments = with_static(with_trained_values((args, kwargs)))
     uses: list[Use] = []
-    jax.eval_shape(lambda arguments: rewrite(function, arguments, recorder=uses.append), arguments)
+    jax.eval_shape(
+        lambda arguments: rewrite(function, arguments, recorder=uses.append, dropout=NoDropout()),
+        arguments,
+    )
     return Report(
         tuple(
             TargetReport(

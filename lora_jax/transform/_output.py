@@ -11,9 +11,9 @@ from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Literal, called_jaxpr
 Place = tuple[int, ...]
 
 
-def place_of(callers: Sequence[Equation], equation: Equation) -> Place:
-    """Returns what tells this equation, reached by these calls, from all others."""
-    return tuple(id(each) for each in (*callers, equation))
+def place_of(equations: Sequence[Equation]) -> Place:
+    """Returns what tells the last of these equations, reached by the calls before, from others."""
+    return tuple(map(id, equations))
 
 
 def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> frozenset[Place]:

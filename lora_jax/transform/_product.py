@@ -31,6 +31,21 @@ class Plan:
     Attributes:
       pairs: which two operands to contract at each step; the result is appended to what is left.
       labels: the labels of all operands and, after them, of each step's result.
+      flops: the operations that all steps take together.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    labels: tuple[Labels, ...]
+    flops: Size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """An order of contractions, whatever the sizes.
+
+    Attributes:
+      pairs: as in `Plan`.
+      labels: as in `Plan`.
       steps: for each step, all labels that its two operands have.
     """
 
@@ -52,9 +67,9 @@ def without_unit_axes(array: Array, labels: Sequence[int]) -> Labelled:
 
 
 @functools.cache
-def cheapest_plan(
+def _cheapest_order(
     operands: tuple[Labels, ...], output: frozenset[int], sizes: tuple[tuple[int, int], ...]
-) -> Plan:
+) -> _Order:
     """Returns the cheapest order of pairwise contractions, of all that there are.
 
     Args:
@@ -63,29 +78,29 @@ def cheapest_plan(
       sizes: (label, size) of every label.
     """
     if len(operands) == 1:
-        return Plan((), operands, ())
+        return _Order((), operands, ())
     size_of = dict(sizes)
-    plans = [
-        _plan_from(operands, output, sizes, first, second)
+    orders = [
+        _order_from(operands, output, sizes, first, second)
         for first in range(len(operands))
         for second in range(first + 1, len(operands))
     ]
-    return min(plans, key=lambda plan: plan.flops(size_of))
+    return min(orders, key=lambda order: order.flops(size_of))
 
 
-def _plan_from(
+def _order_from(
     operands: tuple[Labels, ...],
     output: frozenset[int],
     sizes: tuple[tuple[int, int], ...],
     first: int,
     second: int,
-) -> Plan:
+) -> _Order:
     rest = tuple(labels for i, labels in enumerate(operands) if i not in (first, second))
     union = frozenset(operands[first]) | frozenset(operands[second])
     kept = union & output.union(*rest)
     result = tuple(sorted(kept))
-    tail = cheapest_plan((*rest, result), output, sizes)
-    return Plan(
+    tail = _cheapest_order((*rest, result), output, sizes)
+    return _Order(
         ((first, second), *tail.pairs),
         (*operands, result, *tail.labels[len(rest) + 1 :]),
         (union, *tail.steps),
@@ -101,7 +116,8 @@ def plan_product(
     """
     used = {label for labels in operands for label in labels}
     sizes = tuple(sorted((label, _known_size(size_of[label])) for label in used))
-    return cheapest_plan(tuple(operands), frozenset(output), sizes)
+    order = _cheapest_order(tuple(operands), frozenset(output), sizes)
+    return Plan(order.pairs, order.labels, order.flops(size_of))
 
 
 # For the order of products alone: between what depends on a symbol and what does not.
@@ -116,6 +132,7 @@ def product(
     operands: Sequence[Labelled],
     output: Sequence[int],
     *,
+    plan: Plan | None = None,
     scale: Array | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -129,6 +146,7 @@ def product(
     Args:
       operands: the arrays.
       output: the labels of the result.
+      plan: how to take the product, as `plan_product` says; found here unless given.
       scale: a scalar.
       precision: that of each contraction.
       preferred_element_type: the dtype of each contraction.
@@ -140,7 +158,8 @@ def product(
         for operand in operands
         for label, size in zip(operand.labels, operand.array.shape, strict=True)
     }
-    plan = plan_product([operand.labels for operand in operands], output, size_of)
+    if plan is None:
+        plan = plan_product([operand.labels for operand in operands], output, size_of)
     scaled = None if scale is None else _best_scaled(plan.labels, len(operands), size_of)
     waiting = [
         _scaled(operand, scale) if index == scaled else operand

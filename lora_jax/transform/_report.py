@@ -3,9 +3,9 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
-from lora_jax._compat import callers_level
+from lora_jax._compat import Equation, callers_level, source_line
 from lora_jax._shapes import Size
 
 OnMaterialize = Literal["warn", "error", "ignore"]
@@ -63,12 +63,43 @@ class Use:
         }[self.how]
 
 
-Recorder = Callable[[Use], None]
+# What is told of each use: a `Use`, or what another interpretation notes in its place.
+Recorder = Callable[[Any], None]
 
 
-def ignore(use: Use) -> None:
+def ignore(use: Any) -> None:
     """Takes no note of a use."""
     del use
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporter:
+    """Tells a recorder what happens at the equations of one body.
+
+    Attributes:
+      recorder: what is told.
+      callers: the equations whose bodies are being evaluated, the innermost last.
+      times: how often the body runs in one call, as far as that is known.
+    """
+
+    recorder: Recorder = ignore
+    callers: tuple[Equation, ...] = ()
+    times: Size = 1
+
+    def within(self, equation: Equation, times: Size = 1) -> "Reporter":
+        """Returns the reporter for a body of an equation, which runs `times` times."""
+        return dataclasses.replace(
+            self, callers=(*self.callers, equation), times=self.times * times
+        )
+
+    def source_of(self, equation: Equation) -> str:
+        """Returns the model's own line for an equation, or that of the call around it."""
+        lines = (source_line(each) for each in (equation, *reversed(self.callers)))
+        return next((line for line in lines if line is not None), "an unknown line")
+
+    def tell(self, use: Use) -> None:
+        """Tells of a use, which happens as often as the body runs."""
+        self.recorder(dataclasses.replace(use, times=self.times * use.times))
 
 
 def recorder_for(on_materialize: OnMaterialize) -> Recorder:
@@ -80,7 +111,7 @@ def _warning_once() -> Recorder:
     """Returns a recorder that warns of each place once, however often it is traced."""
     told: set[str] = set()
 
-    def warn(use: Use) -> None:
+    def warn(use: Any) -> None:
         message = _message(use)
         if use.how == "materialized" and message not in told:
             warnings.warn(message, MaterializationWarning, stacklevel=callers_level())
@@ -89,7 +120,7 @@ def _warning_once() -> Recorder:
     return warn
 
 
-def _refuse(use: Use) -> None:
+def _refuse(use: Any) -> None:
     if use.how == "materialized":
         raise MaterializationError(
             f"{_message(use)} Leave this weight out of `targets`, or allow it with "

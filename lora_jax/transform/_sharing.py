@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from lora_jax._shapes import Size
-from lora_jax.transform._factored import Factored, Term
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Use
+from lora_jax.transform._terms import Term
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +37,14 @@ class SharedFunction:
     labels: tuple[str, ...]
     uses: tuple[Use, ...]
 
-    def uses_of(self, origins: Sequence[Hashable], times: Size) -> list[Use]:
-        """Returns what happens to the weights that a call comes from, which is made `times` times.
+    def uses_of(self, origins: Sequence[Hashable]) -> list[Use]:
+        """Returns what happens in one call to the weights that it is given.
 
         Args:
           origins: where the weights come from, one for each place.
-          times: how often the call is made.
         """
         paths = dict(zip(self.labels, map(str, origins), strict=True))
-        return [
-            dataclasses.replace(use, path=paths[use.path], times=times * use.times)
-            for use in self.uses
-        ]
+        return [dataclasses.replace(use, path=paths[use.path]) for use in self.uses]
 
 
 class SharedFunctions:

@@ -16,9 +16,19 @@ import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, as_closed, evaluate_equation
-from lora_jax.transform._factored import Factored, base_of, dense_value
-from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax._compat import (
+    Equation,
+    Primitive,
+    as_closed,
+    emitted_primitive,
+    evaluate_equation,
+    primitives,
+)
+from lora_jax.transform._bases import array_of
+from lora_jax.transform._building import materialized
+from lora_jax.transform._factored import Factored, dense_value
+from lora_jax.transform._interpreter import Interpreter, scope_of
+from lora_jax.transform.rules._rule import Rule
 
 
 def custom_jvp_call(
@@ -30,7 +40,7 @@ def custom_jvp_call(
 
     @jax.custom_jvp
     def rewritten(*values: Any) -> list[Array]:
-        return interpreter.materialize(equation, interpreter.run(body, values))
+        return materialized(interpreter.reporter, equation, interpreter.run(body, values))
 
     def jvp(values: Any, tangents: Any) -> tuple[Any, Any]:
         perturbed = [i for i in _varying(equation.invars) if not _all_leaves(_is_zero, tangents[i])]
@@ -43,7 +53,7 @@ def custom_jvp_call(
 
         closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(values), given)
         results = interpreter.run(closed_jaxpr, [*values, *given])
-        arrays = interpreter.materialize(equation, results)
+        arrays = materialized(interpreter.reporter, equation, results)
         count = len(equation.outvars)
         return arrays[:count], _with_zeros(equation.outvars, arrays[count:])
 
@@ -64,7 +74,7 @@ def custom_vjp_call(
 
     @jax.custom_vjp
     def rewritten(*values: Any) -> list[Array]:
-        return interpreter.materialize(equation, interpreter.run(body, values))
+        return materialized(interpreter.reporter, equation, interpreter.run(body, values))
 
     def forward(*primals: Any) -> tuple[Any, Any]:
         values = _map_primals(lambda primal: primal.value, primals)
@@ -81,7 +91,7 @@ def custom_vjp_call(
         results = interpreter.run(closed_jaxpr, values)
         _, pullback = shapes
         count = len(equation.outvars)
-        outputs = interpreter.materialize(equation, results[:count])
+        outputs = materialized(interpreter.reporter, equation, results[:count])
         weights = {i: values[i] for i in perturbed if isinstance(values[i], Factored)}
         structure = jax.tree.structure(pullback)
         return outputs, _Saved(results[count:], weights, tuple(perturbed), structure)
@@ -95,7 +105,8 @@ def custom_vjp_call(
 
         closed_jaxpr = jax.make_jaxpr(rule)(_stand_ins(saved.residuals), given)
         outputs = interpreter.run(closed_jaxpr, [*saved.residuals, *given])
-        dense = dict(zip(saved.perturbed, interpreter.materialize(equation, outputs), strict=True))
+        arrays = materialized(interpreter.reporter, equation, outputs)
+        dense = dict(zip(saved.perturbed, arrays, strict=True))
         return tuple(
             None
             if i not in dense
@@ -195,11 +206,26 @@ def _is_leaf_of_rule(leaf: Any) -> bool:
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:
     """Returns, for tracing, plain arrays of the same shapes."""
-    return [base_of(value) for value in values]
+    return [array_of(value) for value in values]
 
 
-RULES: dict[str, Rule] = {
-    "custom_jvp_call": custom_jvp_call,
-    "custom_vjp_call": custom_vjp_call,
-    "remat_opt": remat_opt,
-}
+def rows_within(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the outputs of a function without its own derivative rule, which knows no probes."""
+    return interpreter.within(equation).run(equation.params["call_jaxpr"], inputs)
+
+
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of functions with derivative rules of their own."""
+
+    @jax.custom_vjp
+    def identity(x: Array) -> Array:
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, cotangent: (cotangent,), optimize_remat=True)
+    return {
+        emitted_primitive(
+            lambda x: jax.vjp(identity, x)[0], jax.ShapeDtypeStruct((), "float32")
+        ): Rule(factors=remat_opt),
+        primitives.custom_jvp_call_p: Rule(factors=custom_jvp_call, rows=rows_within),
+        primitives.custom_vjp_call_p: Rule(factors=custom_vjp_call, rows=rows_within),
+    }

@@ -1,73 +1,24 @@
-"""Rules for control flow: the body is rewritten, and the op is called again around it.
+"""Rules for branches and loops: the body is rewritten, and the op is called again around it.
 
-Each op is expressed through JAX's public function, so that its policies, names and derivative
-rules hold for the rewritten body too. Factored values enter bodies as they are: they are pytrees.
+Each op is expressed through JAX's public function. Factored values enter bodies as they are: they
+are pytrees. What leaves a body as a changing value is an array.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, rebound, scan_counts
-from lora_jax.transform._factored import Factor, Factored
+from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Primitive, primitives, scan_counts
+from lora_jax.transform._building import materialized
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._forwarding import input_behind
-from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
-from lora_jax.transform._placement import cut_for, placed
-
-
-def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a jitted function, rewritten and jitted under its own name.
-
-    Shardings and layouts that the model asked for hold for what goes in and comes out. An input
-    that the model donates is donated, unless it is factored.
-    """
-    params = equation.params
-    inputs = _placed(inputs, params["in_shardings"], params["in_layouts"])
-    donated = tuple(
-        position + 1  # after the dropout key
-        for position, is_donated in enumerate(params["donated_invars"])
-        if is_donated and not isinstance(inputs[position], Factored)
-    )
-    options = {
-        "donate_argnums": donated,
-        "inline": params["inline"],
-        "keep_unused": params["keep_unused"],
-        "compiler_options": dict(params["compiler_options_kvs"]) or None,
-    }
-    with scope_of(equation):
-        outputs = interpreter.call_shared(
-            equation,
-            lambda body: jax.jit(_named(body, params["name"]), **options),
-            (params["name"], donated, *(params[name] for name in _JIT_SETTINGS)),
-            inputs,
-        )
-    return _placed(outputs, params["out_shardings"], params["out_layouts"])
-
-
-_JIT_SETTINGS = ("inline", "keep_unused", "compiler_options_kvs")
-
-
-def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a rematerialised function, with every parameter that it has."""
-    inner = interpreter.within(equation)
-
-    def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        return inner.with_key(key).run_open(equation.params["jaxpr"], (), arguments)
-
-    with scope_of(equation):
-        return rebound(equation, body, (interpreter.body_key(), *inputs))
-
-
-def closed_call(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a plain call."""
-    inner = interpreter.within(equation).with_key(interpreter.body_key())
-    return inner.run(equation.params["call_jaxpr"], inputs)
+from lora_jax.transform._interpreter import Interpreter, scope_of
+from lora_jax.transform._terms import Factor
+from lora_jax.transform.rules._rule import Rule
 
 
 def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -77,7 +28,7 @@ def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     def rewritten(branch: ClosedJaxpr) -> Callable[..., list[Any]]:
         def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
             outputs = interpreter.within(equation).with_key(key).run(branch, arguments)
-            return _arrays(interpreter, equation, outputs)
+            return materialized(interpreter.reporter, equation, outputs)
 
         return body
 
@@ -85,8 +36,8 @@ def cond(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     platforms = equation.params.get("branches_platforms")
     with scope_of(equation):
         if platforms is not None:
-            return _of_platform(platforms, branches, (interpreter.body_key(), *operands))
-        return jax.lax.switch(index, branches, interpreter.body_key(), *operands)
+            return _of_platform(platforms, branches, (interpreter.dropout.key_of(), *operands))
+        return jax.lax.switch(index, branches, interpreter.dropout.key_of(), *operands)
 
 
 def _of_platform(
@@ -119,7 +70,7 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
     )
     length = equation.params["length"]
     loop = interpreter.within(equation, times=length)
-    key = interpreter.body_key()
+    key = interpreter.dropout.key_of()
 
     def step(
         counted: tuple[Any, list[Any]], slices: list[Any]
@@ -128,9 +79,9 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
         layers = [stack.layer(leaves) for stack, leaves in zip(stacks, slices, strict=True)]
         in_round = loop.with_key(_key_of_round(key, count))
         outputs = in_round.run(body, [*constants, *carry.joined(state), *layers])
-        state = _arrays(loop, equation, carry.changing(outputs[:carry_count]))
+        state = materialized(loop.reporter, equation, carry.changing(outputs[:carry_count]))
         new = [y for y, old in zip(outputs[carry_count:], returned, strict=True) if old is None]
-        return (_next_round(count), state), _arrays(loop, equation, new)
+        return (_next_round(count), state), materialized(loop.reporter, equation, new)
 
     leaves = [stack.leaves for stack in stacks]
     with scope_of(equation):
@@ -170,19 +121,19 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
     )
 
     inside = interpreter.within(equation)
-    body_key, test_key = interpreter.body_key(0), interpreter.body_key(1)
+    body_key, test_key = interpreter.dropout.key_of(0), interpreter.dropout.key_of(1)
 
     def goes_on(counted: tuple[Any, list[Any]]) -> Any:
         count, state = counted
         in_round = inside.with_key(_key_of_round(test_key, count))
         (result,) = in_round.run(test, [*test_constants, *carry.joined(state)])
-        return _arrays(inside, equation, [result])[0]
+        return materialized(inside.reporter, equation, [result])[0]
 
     def step(counted: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         count, state = counted
         in_round = inside.with_key(_key_of_round(body_key, count))
         outputs = in_round.run(body, [*body_constants, *carry.joined(state)])
-        return _next_round(count), _arrays(inside, equation, carry.changing(outputs))
+        return _next_round(count), materialized(inside.reporter, equation, carry.changing(outputs))
 
     initial = _first_round(body_key), carry.changing(carry.initial)
     with scope_of(equation):
@@ -234,7 +185,7 @@ class _Carry:
             )
         ]
         values = [
-            value if same else _arrays(interpreter, equation, [value])[0]
+            value if same else materialized(interpreter.reporter, equation, [value])[0]
             for value, same in zip(initial, is_handed_on, strict=True)
         ]
         return cls(values, is_handed_on)
@@ -299,123 +250,10 @@ def _cut_leaf(factor: Factor) -> Array | None:
     return factor.stored if factor.is_stack else None
 
 
-def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a function that runs on each shard: factors are cut as W is."""
-    mesh, in_specs = equation.params["mesh"], equation.params["in_specs"]
-    names = equation.params["newly_manual_axes"]
-    values = [
-        _for_shards(value, mesh, spec, names) for value, spec in zip(inputs, in_specs, strict=True)
-    ]
-    specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
-
-    def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
-        shard = interpreter.within(equation)
-        if equation.params["check_vma"]:
-            # What an array varies over is known where it is dropped out.
-            shard = shard.with_key(key).within_mesh(frozenset(names))
-        else:
-            shard = shard.with_key(_key_of_shard(key, names))
-        return _arrays(shard, equation, shard.run_open(equation.params["jaxpr"], (), arguments))
-
-    rewritten = jax.shard_map(
-        body,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), *specs),
-        out_specs=list(equation.params["out_specs"]),
-        axis_names=names,
-        check_vma=equation.params["check_vma"],
-    )
-    with scope_of(equation):
-        return rewritten(interpreter.body_key(), *values)
-
-
-def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray | None:
-    """Returns a key of its own for each shard, so that no two drop the same places."""
-    if key is None:
-        return None
-    for axis in sorted(axes):
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    return key
-
-
-def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any:
-    """Returns a value as a function of shards takes it.
-
-    Its factors say along which of the mesh axes `names` every device gets the same.
-    """
-    if not isinstance(value, Factored):
-        return value
-
-    def replicated(factor: Factor) -> Factor:
-        cut = jax.tree.leaves(tuple(factor.spec(spec)))
-        alike_over = factor.alike_over | frozenset(names) - frozenset(cut)
-        return dataclasses.replace(factor, alike_over=alike_over)
-
-    value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
-    terms = tuple(
-        dataclasses.replace(term, scale_alike_over=term.scale_alike_over | frozenset(names))
-        for term in value.terms
-    )
-    return dataclasses.replace(value, terms=terms)
-
-
-def _factored_specs(value: Any, spec: Any) -> Any:
-    """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
-    if not isinstance(value, Factored):
-        return spec
-
-    def spec_of(factor: Factor) -> Any:
-        of_stored: Any = factor.spec(spec)
-        return dataclasses.replace(factor, stored=of_stored)
-
-    specs: Any = value.map_factors(spec_of)
-    terms = tuple(dataclasses.replace(term, scale=PartitionSpec()) for term in specs.terms)
-    return dataclasses.replace(specs, base=spec, terms=terms)
-
-
-def _placed(values: Sequence[Any], shardings: Sequence[Any], layouts: Sequence[Any]) -> list[Any]:
-    """Returns the values under the shardings and layouts that are given."""
-    return [
-        _with_layout(_with_sharding(value, sharding), layout)
-        for value, sharding, layout in zip(values, shardings, layouts, strict=True)
-    ]
-
-
-def _with_sharding(value: Any, sharding: Any) -> Any:
-    if not isinstance(sharding, Sharding):
-        return value
-    if not isinstance(value, Factored):
-        return jax.lax.with_sharding_constraint(value, sharding)
-    base = jax.lax.with_sharding_constraint(value.base, sharding)
-    return placed(value, base, sharding, jax.lax.with_sharding_constraint)
-
-
-def _with_layout(value: Any, layout: Any) -> Any:
-    """Returns a value in a layout; of a factored one, its base."""
-    if not isinstance(layout, Layout):
-        return value
-    if isinstance(value, Factored):
-        return dataclasses.replace(value, base=with_layout_constraint(value.base, layout))
-    return with_layout_constraint(value, layout)
-
-
-def _arrays(interpreter: Interpreter, equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """Returns the values as arrays: what leaves a body as a changing value can't stay factored."""
-    return interpreter.materialize(equation, values)
-
-
-def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    function.__name__ = function.__qualname__ = name
-    return function
-
-
-RULES: dict[str, Rule] = {
-    "closed_call": closed_call,
-    "cond": cond,
-    "eval_jaxpr": closed_call,
-    "jit": jit,
-    "remat2": remat,
-    "scan": scan,
-    "shard_map": shard_map,
-    "while": while_loop,
-}
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of branches and loops."""
+    return {
+        primitives.cond_p: Rule(factors=cond),
+        primitives.scan_p: Rule(factors=scan),
+        primitives.while_p: Rule(factors=while_loop),
+    }

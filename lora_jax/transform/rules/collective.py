@@ -12,17 +12,24 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, as_varying, evaluate_equation, varying_axes
-from lora_jax.transform._factored import (
-    Factor,
-    Factored,
-    Term,
-    base_of,
+from lora_jax._compat import (
+    SHARD_AXIS,
+    Equation,
+    Primitive,
+    as_varying,
+    primitive_in_shards,
+    primitives,
+    varying_axes,
 )
-from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax.transform._bases import array_of, moved_bases
+from lora_jax.transform._factored import Factored
+from lora_jax.transform._interpreter import Interpreter
+from lora_jax.transform._terms import Factor, Term
+from lora_jax.transform.rules._rule import Rule
 
 # Returns the aligned array of a factor after the collective, or None where it can't be moved alone.
 _Move = Callable[["_Group", Factor], Array | None]
@@ -141,7 +148,7 @@ def permuted(interpreter: Interpreter, equation: Equation, inputs: list[Any]) ->
             return term.moved(moved(term.factor_A), moved(term.factor_B))
         return term.moved(group.moved(term.lora_A), term.lora_B)
 
-    base = evaluate_equation(equation, [value.base])[0]
+    base = moved_bases(equation, inputs)[0]
     gain = value.gain and Factor.of_aligned(moved(value.gain))
     return [Factored(base, tuple(map(moved_term, value.terms)), gain)]
 
@@ -223,7 +230,7 @@ def _each(
         that belongs to it.
       gain_of: the same for a gain.
     """
-    bases = evaluate_equation(equation, [base_of(value) for value in inputs])
+    bases = moved_bases(equation, inputs)
     outputs: list[Any] = []
     for value, base in zip(inputs, bases, strict=True):
         if not isinstance(value, Factored):
@@ -271,20 +278,29 @@ def _factored(base: Array, terms: Sequence[Term | None], gain: Array | None) -> 
 def _group(equation: Equation, value: Factored) -> _Group:
     names = equation.params.get("axis_name", equation.params.get("axes"))
     names = names if isinstance(names, tuple) else (names,)
-    return _Group(equation, frozenset(names), value.base)
+    return _Group(equation, frozenset(names), array_of(value))
 
 
 def _without_windows(value: Any, axes: Collection[int] | None = None) -> Any:
     return value.without_windows(axes) if isinstance(value, Factored) else value
 
 
-RULES: dict[str, Rule] = {
-    "all_gather": all_gather,
-    "all_gather_invariant": all_gather,
-    "all_to_all": all_to_all,
-    "pbroadcast": permuted,
-    "ppermute": permuted,
-    "psum": psum,
-    "psum_invariant": psum,
-    "reduce_scatter": reduce_scatter,
-}
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of collectives, each with and without `check_vma` where JAX has two."""
+    axis = SHARD_AXIS
+    gathered = primitive_in_shards(
+        lambda x: jax.lax.all_gather(x, axis, to="invarying"), check_vma=True
+    )
+    broadcast = primitive_in_shards(lambda x: jax.lax.pbroadcast(x, (axis,), 0), check_vma=False)
+    summed = primitive_in_shards(lambda x: jax.lax.psum(x, axis), check_vma=True)
+    scattered = primitive_in_shards(lambda x: jax.lax.psum_scatter(x, axis), check_vma=False)
+    return {
+        broadcast: Rule(factors=permuted),
+        gathered: Rule(factors=all_gather),
+        primitives.all_gather_p: Rule(factors=all_gather),
+        primitives.all_to_all_p: Rule(factors=all_to_all),
+        primitives.ppermute_p: Rule(factors=permuted),
+        primitives.psum_p: Rule(factors=psum),
+        scattered: Rule(factors=reduce_scatter),
+        summed: Rule(factors=psum),
+    }

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation, is_tracer
+from lora_jax._compat import Equation, Primitive, is_tracer, primitives
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
-from lora_jax.transform._factored import Factor, Factored, Term, gain_of, terms_of
-from lora_jax.transform._interpreter import Interpreter, Rule
-from lora_jax.transform._structure import Windows, moved, on_bases, with_base
+from lora_jax.transform._bases import moved_bases
+from lora_jax.transform._factored import Factored, gain_of, terms_of
+from lora_jax.transform._interpreter import Interpreter
+from lora_jax.transform._roles import of_weights_alone
+from lora_jax.transform._terms import Factor, Term
+from lora_jax.transform.rules._moves import Windows, moved, with_base
+from lora_jax.transform.rules._rule import Rule
 
 
 def slice_(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -49,7 +53,7 @@ def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
     (value,) = inputs
     axis, sizes = equation.params["axis"], equation.params["sizes"]
     value = value.without_windows([axis])
-    bases = evaluate_equation(equation, [value.base])
+    bases = moved_bases(equation, inputs)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
 
     def part(start: Size, size: Size) -> Callable[[Array], Array]:
@@ -70,7 +74,7 @@ def unstack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     (value,) = inputs
     axis = equation.params["axis"]
     value = value.without_windows([axis])
-    bases = evaluate_equation(equation, [value.base])
+    bases = moved_bases(equation, inputs)
 
     def part(place: int) -> Callable[[Array], Array]:
         return lambda factor: jax.lax.index_in_dim(
@@ -105,7 +109,7 @@ def dynamic_slice(
         # Each device may start elsewhere, and then holds another part.
         return Factor.of_aligned(array) if axes else factor
 
-    base = evaluate_equation(equation, [value.base, *starts])[0]
+    base = moved_bases(equation, inputs)[0]
     return [dataclasses.replace(value.map_factors(cut), base=base)]
 
 
@@ -124,7 +128,7 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
         start += size
     sizes = [value.shape[axis] for value in inputs]
     gain = _joined_gain([gain_of(value) for value in inputs], axis, sizes)
-    return [Factored(on_bases(equation, inputs), tuple(terms), gain)]
+    return [Factored(moved_bases(equation, inputs)[0], tuple(terms), gain)]
 
 
 def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -144,7 +148,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
         for gain in map(gain_of, inputs)
     ]
     gain = _joined_gain(gains, axis, [1] * len(inputs))
-    return [Factored(on_bases(equation, inputs), terms, gain)]
+    return [Factored(moved_bases(equation, inputs)[0], terms, gain)]
 
 
 def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -169,7 +173,7 @@ def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
             for window, (lo, hi, _), size in zip(windows, config, value.shape, strict=True)
         )
 
-    base = evaluate_equation(equation, [value.base, padding_value])[0]
+    base = moved_bases(equation, inputs)[0]
     terms = tuple(dataclasses.replace(term, window=widened(term.window)) for term in value.terms)
     if value.gain is None:
         return [Factored(base, terms)]
@@ -203,12 +207,14 @@ def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size
     return Factor.of_aligned(jnp.concatenate(parts, axis))
 
 
-RULES: dict[str, Rule] = {
-    "concatenate": concatenate,
-    "dynamic_slice": dynamic_slice,
-    "pad": pad,
-    "slice": slice_,
-    "split": split,
-    "stack": stack,
-    "unstack": unstack,
-}
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of ops that cut weights and join them."""
+    return {
+        jax.lax.split_p: Rule(factors=split),
+        jax.lax.stack_p: Rule(factors=stack, roles=of_weights_alone(stack)),
+        jax.lax.unstack_p: Rule(factors=unstack),
+        primitives.concatenate_p: Rule(factors=concatenate, roles=of_weights_alone(concatenate)),
+        primitives.dynamic_slice_p: Rule(factors=dynamic_slice),
+        primitives.pad_p: Rule(factors=pad),
+        primitives.slice_p: Rule(factors=slice_),
+    }

@@ -1,4 +1,8 @@
-"""Rules for `dot_general`: the base op plus the products of the other operand and the factors."""
+"""The rule for `dot_general`: the base op plus the products of the other operand and the factors.
+
+Adapted or not, an operand's axes are named by labels, the same ones for axes that are contracted or
+mapped over together.
+"""
 
 import dataclasses
 import itertools
@@ -10,30 +14,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._compat import Equation, Primitive, primitives
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import AnyArray, Size
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    Window,
-    base_of,
-    block_shape,
-    dense_flops,
-    multiplied,
-    terms_of,
-    without_windows,
-)
-from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax.transform._bases import array_of, computed_with_bases
+from lora_jax.transform._building import chosen, materialized
+from lora_jax.transform._factored import Factored, multiplied, terms_of
+from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._product import (
     Labelled,
     Labels,
+    Plan,
     plan_product,
     product,
     sharding_of,
     without_unit_axes,
 )
-from lora_jax.transform._report import Use
+from lora_jax.transform._roles import contraction_roles, note_roles
+from lora_jax.transform._rows import recorded
+from lora_jax.transform._terms import Term, Window, block_shape, without_windows
+from lora_jax.transform.rules._rule import Rule
 
 
 def dot_general(
@@ -47,21 +47,73 @@ def dot_general(
     """
     labels, output = labels_of(equation, inputs)
     inputs, gains = _with_gains_outside(interpreter, equation, inputs, labels, output)
+    plans = [_plans(position, inputs, labels, output) for position in range(len(inputs))]
     choices = [
-        _computed(interpreter, equation, position, inputs, labels, output)
+        _chosen(interpreter, equation, position, inputs, labels, plans[position])
         for position in range(len(inputs))
     ]
-    result = evaluate_equation(equation, [base_of(choice) for choice in choices])[0]
+    result = computed_with_bases(equation, choices)[0]
+    parts = [
+        # A weight that was built has no terms left.
+        [None, *zip(terms_of(choice), of_terms, strict=False)]
+        for choice, of_terms in zip(choices, plans, strict=True)
+    ]
     with scope_of(equation), jax.named_scope("lora"):
-        summands = itertools.product(*([None, *terms_of(choice)] for choice in choices))
-        for use, terms in enumerate(summands):
-            if any(term is not None for term in terms):
+        for use, summand in enumerate(itertools.product(*parts)):
+            if any(part is not None for part in summand):
                 result += _change(
-                    interpreter, equation, use, choices, terms, labels, output, result
+                    interpreter, equation, use, choices, summand, labels, output, result
                 )
         for gain in gains:
             result = multiplied(result, gain).astype(result.dtype)
     return [result]
+
+
+def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Notes which axes are contracted (inputs), mapped over (batch) and kept (outputs)."""
+    contracted, batch = equation.params["dimension_numbers"]
+    for position, value in enumerate(inputs):
+        if isinstance(value, Factored):
+            own = contraction_roles(
+                value.ndim, contracted=contracted[position], batch=batch[position]
+            )
+            note_roles(interpreter, equation, value, own)
+    return computed_with_bases(equation, inputs)
+
+
+def rows(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the product with the base, the rows of the other operand recorded."""
+    labels, output = labels_of(equation, inputs)
+    result = computed_with_bases(equation, inputs)[0]
+    for position, value in enumerate(inputs):
+        other = inputs[1 - position]
+        if isinstance(value, Factored) and not isinstance(other, Factored):
+            for term in value.terms:
+                result = _with_rows(
+                    result,
+                    other,
+                    labels[1 - position],
+                    without_windows(term, value.shape),
+                    labels[position],
+                    output,
+                )
+    return [result]
+
+
+def labels_of(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, Labels], Labels]:
+    """Returns the labels of both operands' axes and those of the output, in its order."""
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
+    lhs = tuple(range(inputs[0].ndim))
+    paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
+    rhs = tuple(paired.get(axis, len(lhs) + axis) for axis in range(inputs[1].ndim))
+    lhs_free = [axis for axis in lhs if axis not in (*lhs_contracted, *lhs_batch)]
+    rhs_free = [label for label in rhs if label >= len(lhs)]
+    return (lhs, rhs), (*lhs_batch, *lhs_free, *rhs_free)
+
+
+def rank_label_of(position: int, labels: Sequence[Labels]) -> int:
+    """Returns a label for a factor's rank that no axis of any operand has."""
+    return 1 + position + max((label for named in labels for label in named), default=0)
 
 
 def _with_gains_outside(
@@ -97,7 +149,7 @@ def _with_gains_outside(
                 operands[1 - position] = _cut_as(other, scaled.astype(other.dtype))
             operands[position] = without_gain
         else:
-            operands[position] = interpreter.materialize(equation, [value])[0]
+            operands[position] = materialized(interpreter.reporter, equation, [value])[0]
     return operands, gains
 
 
@@ -121,52 +173,59 @@ def _in_axes_of(target: Labels, array: Array, labels: Labels) -> Array:
     )
 
 
-def _computed(
+def _plans(
+    position: int, inputs: Sequence[Any], labels: Sequence[Labels], output: Labels
+) -> list[Plan]:
+    """Returns, for each term of an operand, how to multiply it with the other operand's base."""
+    return [
+        _plan(term, inputs[position].shape, position, inputs, labels, output)
+        for term in terms_of(inputs[position])
+    ]
+
+
+def _plan(
+    term: Term,
+    shape: tuple[Size, ...],
+    position: int,
+    inputs: Sequence[Any],
+    labels: Sequence[Labels],
+    output: Labels,
+) -> Plan:
+    block = dict(zip(labels[position], block_shape(term, shape), strict=True))
+    rank_label = rank_label_of(position, labels)
+    size_of = {**_sizes(inputs, labels), **block, rank_label: term.rank}
+    operands: list[Labels] = []
+    for own, named in enumerate(labels):
+        if own != position:
+            operands.append(tuple(label for label in named if size_of[label] != 1))
+            continue
+        for factor in (term.lora_A, term.lora_B):
+            pairs = zip((*named, rank_label), factor.shape, strict=True)
+            operands.append(tuple(label for label, size in pairs if size != 1))
+    return plan_product(operands, output, size_of)
+
+
+def _chosen(
     interpreter: Interpreter,
     equation: Equation,
     position: int,
     inputs: Sequence[Any],
     labels: Sequence[Labels],
-    output: Labels,
+    plans: Sequence[Plan],
 ) -> Any:
     """Returns an operand as it is to be computed with: dense if that is cheaper, else as it is."""
     value = inputs[position]
     if not isinstance(value, Factored):
         return value
-    size_of = _sizes(inputs, labels)
-    base_flops = 2 * math.prod(size_of.values())
-
-    def factored_flops(part: Factored) -> Size:
-        return sum(
-            _factored_flops(term, part.shape, labels, position, output, size_of)
-            for term in part.terms
-        )
-
-    return interpreter.chosen(equation, value, base_flops, factored_flops)
-
-
-def _factored_flops(
-    term: Term,
-    shape: tuple[Size, ...],
-    labels: Sequence[Labels],
-    position: int,
-    output: Labels,
-    size_of: Mapping[int, Size],
-) -> Size:
-    block = dict(zip(labels[position], block_shape(term, shape), strict=True))
-    size_of = {**size_of, **block}
-    rank_label = rank_label_of(position, labels)
-    operands = [
-        tuple(label for label in labels[other] if size_of[label] != 1)
-        for other in range(len(labels))
-        if other != position
-    ]
-    for factor in (term.lora_A, term.lora_B):
-        depends = [size != 1 for size in factor.shape]
-        named = (*labels[position], rank_label)
-        operands.append(tuple(x for x, used in zip(named, depends, strict=True) if used))
-    sizes = {**size_of, rank_label: term.rank}
-    return plan_product(operands, output, sizes).flops(sizes)
+    base_flops = 2 * math.prod(_sizes(inputs, labels).values())
+    return chosen(
+        interpreter.reporter,
+        equation,
+        value,
+        base_flops,
+        [plan.flops for plan in plans],
+        may_build=not interpreter.dropout.is_active,
+    )
 
 
 def _change(
@@ -174,13 +233,26 @@ def _change(
     equation: Equation,
     use: int,
     operands: Sequence[Any],
-    terms: Sequence[Term | None],
+    summand: Sequence[tuple[Term, Plan] | None],
     labels: Sequence[Labels],
     output: Labels,
     result: Array,
 ) -> Array:
-    """Returns one summand of the product, in the shape and dtype of `result`."""
-    if sum(term is not None for term in terms) > 1:
+    """Returns one summand of the product, in the shape and dtype of `result`.
+
+    Args:
+      interpreter: at the equation.
+      equation: the contraction.
+      use: tells apart the masks of the summands.
+      operands: the operands as they are computed with.
+      summand: for each operand the term that stands for it, with its plan, or None for the base.
+      labels: those of each operand.
+      output: those of the result.
+      result: the product of the bases.
+    """
+    terms = [None if part is None else part[0] for part in summand]
+    plans = [part[1] for part in summand if part is not None]
+    if len(plans) > 1:
         terms = [
             None if term is None else without_windows(term, operand.shape)
             for term, operand in zip(terms, operands, strict=True)
@@ -189,24 +261,24 @@ def _change(
     arrays: list[tuple[Array, Labels]] = []
     for position, (operand, term) in enumerate(zip(operands, terms, strict=True)):
         if term is None:
-            array = _sliced(base_of(operand), labels[position], ranges)
+            array = _sliced(array_of(operand), labels[position], ranges)
             if not isinstance(operand, Factored):
-                array = interpreter.dropped_out(array, use)
+                array = interpreter.dropout.dropped_out(array, use)
             arrays.append((array, labels[position]))
         else:
             named = (*labels[position], rank_label_of(position, labels))
             arrays += [(term.lora_A, named), (term.lora_B, named)]
     dtype = common_dtype(*(array.dtype for array, _ in arrays))
-    dropped = any(not isinstance(operand, Factored) for operand in operands)
     scales = [term.scale for term in terms if term is not None]
-    if dropped:
-        scales[0] = interpreter.scale_of(next(term for term in terms if term is not None))
+    if any(not isinstance(operand, Factored) for operand in operands):
+        scales[0] = interpreter.dropout.scaled(scales[0])
     count = _constant_count(operands, labels, output, ranges, arrays)
     if count != 1:
         scales.append(jnp.asarray(count, scales[0].dtype))
     joined = product(
         [without_unit_axes(array.astype(dtype), named) for array, named in arrays],
         output,
+        plan=plans[0] if len(plans) == 1 else None,
         scale=math.prod(scales[1:], start=scales[0]),
         precision=equation.params["precision"],
         preferred_element_type=product_dtype(equation, dtype),
@@ -240,99 +312,6 @@ def _constant_count(
     return math.prod(
         size for label, size in size_of.items() if label not in held and label not in output
     )
-
-
-def ragged_dot_general(
-    interpreter: Interpreter, equation: Equation, inputs: list[Any]
-) -> Sequence[Any] | None:
-    """Returns each group of rows times the weight of its expert, through that expert's factors."""
-    x, weight, group_sizes = inputs[0], inputs[1], jnp.asarray(inputs[2])
-    numbers = equation.params["ragged_dot_dimension_numbers"]
-    is_plain = (
-        numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
-        and tuple(numbers.lhs_ragged_dimensions) == (0,)
-        and tuple(numbers.rhs_group_dimensions) == (0,)
-    )
-    if not is_plain or isinstance(x, Factored) or equation.params["group_offset"] is not None:
-        return None
-    terms = [without_windows(term, weight.shape) for term in weight.terms]
-    factors = [pair for pair in map(_expert_factors, terms) if pair is not None]
-    # Gains of the form (experts, 1, out), one for each expert's output features.
-    if len(factors) < len(terms) or 1 in weight.held_by_gain:
-        return None
-    result = evaluate_equation(equation, [x, weight.base, group_sizes])[0]
-    for path, part in weight.parts().items():
-        flops = sum(2 * x.shape[0] * term.rank * sum(weight.shape[1:]) for term in part.terms)
-        interpreter.record(
-            Use(
-                path=path,
-                primitive=equation.primitive.name,
-                source=interpreter.source_of(equation),
-                how="factored",
-                base_flops=2 * x.size * weight.shape[2],
-                factored_flops=flops,
-                dense_flops=dense_flops(part),
-            )
-        )
-    with scope_of(equation), jax.named_scope("lora"):
-        for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):
-            adapter_input = interpreter.dropped_out(x, use)
-            scale = interpreter.scale_of(term)
-            result += _expert_change(
-                equation, adapter_input, kernel, mixer, scale, group_sizes, result
-            )
-        if weight.gain is not None:
-            gain = _gain_of_rows(weight.gain.aligned.squeeze(-1), group_sizes, x.shape[0])
-            result = multiplied(result, gain).astype(result.dtype)
-    return [result]
-
-
-def _gain_of_rows(gain: Array, group_sizes: Array, rows: Size) -> Array:
-    """Returns the gain of the expert that each row goes to, of shape (rows, out)."""
-    experts = jnp.broadcast_to(gain, (group_sizes.shape[0], *gain.shape[1:]))
-    return jax.lax.ragged_dot(
-        jnp.ones((rows, 1), gain.dtype), experts, group_sizes, precision=jax.lax.Precision.HIGHEST
-    )
-
-
-def _expert_factors(term: Term) -> tuple[Array, Array] | None:
-    """Returns the factors of shapes (experts, in, 1, r) and (experts, 1, out, r), or None."""
-    for kernel, mixer in ((term.lora_A, term.lora_B), (term.lora_B, term.lora_A)):
-        if kernel.shape[2] == 1 and mixer.shape[1] == 1:
-            return kernel, mixer
-    return None
-
-
-def _expert_change(
-    equation: Equation,
-    x: Array,
-    kernel: Array,
-    mixer: Array,
-    scale: Array,
-    group_sizes: Array,
-    result: Array,
-) -> Array:
-    dtype = common_dtype(x.dtype, kernel.dtype, mixer.dtype)
-    experts = group_sizes.shape[0]
-
-    def of_each_expert(factor: Array, axis: int, size: Size) -> Array:
-        """Returns a factor as (experts, size, r), whether it depends on these axes or not."""
-        kernels = factor.squeeze(axis)
-        return jnp.broadcast_to(kernels, (experts, size, kernels.shape[-1])).astype(dtype)
-
-    def ragged_dot(x: Array, weight: Array) -> Array:
-        return jax.lax.ragged_dot(
-            x,
-            weight,
-            group_sizes,
-            precision=equation.params["precision"],
-            preferred_element_type=product_dtype(equation, dtype),
-        )
-
-    hidden = ragged_dot(x.astype(dtype), of_each_expert(kernel, 2, x.shape[1]))
-    hidden = hidden * scale.astype(hidden.dtype)
-    mixers = of_each_expert(mixer, 1, result.shape[1]).swapaxes(1, 2)
-    return ragged_dot(hidden.astype(dtype), mixers).astype(result.dtype)
 
 
 def _placed(joined: Labelled, output: Labels, ranges: dict[int, Window], result: Array) -> Array:
@@ -373,22 +352,6 @@ def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int,
     }
 
 
-def labels_of(equation: Equation, inputs: Sequence[Any]) -> tuple[tuple[Labels, Labels], Labels]:
-    """Returns the labels of both operands' axes and those of the output, in its order."""
-    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = equation.params["dimension_numbers"]
-    lhs = tuple(range(inputs[0].ndim))
-    paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
-    rhs = tuple(paired.get(axis, len(lhs) + axis) for axis in range(inputs[1].ndim))
-    lhs_free = [axis for axis in lhs if axis not in (*lhs_contracted, *lhs_batch)]
-    rhs_free = [label for label in rhs if label >= len(lhs)]
-    return (lhs, rhs), (*lhs_batch, *lhs_free, *rhs_free)
-
-
-def rank_label_of(position: int, labels: Sequence[Labels]) -> int:
-    """Returns a label for a factor's rank that no axis of any operand has."""
-    return 1 + position + max((label for named in labels for label in named), default=0)
-
-
 def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, Size]:
     return {
         label: size
@@ -397,4 +360,38 @@ def _sizes(inputs: Sequence[Any], labels: Sequence[Labels]) -> dict[int, Size]:
     }
 
 
-RULES: dict[str, Rule] = {"dot_general": dot_general, "ragged_dot_general": ragged_dot_general}
+def _with_rows(
+    result: Array, x: Array, x_labels: Labels, probe: Term, labels: Labels, output: Labels
+) -> Array:
+    """Returns `result`, the rows of x recorded if the op sums over the weight's input axes."""
+    held = {label for label, size in zip(labels, probe.lora_A.shape, strict=False) if size != 1}
+    summed = {label for label in x_labels if label in labels and label not in output}
+    if held - set(output) != {
+        label
+        for label, size in zip(x_labels, x.shape, strict=True)
+        if label in summed and size != 1
+    }:
+        return result
+    rank_label = rank_label_of(0, (x_labels, labels))
+    x = x.astype(jnp.float32)
+    operands = [
+        without_unit_axes(array, named)
+        for array, named in ((x, x_labels), (probe.lora_A, (*labels, rank_label)))
+    ]
+    hidden = product(operands, (*output, rank_label), precision=jax.lax.Precision.HIGHEST)
+    counter = without_unit_axes(probe.lora_B, (*labels, rank_label))
+    # Along the weight's outputs any place will do: a row is multiplied by all of them.
+    outputs = [axis for axis, name in enumerate(counter.labels) if name not in hidden.labels]
+    held_labels = [name for name in counter.labels if name in hidden.labels]
+    order = [name for name in hidden.labels[:-1] if name in held_labels]
+    rows = jnp.max(counter.array, axis=tuple(outputs)).transpose(
+        [held_labels.index(name) for name in order]
+    )
+    absent = [axis for axis, name in enumerate(hidden.labels[:-1]) if name not in order]
+    rows = jnp.broadcast_to(jnp.expand_dims(rows, absent), hidden.array.shape[:-1])
+    return recorded(result, hidden.array, rows)
+
+
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rule of `dot_general`."""
+    return {primitives.dot_general_p: Rule(factors=dot_general, roles=roles, rows=rows)}

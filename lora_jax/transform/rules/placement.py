@@ -10,17 +10,20 @@ from typing import Any
 
 import jax
 from jax.experimental.layout import Format
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
-from lora_jax.transform._factored import Factor, Factored, base_of
-from lora_jax.transform._interpreter import Interpreter, Rule
+from lora_jax._compat import Equation, Primitive, emitted_primitive, primitives
+from lora_jax.transform._bases import moved_bases
+from lora_jax.transform._factored import Factored
+from lora_jax.transform._interpreter import Interpreter
+from lora_jax.transform._terms import Factor
+from lora_jax.transform.rules._rule import Rule
 
 
 def device_put(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns each value on its device or in its memory, the factors of a weight beside it."""
-    bases = evaluate_equation(equation, [base_of(value) for value in inputs])
+    bases = moved_bases(equation, inputs)
     return [
         placed(value, base, where, _put) if isinstance(value, Factored) else base
         for value, base, where in zip(inputs, bases, equation.params["devices"], strict=True)
@@ -36,14 +39,14 @@ def sharding_constraint(
 ) -> list[Any]:
     """Returns the weight cut as the model says, its factors alike."""
     (value,) = inputs
-    base = evaluate_equation(equation, [value.base])[0]
+    base = moved_bases(equation, inputs)[0]
     return [placed(value, base, equation.params["sharding"], jax.lax.with_sharding_constraint)]
 
 
 def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the weight cut over explicit axes as the model says, its factors alike."""
     (value,) = inputs
-    base = evaluate_equation(equation, [value.base])[0]
+    base = moved_bases(equation, inputs)[0]
     return [placed(value, base, equation.params["dst_sharding"], jax.sharding.reshard)]
 
 
@@ -105,8 +108,14 @@ def _with_spec(where: Any, spec: PartitionSpec) -> Any:
     return NamedSharding(where.mesh, spec, memory_kind=where.memory_kind)
 
 
-RULES: dict[str, Rule] = {
-    "device_put": device_put,
-    "reshard": reshard,
-    "sharding_constraint": sharding_constraint,
-}
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of ops that put a weight somewhere."""
+    mesh = AbstractMesh((1,), ("i",), axis_types=(AxisType.Explicit,))
+    cut = NamedSharding(mesh, PartitionSpec("i"))
+    return {
+        emitted_primitive(
+            lambda x: jax.sharding.reshard(x, cut), jax.ShapeDtypeStruct((1,), "float32")
+        ): Rule(factors=reshard),
+        primitives.device_put_p: Rule(factors=device_put),
+        primitives.sharding_constraint_p: Rule(factors=sharding_constraint),
+    }

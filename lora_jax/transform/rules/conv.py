@@ -1,25 +1,26 @@
 """The rule for convolutions: a convolution with lora_A, then lora_B on the channels it gives."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
+from lora_jax._compat import Equation, Primitive, primitives
 from lora_jax._dtypes import common_dtype
-from lora_jax._shapes import Size
-from lora_jax.transform._contraction import product_dtype
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    multiplied,
-    without_windows,
-)
-from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax._shapes import AxisRole, Size
+from lora_jax.transform._bases import computed_with_bases
+from lora_jax.transform._building import chosen
+from lora_jax.transform._factored import Factored, multiplied
+from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._product import Labelled, product
+from lora_jax.transform._roles import note_roles
+from lora_jax.transform._rows import recorded
+from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform.rules._rule import Rule
+from lora_jax.transform.rules.dot import product_dtype
 
 
 def conv_general_dilated(
@@ -44,14 +45,20 @@ def conv_general_dilated(
         return None
     if len(factors) < len(terms) or not weight.held_by_gain <= {feature_axis_of(equation)}:
         return None
-    base_flops, factored_flops = _costs(equation, weight.shape)
-    choice = interpreter.chosen(equation, weight, base_flops, factored_flops)
+    choice = chosen(
+        interpreter.reporter,
+        equation,
+        weight,
+        *_costs(equation, weight),
+        may_build=not interpreter.dropout.is_active,
+    )
     if not isinstance(choice, Factored):
-        return evaluate_equation(equation, [x, choice])
-    base = result = evaluate_equation(equation, [x, weight.base])[0]
+        return computed_with_bases(equation, [x, choice])
+    base = result = computed_with_bases(equation, inputs)[0]
     with scope_of(equation), jax.named_scope("lora"):
         for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):
-            adapter_input, scale = interpreter.dropped_out(x, use), interpreter.scale_of(term)
+            adapter_input = interpreter.dropout.dropped_out(x, use)
+            scale = interpreter.dropout.scaled(term.scale)
             whole = _whole_kernel(equation, kernel, weight.shape)
             result += _change(equation, adapter_input, whole, mixer, scale, base)
         if weight.gain is not None:
@@ -59,6 +66,36 @@ def conv_general_dilated(
             shape = [size if axis == out_axis else 1 for axis, size in enumerate(base.shape)]
             gain = weight.gain.aligned.reshape(shape)
             result = multiplied(result, gain).astype(base.dtype)
+    return [result]
+
+
+def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
+    """Notes a kernel's output features as outputs and all else as inputs."""
+    x, kernel = inputs
+    if isinstance(x, Factored):
+        return None
+    own: list[AxisRole] = ["in"] * kernel.ndim
+    own[feature_axis_of(equation)] = "out"
+    note_roles(interpreter, equation, kernel, own, untracked="in")
+    return computed_with_bases(equation, inputs)
+
+
+def rows(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    """Returns the convolution with the base, the patches that the kernel meets recorded."""
+    x, weight = inputs
+    result = computed_with_bases(equation, inputs)[0]
+    if isinstance(x, Factored):
+        return [result]
+    for term in weight.terms:
+        probe = without_windows(term, weight.shape)
+        if probe.lora_A.shape[feature_axis_of(equation)] != 1:
+            continue
+        patches = convolved(equation, x.astype(jnp.float32), probe.lora_A)
+        out_axis = equation.params["dimension_numbers"].out_spec[1]
+        hidden = jnp.moveaxis(patches, out_axis, -1)
+        hidden = hidden.reshape(*hidden.shape[:-1], -1, probe.rank)
+        counter = jnp.broadcast_to(jnp.max(probe.lora_B), hidden.shape[:-1])
+        result = recorded(result, hidden, counter)
     return [result]
 
 
@@ -140,21 +177,16 @@ def _mixed(
     return joined.array.reshape(shape).astype(base.dtype)
 
 
-def _costs(
-    equation: Equation, kernel_shape: tuple[Size, ...]
-) -> tuple[Size, Callable[[Factored], Size]]:
-    """Returns the operations of the base op, and those of the products for a part of the kernel."""
-    features = kernel_shape[feature_axis_of(equation)]
+def _costs(equation: Equation, kernel: Factored) -> tuple[Size, list[Size]]:
+    """Returns the operations of the base op, and those of the products of each term."""
+    features = kernel.shape[feature_axis_of(equation)]
     output: Any = equation.outvars[0].aval
     size = math.prod(output.shape)
     places = size // features
-    window = math.prod(kernel_shape) // features
+    window = math.prod(kernel.shape) // features
     groups = equation.params["feature_group_count"]
-
-    def factored_flops(part: Factored) -> Size:
-        return sum(2 * places * term.rank * (groups * window + features) for term in part.terms)
-
-    return 2 * size * window, factored_flops
+    of_terms = [2 * places * term.rank * (groups * window + features) for term in kernel.terms]
+    return 2 * size * window, of_terms
 
 
 def feature_axis_of(equation: Equation) -> int:
@@ -172,4 +204,11 @@ _SAME_PARAMETERS = (
     "precision",
 )
 
-RULES: dict[str, Rule] = {"conv_general_dilated": conv_general_dilated}
+
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rule of convolutions."""
+    return {
+        primitives.conv_general_dilated_p: Rule(
+            factors=conv_general_dilated, roles=roles, rows=rows
+        )
+    }

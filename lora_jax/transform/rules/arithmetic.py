@@ -7,26 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, is_tracer
+from lora_jax._compat import Equation, Primitive, is_tracer, primitives
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
-from lora_jax.transform._factored import (
-    Factored,
-    Term,
-    base_of,
-    gain_of,
-    terms_of,
-    without_windows,
-)
-from lora_jax.transform._interpreter import Interpreter, Rule
-from lora_jax.transform._structure import on_bases
+from lora_jax.transform._bases import base_of, computed_with_bases
+from lora_jax.transform._factored import Factored, gain_of, terms_of
+from lora_jax.transform._interpreter import Evaluation, Interpreter
+from lora_jax.transform._roles import of_weights_alone
+from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform.rules._rule import Rule
 
 
 def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the negated weight: base and scale change sign."""
     (value,) = inputs
     terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
-    return [Factored(on_bases(equation, inputs), terms, value.gain)]
+    return [Factored(computed_with_bases(equation, inputs)[0], terms, value.gain)]
 
 
 def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -49,7 +45,7 @@ def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    base = on_bases(equation, inputs)
+    base = computed_with_bases(equation, inputs)[0]
     return [Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.ndim)))]
 
 
@@ -57,7 +53,7 @@ def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns the difference of a weight and an array or another weight."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    base = on_bases(equation, inputs)
+    base = computed_with_bases(equation, inputs)[0]
     first, second = (_terms_on(value, base.ndim) for value in inputs)
     negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in second)
     return [Factored(base, first + negated)]
@@ -91,7 +87,7 @@ def _rescaled(
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
-    return [Factored(on_bases(equation, inputs), absorbed, value.gain)]
+    return [Factored(computed_with_bases(equation, inputs)[0], absorbed, value.gain)]
 
 
 def _rescaled_term(
@@ -130,11 +126,36 @@ def _holds(factor: Array, axes: Collection[int]) -> bool:
     return all(factor.shape[axis] != 1 for axis in axes)
 
 
-RULES: dict[str, Rule] = {
-    "add": add,
-    "add_any": add,
-    "div": div,
-    "mul": mul,
-    "neg": neg,
-    "sub": sub,
-}
+def rows_of_scaled(evaluation: Evaluation) -> Evaluation:
+    """Returns `mul` or `div` for `input_moments`: along a weight's outputs its inputs are the same.
+
+    A weight that is scaled there is multiplied by the same rows as before; scaled along its inputs,
+    by scaled ones.
+    """
+
+    def evaluated(
+        interpreter: Interpreter, equation: Equation, inputs: list[Any]
+    ) -> Sequence[Any] | None:
+        weights = [value for value in inputs if isinstance(value, Factored)]
+        others = [value for value in inputs if not isinstance(value, Factored)]
+        is_linear = evaluation is mul or isinstance(inputs[0], Factored)
+        if is_linear and len(weights) == 1 and jnp.ndim(others[0]) == weights[0].ndim:
+            held = [axis for axis, size in enumerate(others[0].shape) if size != 1]
+            if all(term.lora_A.shape[axis] == 1 for term in weights[0].terms for axis in held):
+                base = computed_with_bases(equation, inputs)[0]
+                return [dataclasses.replace(weights[0], base=base)]
+        return evaluation(interpreter, equation, inputs)
+
+    return evaluated
+
+
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rules of sums and of products of elements."""
+    return {
+        primitives.add_jaxvals_p: Rule(factors=add, roles=of_weights_alone(add)),
+        primitives.add_p: Rule(factors=add, roles=of_weights_alone(add)),
+        primitives.div_p: Rule(factors=div, roles=of_weights_alone(div), rows=rows_of_scaled(div)),
+        primitives.mul_p: Rule(factors=mul, roles=of_weights_alone(mul), rows=rows_of_scaled(mul)),
+        primitives.neg_p: Rule(factors=neg),
+        primitives.sub_p: Rule(factors=sub, roles=of_weights_alone(sub)),
+    }

@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._compat import Equation, evaluate_equation
-from lora_jax._shapes import Size
-from lora_jax.transform._factored import (
-    Factor,
-    Factored,
-    Term,
-    dense_flops,
-    dense_value,
-    without_windows,
-)
-from lora_jax.transform._interpreter import Interpreter, Rule, scope_of
+from lora_jax._compat import Equation, Primitive, primitives
+from lora_jax._shapes import AxisRole, Size
+from lora_jax.transform._bases import computed_with_bases
+from lora_jax.transform._factored import Factored, dense_flops, dense_value
+from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Use
+from lora_jax.transform._roles import note_roles
+from lora_jax.transform._terms import Factor, Term, without_windows
+from lora_jax.transform.rules._rule import Rule
 
 
 def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
@@ -33,7 +30,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     if not isinstance(value, Factored) or isinstance(indices, Factored):
         return None
     terms = [without_windows(term, value.shape) for term in value.terms]
-    looked_up = looked_up_axes(equation, value.shape)
+    looked_up = _looked_up_axes(equation, value.shape)
     holding = [_holding(term, looked_up) for term in terms]
     if (
         None in holding
@@ -41,7 +38,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         or not _fills_alike(equation, value, looked_up, holding)
     ):
         return None
-    base = evaluate_equation(equation, [value.base, indices])[0]
+    base = computed_with_bases(equation, inputs)[0]
     picked = tuple(
         term.moved(
             _picked(equation, term.lora_A, indices, looked_up, base),
@@ -56,16 +53,46 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     rows = Factored(base, picked, gain)
     if "one" not in holding:
         return [rows]
-    source = interpreter.source_of(equation)
+    source = interpreter.reporter.source_of(equation)
     for path, part in rows.parts().items():
         flops = sum(2 * term.rank * base.size for term in part.terms)
-        interpreter.record(Use(path, "gather", source, "factored", 0, flops, dense_flops(part)))
+        use = Use(path, "gather", source, "factored", 0, flops, dense_flops(part))
+        interpreter.reporter.tell(use)
     with scope_of(equation), jax.named_scope("lora"):
         kept = tuple(
             _rows_dropped_out(interpreter, equation, term, use, base.shape)
             for use, term in enumerate(picked)
         )
         return [dense_value(dataclasses.replace(rows, terms=kept))]
+
+
+def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
+    """Notes a lookup of rows; or goes on with the weights that are picked out of a stack."""
+    value, _ = inputs
+    numbers = equation.params["dimension_numbers"]
+    if not isinstance(value, Factored) or numbers.operand_batching_dims:
+        return None
+    looked_up = _looked_up_axes(equation, value.shape)
+    picked = computed_with_bases(equation, inputs)[0]
+    if value.ndim - len(looked_up) < 2:
+        own: list[AxisRole] = ["in" if axis in looked_up else "out" for axis in range(value.ndim)]
+        note_roles(interpreter, equation, value, own)
+        return [picked]
+
+    def first(probe: Array) -> Array:
+        for axis in looked_up:
+            probe = jax.lax.slice_in_dim(probe, 0, 1, axis=axis)
+        return probe
+
+    terms = tuple(
+        term.moved(
+            _aligned_with_offsets(first(term.lora_A), numbers, picked.ndim),
+            _aligned_with_offsets(term.lora_B, numbers, picked.ndim),
+            (None,) * picked.ndim,
+        )
+        for term in (without_windows(term, value.shape) for term in value.terms)
+    )
+    return [Factored(picked, terms)]
 
 
 def _fills_alike(
@@ -85,7 +112,7 @@ def _fills_alike(
     return gain_keeps and (every_index_looks_up or not is_filled)
 
 
-def looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
+def _looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
     """Returns the axes of which a part is picked; an index into a whole one picks nothing."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     return [int(axis) for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
@@ -113,7 +140,7 @@ def _picked(
     if not all(factor.shape[axis] != 1 for axis in looked_up):
         # An axis that no index belongs to is cut from its start.
         kept = factor[tuple(map(slice, sizes))]
-        return aligned_with_offsets(kept, numbers, base.ndim)
+        return _aligned_with_offsets(kept, numbers, base.ndim)
     return jax.lax.gather(
         factor,
         indices,
@@ -127,7 +154,7 @@ def _picked(
     )
 
 
-def aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
+def _aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
     """Returns a factor without looked-up axes, each other axis at its place in the result."""
     kept = [axis for axis in range(factor.ndim - 1) if axis not in numbers.collapsed_slice_dims]
     sizes = [1] * ndim
@@ -146,7 +173,7 @@ def _rows_dropped_out(
     in_rows = equation.params["dimension_numbers"].offset_dims
     lookups = [1 if axis in in_rows else size for axis, size in enumerate(shape)]
     ones = jnp.ones((*lookups, 1), term.lora_A.dtype)
-    mask = interpreter.dropped_out(ones, use)
+    mask = interpreter.dropout.dropped_out(ones, use)
     if mask is ones:
         return term
     if any(
@@ -156,7 +183,9 @@ def _rows_dropped_out(
         masked = term.moved(term.lora_A, term.lora_B * mask.astype(term.lora_B.dtype))
     else:
         masked = term.moved(term.lora_A * mask, term.lora_B)
-    return dataclasses.replace(masked, scale=interpreter.scale_of(term))
+    return dataclasses.replace(masked, scale=interpreter.dropout.scaled(term.scale))
 
 
-RULES: dict[str, Rule] = {"gather": gather}
+def rules() -> dict[Primitive, Rule]:
+    """Returns the rule of lookups."""
+    return {primitives.gather_p: Rule(factors=gather, roles=roles)}

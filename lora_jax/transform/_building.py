@@ -1,0 +1,106 @@
+"""When W + AB is built: where that is cheaper, and where no rule can do without it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax._compat import Equation
+from lora_jax._shapes import Size
+from lora_jax.transform._factored import Factored, dense_flops, dense_value, is_as_exact_dense
+from lora_jax.transform._report import Reporter, Use
+
+
+def prefers_dense(base_flops: Size, factored_flops: Size, building_flops: Size) -> bool:
+    """Says whether a training step is cheaper with W + AB built than with factors.
+
+    Let F be the operations of the base op x W, f those that the factored products add to it, and b
+    those of building W + AB. With y = x W + x A B and the cotangent ȳ of y, a step takes
+
+        factored:  f forward; the cotangents of x A B in each of its operands, which for every
+                   product are two products of the same size: 2 f
+        built:     b forward; W̄ = xᵀ ȳ, a product as large as the base op: F; and of it
+                   Ā = W̄ Bᵀ and B̄ = Aᵀ W̄, two products of the size of A B: 2 b
+
+    beside the base op and its cotangent ȳ Wᵀ, which both have. So W + AB is built if
+    F + 3 b < 3 f. Counting the forward pass alone, b < f, would build W in every large batch and
+    then pay for W̄.
+
+    With a symbolic shape the counts are polynomials. Where neither is smaller for every value of
+    its symbols, the weight stays factored.
+
+    Args:
+      base_flops: F.
+      factored_flops: f.
+      building_flops: b.
+    """
+    try:
+        return bool(base_flops + 3 * building_flops < 3 * factored_flops)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
+def chosen(
+    reporter: Reporter,
+    equation: Equation,
+    value: Factored,
+    base_flops: Size,
+    term_flops: Sequence[Size],
+    *,
+    may_build: bool,
+) -> Factored | jax.Array:
+    """Returns a weight as an op is to use it: built where that is cheaper, or as it is.
+
+    A weight that is built in half precision would lose what the factors have in more, and stays
+    factored.
+
+    Args:
+      reporter: is told of the choice.
+      equation: the op.
+      value: the weight.
+      base_flops: operations of the op alone.
+      term_flops: operations of the products of each term.
+      may_build: whether there is a choice; dropout is on the adapter's input, so that a weight that
+        is built could have none.
+    """
+    is_dense = (
+        may_build
+        and is_as_exact_dense(value)
+        and prefers_dense(base_flops, sum(term_flops), dense_flops(value))
+    )
+    source = reporter.source_of(equation)
+    for path, part in value.parts().items():
+        reporter.tell(
+            Use(
+                path=path,
+                primitive=equation.primitive.name,
+                source=source,
+                how="dense" if is_dense else "factored",
+                base_flops=base_flops,
+                factored_flops=sum(
+                    flops
+                    for term, flops in zip(value.terms, term_flops, strict=True)
+                    if str(term.origin) == path
+                ),
+                dense_flops=dense_flops(part),
+            )
+        )
+    return dense_value(value) if is_dense else value
+
+
+def materialized(reporter: Reporter, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Returns the values as arrays: base + Σ terms is built where `equation` needs an array."""
+    where = equation.primitive.name, reporter.source_of(equation)
+    return [
+        materialized_value(reporter, value, *where) if isinstance(value, Factored) else value
+        for value in values
+    ]
+
+
+def materialized_value(
+    reporter: Reporter, value: Factored, primitive: str, source: str
+) -> jax.Array:
+    """Returns base + Σ terms, which `primitive` at `source` needs."""
+    for path, part in value.parts().items():
+        reporter.tell(Use(path, primitive, source, "materialized", 0, None, dense_flops(part)))
+    return dense_value(value)

@@ -1,0 +1,195 @@
+"""A low-rank summand of a weight: its factors, and how they line up with the weight's axes."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from lora_jax._shapes import Places, Size, aligned
+
+Window = tuple[Size, Size]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """An array as it is stored, and how it lines up with the weight's axes.
+
+    What crosses into the body of a loop or of a rematerialised function is the stored array, as if
+    the model had been written with it; it is aligned inside. Aligned before, it would be copied.
+
+    Attributes:
+      stored: the array.
+      places: for each axis of the weight, and after them for the rank, which axis of `stored` it
+        is, or None if the factor does not depend on it.
+      alike_over: mesh axes along which all devices are known to hold the same array, inside a
+        `shard_map` without `check_vma`, where JAX's types do not say it.
+    """
+
+    stored: Array | Any
+    places: Places = dataclasses.field(metadata={"static": True})
+    alike_over: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
+
+    @classmethod
+    def of_aligned(cls, array: Array) -> "Factor":
+        """Returns a factor that is aligned already."""
+        return cls(array, tuple(range(array.ndim)))
+
+    def rearranged(self, array: Array) -> "Factor":
+        """Returns the factor with the elements of its aligned array in other places."""
+        return Factor(array, tuple(range(array.ndim)), self.alike_over)
+
+    @functools.cached_property
+    def aligned(self) -> Array:
+        """The array with an axis for each axis of the weight, of size 1 or held, and the rank."""
+        return aligned(self.stored, self.places)
+
+    def copied(self) -> "Factor":
+        """Returns the same factor, aligned by the trace that asks for it."""
+        copy = dataclasses.replace(self)
+        assert copy.aligned.ndim == len(self.places)
+        return copy
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether a loop can cut the stored array along the weight's first axis."""
+        return self.places[0] == 0 and self.stored.shape[0] != 1
+
+    def as_stack(self) -> "Factor":
+        """Returns the same factor, the weight's first axis stored first if it is held at all."""
+        first = self.places[0]
+        if not first:
+            return self
+        order = (first, *(axis for axis in range(self.stored.ndim) if axis != first))
+        places = tuple(None if place is None else order.index(place) for place in self.places)
+        return dataclasses.replace(self, stored=self.stored.transpose(order), places=places)
+
+    def layer(self, cut: Array | None) -> "Factor":
+        """Returns the factor of one layer: of a cut of `stored`, or the one that all share.
+
+        The body of a loop asks for it, so it aligns nothing here: `aligned` would keep what the
+        body's trace computed, and hand it to what comes after the loop.
+        """
+        first, *rest = self.places
+        if first is None:
+            return dataclasses.replace(self, places=tuple(rest))
+        places = tuple(None if place is None else place - 1 for place in rest)
+        return dataclasses.replace(
+            self, stored=self.stored[0] if cut is None else cut, places=places
+        )
+
+    def spec(self, axes: Sequence[Any] | PartitionSpec) -> PartitionSpec:
+        """Returns how `stored` is cut where the weight's axes are cut as `axes` says.
+
+        The factor inherits the partition of the axes that it holds; the rank is not cut.
+        """
+        cut = {
+            place: axis
+            for axis, place, size in zip(axes, self.places, self.aligned.shape, strict=False)
+            if place is not None and size != 1
+        }
+        return PartitionSpec(*(cut.get(place) for place in range(self.stored.ndim)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One low-rank summand of a factored weight: scale · Σ_r lora_A · lora_B.
+
+    Both factors, aligned, have an axis for each axis of the weight, and the rank last. On an axis
+    that a factor does not depend on, its size is 1, so that their product broadcasts to the weight.
+    This makes rules short: whatever an op does to the weight's axes, it does to the factors'.
+
+    Attributes:
+      factor_A: the first factor.
+      factor_B: the second factor.
+      scale: a scalar.
+      window: for each axis of the weight, the range (start, stop) outside of which the term is
+        zero, or None for the whole axis. Concatenation makes windows.
+      origin: what the term comes from; as text, the path of its weight in the arguments.
+      scale_alike_over: mesh axes along which all devices are known to hold the same scale.
+    """
+
+    factor_A: Factor
+    factor_B: Factor
+    scale: Array | Any
+    window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
+    origin: Hashable = dataclasses.field(metadata={"static": True})
+    scale_alike_over: frozenset[str] = dataclasses.field(
+        default=frozenset(), metadata={"static": True}
+    )
+
+    @property
+    def lora_A(self) -> Array:
+        """The first factor, aligned with the weight's axes."""
+        return self.factor_A.aligned
+
+    @property
+    def lora_B(self) -> Array:
+        """The second factor, aligned with the weight's axes."""
+        return self.factor_B.aligned
+
+    @property
+    def rank(self) -> int:
+        """The size of the axis that the product of the factors sums over."""
+        return self.lora_A.shape[-1]
+
+    def moved(
+        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
+    ) -> "Term":
+        """Returns the term with other aligned factors, and another window if one is given."""
+        return dataclasses.replace(
+            self,
+            factor_A=Factor.of_aligned(lora_A),
+            factor_B=Factor.of_aligned(lora_B),
+            window=self.window if window is None else window,
+        )
+
+    def rearranged(
+        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
+    ) -> "Term":
+        """Returns the same as `moved` where only the places of the factors' elements change."""
+        return dataclasses.replace(
+            self,
+            factor_A=self.factor_A.rearranged(lora_A),
+            factor_B=self.factor_B.rearranged(lora_B),
+            window=self.window if window is None else window,
+        )
+
+
+def without_windows(term: Term, shape: tuple[Size, ...]) -> Term:
+    """Returns the same term with factors that are themselves zero outside of its windows."""
+    if all(window is None for window in term.window):
+        return term
+    lora_A, lora_B = term.lora_A, term.lora_B
+    for axis, window in enumerate(term.window):
+        if window is None:
+            continue
+        A_depends = lora_A.shape[axis] != 1
+        if A_depends:
+            lora_A = padded(lora_A, axis, window, shape[axis])
+        if lora_B.shape[axis] != 1 or not A_depends:
+            lora_B = padded(lora_B, axis, window, shape[axis])
+    return term.rearranged(lora_A, lora_B, (None,) * len(shape))
+
+
+def block_shape(term: Term, shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Returns the shape of the part of a weight of `shape` in which `term` is not zero."""
+    return tuple(
+        size if window is None else window[1] - window[0]
+        for size, window in zip(shape, term.window, strict=True)
+    )
+
+
+def padded(array: Array, axis: int, window: Window, size: Size) -> Array:
+    """Returns `array`, which fills `window` of an axis or is constant in it, with zeros around."""
+    width = window[1] - window[0]
+    array = jnp.broadcast_to(array, (*array.shape[:axis], width, *array.shape[axis + 1 :]))
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (window[0], size - window[1])
+    return jnp.pad(array, padding)
