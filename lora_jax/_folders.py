@@ -84,10 +84,28 @@ def cannot_write(destination: Path) -> str:
     return f"`path` {destination} can't be written"
 
 
-def is_free(destination: Path) -> bool:
-    """Says whether nothing is at `destination`, or an empty folder."""
-    is_empty_folder = destination.is_dir() and not any(destination.iterdir())
-    return is_empty_folder or not destination.exists()
+def check_destination(
+    destination: Path, *, obstacle: Callable[[Path], str | None], content: str, overwrite: bool
+) -> None:
+    """Raises a `CheckpointError` unless a folder may be written at `destination`.
+
+    Args:
+      destination: the folder to write.
+      obstacle: returns, of what is there, why it must not be deleted, or None.
+      content: what is there if nothing stands against replacing it.
+      overwrite: whether that may be replaced.
+    """
+    with as_checkpoint_error(cannot_write(destination)):
+        if _is_free(destination):
+            return
+        # Replacing deletes, so it must not reach a folder that holds anything else.
+        found = obstacle(destination)
+    if found is not None:
+        raise CheckpointError(f"`path` {destination} {found}; choose another folder.")
+    if not overwrite:
+        raise CheckpointError(
+            f"`path` {destination} holds {content}; save(path, ..., overwrite=True) replaces it."
+        )
 
 
 def interruption_hint(source: Path) -> str:
@@ -98,6 +116,12 @@ def interruption_hint(source: Path) -> str:
     return (
         f" An interrupted save left the one before at {previous[-1]}: rename it to {source.name}."
     )
+
+
+def _is_free(destination: Path) -> bool:
+    """Says whether nothing is at `destination`, or an empty folder."""
+    is_empty_folder = destination.is_dir() and not any(destination.iterdir())
+    return is_empty_folder or not destination.exists()
 
 
 def _siblings(destination: Path, *states: str) -> list[Path]:

@@ -10,7 +10,7 @@ from lora_jax._leaf_kinds import Neighbourhood, floating_obstacle, weight_obstac
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import AnyArray, Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
-from lora_jax._weight import is_adapter_node
+from lora_jax._trees import check_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +117,12 @@ def trained_leaves(params: Any, train: Targets | None, adapted: Mapping[str, Any
 
 def check_not_wrapped(params: Any) -> None:
     """Raises if `params` holds a node that `wrap` made."""
-    wrapped = [
-        path
-        for path, node in leaves_with_paths(params, is_leaf=is_adapter_node)
-        if is_adapter_node(node)
-    ]
-    if wrapped:
-        raise ValueError(
-            f"`params` is wrapped already at {listed(wrapped)}; wrap(unwrap(params), ...) starts "
-            "anew, wrap(merge(params), ...) adapts the merged weights."
-        )
+    check_plain(
+        params,
+        "wrap(unwrap(params), ...) starts anew, wrap(merge(params), ...) adapts the merged "
+        "weights.",
+        ValueError,
+    )
 
 
 def _obstacle_to_function(path: str, inferred: InferredAxes) -> str | None:

@@ -56,7 +56,7 @@ class Settings:
     @property
     def frozen(self) -> tuple[str, ...]:
         """The names of leaves that are not to train."""
-        return (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
+        return checked_freeze("`freeze`", self.freeze)
 
 
 def check_rank(subject: str, rank: Any) -> None:
@@ -65,6 +65,16 @@ def check_rank(subject: str, rank: Any) -> None:
         raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
     if operator.index(rank) < 1:
         raise ValueError(f"{subject} is {rank}; expected a whole number of at least 1.")
+
+
+def checked_freeze(subject: str, freeze: Any) -> tuple[str, ...]:
+    """Returns the names of leaves that are not to train, having checked them."""
+    names = (freeze,) if isinstance(freeze, str) else freeze
+    if not isinstance(names, tuple | list) or not all(name in FREEZABLE for name in names):
+        raise ValueError(
+            f"{subject} is {freeze!r}; expected one of {listed(FREEZABLE)}, or a list of them."
+        )
+    return tuple(names)
 
 
 def _check_alpha(subject: str, alpha: Any) -> None:
@@ -103,14 +113,6 @@ def _is_place(layer: Any) -> bool:
     return hasattr(layer, "__index__") and not isinstance(layer, bool | np.bool_)
 
 
-def _check_freeze(subject: str, freeze: Any) -> None:
-    names = (freeze,) if isinstance(freeze, str) else freeze
-    if not isinstance(names, tuple | list) or not all(name in FREEZABLE for name in names):
-        raise ValueError(
-            f"{subject} is {freeze!r}; expected one of {listed(FREEZABLE)}, or a list of them."
-        )
-
-
 def _check_dtype(subject: str, dtype: Any) -> None:
     try:
         trains = dtype is None or (
@@ -124,13 +126,13 @@ def _check_dtype(subject: str, dtype: Any) -> None:
         )
 
 
-_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "rank": check_rank,
     "alpha": _check_alpha,
     "rslora": _check_flag,
     "init": _check_init,
     "dora": _check_flag,
     "layers": _check_layers,
-    "freeze": _check_freeze,
+    "freeze": checked_freeze,
     "dtype": _check_dtype,
 }

@@ -8,6 +8,6 @@ from lora_jax._folders import CheckpointError as CheckpointError
 from lora_jax.checkpoint._adapters import FORMAT_VERSION as FORMAT_VERSION
 from lora_jax.checkpoint._adapters import restore as restore
 from lora_jax.checkpoint._adapters import save as save
-from lora_jax.checkpoint._base import BaseMismatchWarning as BaseMismatchWarning
+from lora_jax.checkpoint._fingerprints import BaseMismatchWarning as BaseMismatchWarning
+from lora_jax.checkpoint._state import TrainingState as TrainingState
 from lora_jax.checkpoint._training import TrainingCheckpoints as TrainingCheckpoints
-from lora_jax.checkpoint._training_state import TrainingState as TrainingState

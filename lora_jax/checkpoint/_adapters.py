@@ -18,20 +18,23 @@ from jaxtyping import PyTree
 from lora_jax._folders import (
     CheckpointError,
     as_checkpoint_error,
-    cannot_write,
+    check_destination,
     complete_folder,
     interruption_hint,
-    is_free,
     undisturbed,
 )
 from lora_jax._paths import map_with_paths
-from lora_jax.checkpoint._base import BaseFingerprint, base_fingerprints, check_same_base
-from lora_jax.checkpoint._checksums import check_files, file_checksums
-from lora_jax.checkpoint._fit import check_fits, shardings_of
-from lora_jax.checkpoint._metadata import ArrayMetadata, WeightMetadata
-from lora_jax.checkpoint._nodes import adapter_nodes, saved_arrays
-from lora_jax.checkpoint._placement import placed
-from lora_jax.checkpoint._signed import read_signed, signed_text
+from lora_jax._trees import adapter_nodes
+from lora_jax.checkpoint._files import check_files, file_checksums, read_signed, signed_text
+from lora_jax.checkpoint._fingerprints import BaseFingerprint, base_fingerprints, check_same_base
+from lora_jax.checkpoint._weights import (
+    ArrayMetadata,
+    WeightMetadata,
+    check_fits,
+    placed,
+    saved_arrays,
+    shardings_of,
+)
 
 FORMAT_VERSION = 2
 
@@ -73,8 +76,7 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     arrays = {key: _host_arrays(saved_arrays(key, node)) for key, node in nodes.items()}
     metadata = {key: WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
     bases = base_fingerprints(nodes)
-    with as_checkpoint_error(cannot_write(destination)):
-        _check_destination(destination, overwrite)
+    check_destination(destination, obstacle=_obstacle, content="a checkpoint", overwrite=overwrite)
     with complete_folder(destination, overwrite=overwrite) as folder:
         _write_arrays(folder / _ARRAYS_FOLDER, arrays)
         text = _metadata_text(metadata, bases, file_checksums(folder, _ARRAYS_FOLDER))
@@ -182,19 +184,10 @@ def _metadata_text(
     return signed_text(_FORMAT, FORMAT_VERSION, content)
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
-    if is_free(destination):
-        return
-    # Replacing deletes, so it must not reach a folder that holds anything else.
-    if not (destination / _METADATA_FILE).is_file():
-        raise CheckpointError(
-            f"`path` {destination} exists and is not an adapter checkpoint; choose another folder."
-        )
-    if not overwrite:
-        raise CheckpointError(
-            f"`path` {destination} holds a checkpoint; "
-            "save(path, wrapped, overwrite=True) replaces it."
-        )
+def _obstacle(destination: Path) -> str | None:
+    """Returns what keeps a checkpoint from replacing what is at `destination`, or None."""
+    is_checkpoint = (destination / _METADATA_FILE).is_file()
+    return None if is_checkpoint else "exists and is not an adapter checkpoint"
 
 
 def _write_arrays(folder: Path, arrays: Mapping[str, ArraysByName]) -> None:

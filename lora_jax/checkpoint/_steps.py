@@ -1,22 +1,56 @@
 """The folder of each step: written, listed, thinned out and read by Orbax's `CheckpointManager`.
 
-Orbax writes into a temporary folder and renames it when all is there, so that a step is complete or
-is none. What it deletes it renames first, too: no step is ever half there.
+Orbax writes into a temporary folder and renames it when everything is there, so that a step is
+complete or does not exist. It also renames what it deletes first: no step is ever half there.
 """
 
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_jax._folders import CheckpointError, as_checkpoint_error
-from lora_jax.checkpoint._description import ARRAYS_ITEM, DESCRIPTION_FILE, Description
-from lora_jax.checkpoint._retention import Retention
+from lora_jax.checkpoint._state import ARRAYS_ITEM, DESCRIPTION_FILE, Description
 
 _DELETED_FOLDER = ".deleted"
 # What Orbax takes for a step, complete or not.
 _STEP_NAME = re.compile(r"(0|[1-9]\d*)(\.orbax-checkpoint-tmp.*)?")
+
+Mode = Literal["min", "max"]
+
+
+class Retention:
+    """Orbax's preservation policy of the latest steps and of the best one.
+
+    Attributes:
+      metrics: those of each step.
+    """
+
+    def __init__(self, keep: int | None, best: str | None, mode: Mode) -> None:
+        self.metrics: dict[int, Mapping[str, float]] = {}
+        self._keep = keep
+        self._best = best
+        self._sign = 1 if mode == "min" else -1
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """Returns the best of `steps`, the later of two that are alike."""
+        return min(steps, key=lambda step: (self._loss(step), -step), default=None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Returns for each checkpoint whether it is kept, as Orbax asks before it deletes."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps if self._keep is None else steps[-self._keep :])
+        if self._best is not None:
+            kept.add(self.best(steps))
+        return [step in kept for step in steps]
+
+    def _loss(self, step: int) -> float:
+        """Returns what the best step has least of; what is not a number is never best."""
+        value = self.metrics.get(step, {}).get(self._best or "", math.nan)
+        return math.inf if math.isnan(value) else self._sign * value
 
 
 class StepFolders:

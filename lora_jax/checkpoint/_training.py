@@ -16,13 +16,18 @@ from typing import Any
 from jaxtyping import PyTree
 
 from lora_jax._folders import CheckpointError, as_checkpoint_error
-from lora_jax.checkpoint._description import Description
-from lora_jax.checkpoint._fingerprint import frozen_fingerprints
-from lora_jax.checkpoint._leaves import arrays_to_restore, arrays_to_save, restored_leaf
-from lora_jax.checkpoint._position import position_from_json
-from lora_jax.checkpoint._retention import Mode, Retention
-from lora_jax.checkpoint._steps import StepFolders
-from lora_jax.checkpoint._training_state import TrainingState, stored_leaves, with_leaves
+from lora_jax.checkpoint._files import position_from_json
+from lora_jax.checkpoint._fingerprints import frozen_fingerprints
+from lora_jax.checkpoint._state import (
+    Description,
+    TrainingState,
+    arrays_to_restore,
+    arrays_to_save,
+    restored_leaf,
+    stored_leaves,
+    with_leaves,
+)
+from lora_jax.checkpoint._steps import Mode, Retention, StepFolders
 
 
 class TrainingCheckpoints:

@@ -15,7 +15,7 @@ import lora_jax
 from lora_jax import _folders
 from lora_jax import init as lora_init
 from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError, _adapters
-from lora_jax.checkpoint._signed import signed_text
+from lora_jax.checkpoint._files import signed_text
 from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
 

@@ -8,8 +8,8 @@ import pytest
 import lora_jax
 from lora_jax import BaseMismatchWarning, CheckpointError
 from lora_jax._algebra import original
-from lora_jax.checkpoint import _fingerprint
-from lora_jax.checkpoint._fingerprint import fingerprint, signed_sums
+from lora_jax.checkpoint import _fingerprints
+from lora_jax.checkpoint._fingerprints import fingerprint, signed_sums
 from tests.checkpoint.test_adapters import edit_metadata
 from tests.checkpoint.test_sharding import PLACES
 from tests.checkpoint.trees import assert_identical
@@ -150,14 +150,14 @@ def test_an_array_of_which_a_process_has_a_part(place, monkeypatch):
     """The sum over a whole array, as compiled for all devices, is that over its parts."""
     array = lora_jax.unwrap(PLACES[place]())["kernel"]
     expected = fingerprint(array), signed_sums(array, 1e-6)
-    monkeypatch.setattr(_fingerprint, "_parts", lambda array: [(array, ())])
+    monkeypatch.setattr(_fingerprints, "_parts", lambda array: [(array, ())])
     assert (fingerprint(array), signed_sums(array, 1e-6)) == expected
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("terms", [_fingerprint._mixed_bits, _fingerprint._signed_numbers])
+@pytest.mark.parametrize("terms", [_fingerprints._mixed_bits, _fingerprints._signed_numbers])
 def test_a_weight_is_read_and_not_copied(terms):
     array = jax.ShapeDtypeStruct((1000, 500), jnp.float32)
     starts = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    lowered = _fingerprint._sums_of_part.lower(terms, array.shape, array, starts, np.float32(1))
+    lowered = _fingerprints._sums_of_part.lower(terms, array.shape, array, starts, np.float32(1))
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 1000

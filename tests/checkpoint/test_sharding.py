@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
-from lora_jax.checkpoint._fingerprint import frozen_fingerprints
+from lora_jax.checkpoint._fingerprints import frozen_fingerprints
 from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, trained
 

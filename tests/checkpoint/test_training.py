@@ -12,8 +12,8 @@ import pytest
 
 import lora_jax
 from lora_jax._paths import map_with_paths
-from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints, _description
-from lora_jax.checkpoint._signed import signed_text
+from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints, _state
+from lora_jax.checkpoint._files import signed_text
 from tests.arrays import random
 from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
 
@@ -653,7 +653,7 @@ class TestFailedSave:
 
         with TrainingCheckpoints(saved, keep=1) as checkpoints:
             with monkeypatch.context() as broken:
-                broken.setattr(_description, "file_checksums", fail)
+                broken.setattr(_state, "file_checksums", fail)
                 checkpoints.save(6, wrapped, state)
                 with pytest.raises(CheckpointError, match="6 can't be written: OSError: disk full"):
                     checkpoints.wait()
@@ -666,7 +666,7 @@ class TestFailedSave:
         def fail(*args):
             raise OSError("disk full")
 
-        monkeypatch.setattr(_description, "file_checksums", fail)
+        monkeypatch.setattr(_state, "file_checksums", fail)
         with (
             no_new_threads(),
             pytest.raises(CheckpointError, match="6 can't be written: OSError: disk full"),

@@ -96,7 +96,7 @@ def _tied_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLea
 def _is_held_by(tensor: np.ndarray, dtype: Any) -> bool:
     """Says whether a dtype has exactly the values of a tensor."""
     with np.errstate(over="ignore"):
-        return are_same(tensor.astype(dtype).astype(tensor.dtype), tensor)
+        return np.array_equal(tensor.astype(dtype).astype(tensor.dtype), tensor)
 
 
 def _adapter_problems(
@@ -196,8 +196,3 @@ def config_name(named: NamedLeaf, place: Place) -> str:
     """Returns by what name the patterns of a config know an adapter."""
     name = named.name(place)
     return name if named.rule.kind == "parameter" else name.removesuffix(".weight")
-
-
-def are_same(left: np.ndarray, right: np.ndarray) -> bool:
-    """Says whether two tensors have the same shape and values."""
-    return left.shape == right.shape and bool(np.array_equal(left, right))

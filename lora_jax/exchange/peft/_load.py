@@ -12,9 +12,10 @@ from jaxtyping import PyTree
 from lora_jax._algebra import lora_weight
 from lora_jax._dtypes import common_dtype
 from lora_jax._folders import CheckpointError
-from lora_jax._paths import leaves_with_paths, listed, map_with_paths
-from lora_jax._settings import FREEZABLE
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node
+from lora_jax._paths import map_with_paths
+from lora_jax._settings import checked_freeze
+from lora_jax._trees import check_plain
+from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.exchange.peft._held import Keys, PlannedLeaf, adapter_layout, planned_scale
 from lora_jax.exchange.peft._places import GivenAxes, NamedLeaf, named_tree
 from lora_jax.exchange.peft._plan import planned
@@ -76,8 +77,8 @@ def load(
       True
     """
     source = Path(path)
-    frozen = _checked_freeze(freeze)
-    _check_plain(params)
+    frozen = checked_freeze("`freeze`", freeze)
+    check_plain(params, "expected plain params: load(path, unwrap(params), ...).")
     config, tensors = read_adapter(source, peft_version)
     plan = planned(config, tensors, named_tree(params, names, axes))
     if plan.problems:
@@ -102,23 +103,6 @@ def summarised(problems: Sequence[str], limit: int = 5) -> str:
         return problems[0]
     more = f"\n- and {len(problems) - limit} more" if len(problems) > limit else ""
     return "".join(f"\n- {problem}" for problem in problems[:limit]) + more
-
-
-def _checked_freeze(freeze: str | Sequence[str]) -> tuple[str, ...]:
-    names = (freeze,) if isinstance(freeze, str) else tuple(freeze)
-    if not set(names) <= set(FREEZABLE):
-        raise ValueError(f"`freeze` is {freeze!r}; expected some of {listed(FREEZABLE)}.")
-    return names
-
-
-def _check_plain(params: PyTree) -> None:
-    leaves = leaves_with_paths(params, is_leaf=is_adapter_node)
-    wrapped = [path for path, leaf in leaves if is_adapter_node(leaf)]
-    if wrapped:
-        raise CheckpointError(
-            f"`params` is wrapped already at {listed(wrapped)}; expected plain params: "
-            "load(path, unwrap(params), ...)."
-        )
 
 
 def _lora_weight(

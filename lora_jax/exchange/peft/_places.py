@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from lora_jax._axes import given_roles
 from lora_jax._folders import CheckpointError
-from lora_jax._paths import compile_expression, leaves_with_paths, listed
+from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import Axes, positions
 from lora_jax._weight import is_adapter_node, is_lora_weight
 from lora_jax.exchange.peft._layout import Layout
@@ -213,7 +214,7 @@ def _axes_of(rule: Rule, path: str, leaf: Any, given: GivenAxes) -> Axes | None:
         return leaf.axes
     if rule.axes is not None:
         return tuple(rule.axes)
-    roles = _given_roles(path, given or {})
+    roles = given_roles(path, given or {})
     if roles is not None:
         return cast(Axes, tuple(roles))
     stacked = len(rule.stack_fields)
@@ -224,12 +225,3 @@ def _axes_of(rule: Rule, path: str, leaf: Any, given: GivenAxes) -> Axes | None:
     if own > 2 and not is_vector:
         return None
     return cast(Axes, (*("batch",) * stacked, *(("out",) * own if is_vector else ("in", "out"))))
-
-
-def _given_roles(path: str, given: Mapping[str, Sequence[str]]) -> Sequence[str] | None:
-    if path in given:
-        return given[path]
-    matching = (
-        roles for key, roles in given.items() if compile_expression(key, "axes").search(path)
-    )
-    return next(matching, None)

@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._weight import is_adapter_node
 from lora_jax.exchange.peft._config import is_target_parameter
-from lora_jax.exchange.peft._held import PlannedLeaf, are_same, leaf_problems
+from lora_jax.exchange.peft._held import PlannedLeaf, leaf_problems
 from lora_jax.exchange.peft._keys import Key, parsed
 from lora_jax.exchange.peft._places import NamedLeaf, NamedTree, Place, taken
 from lora_jax.exchange.peft._tensors import Tensors
@@ -107,7 +107,7 @@ def _without_place(
 def _weight_problems(
     tensors: Tensors, leaf: PlannedLeaf, place: Place, key: str, name: str
 ) -> Iterator[str]:
-    if place in leaf.weights and not are_same(tensors[leaf.weights[place]], tensors[key]):
+    if place in leaf.weights and not np.array_equal(tensors[leaf.weights[place]], tensors[key]):
         yield f"'{leaf.weights[place]}' and '{key}' are two values of '{name}'."
 
 
@@ -141,7 +141,7 @@ def _base_problems(key: str, tensor: np.ndarray, named: NamedLeaf, place: Place)
         return
     base = named.leaf.base if is_adapter_node(named.leaf) else named.leaf
     expected = named.layout.file_weight(taken(base, named, place))
-    if tensor.shape != expected.shape or not are_same(tensor.astype(expected.dtype), expected):
+    if not np.array_equal(tensor.astype(expected.dtype), expected):
         yield (
             f"'{key}' of shape {tensor.shape} is a base weight that differs from '{named.path}' in "
             f"`params`, of shape {expected.shape} in PyTorch. Was the vocabulary resized? Put that "

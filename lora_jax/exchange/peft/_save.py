@@ -8,15 +8,10 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from lora_jax._folders import (
-    CheckpointError,
-    as_checkpoint_error,
-    cannot_write,
-    complete_folder,
-    is_free,
-)
-from lora_jax._paths import leaves_with_paths, listed
-from lora_jax._weight import is_adapter_node, is_lora_weight
+from lora_jax._folders import CheckpointError, check_destination, complete_folder
+from lora_jax._paths import listed
+from lora_jax._trees import adapter_nodes, check_whole
+from lora_jax._weight import is_lora_weight
 from lora_jax.exchange.peft._config import CONFIG_FILE, TENSORS_FILE
 from lora_jax.exchange.peft._export import exported_adapters
 from lora_jax.exchange.peft._places import GivenAxes, named_tree
@@ -88,8 +83,7 @@ def save(
     for key, tensor in tensors.items():
         check_finite("`wrapped`", key, tensor)
     content = written_config(start, adapters, weights, tree)
-    with as_checkpoint_error(cannot_write(destination)):
-        _check_destination(destination, overwrite)
+    check_destination(destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite)
     with complete_folder(destination, overwrite=overwrite) as folder:
         write_tensors(folder, tensors)
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
@@ -98,32 +92,16 @@ def save(
 
 def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
     """Raises unless `wrapped` has nodes, each whole and with a rule."""
-    nodes = [
-        (path, node)
-        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
-        if is_adapter_node(node)
-    ]
-    if not nodes:
-        raise CheckpointError(
-            "`wrapped` has no adapters to save; expected what wrap(params, targets) returned."
-        )
-    for path, node in nodes:
-        required = (
-            ("base", "lora_A", "lora_B", "scale") if is_lora_weight(node) else ("base", "value")
-        )
-        missing = [name for name in required if getattr(node, name) is None]
-        if missing:
-            raise CheckpointError(
-                f"`wrapped` has no `{missing[0]}` at '{path}'; expected a whole tree, such as "
-                "combine(adapters, frozen)."
-            )
-    stacked = [path for path, node in nodes if is_lora_weight(node) and node.is_stacked]
+    nodes = adapter_nodes(wrapped)
+    for path, node in nodes.items():
+        check_whole(path, node)
+    stacked = [path for path, node in nodes.items() if is_lora_weight(node) and node.is_stacked]
     if stacked:
         raise CheckpointError(
             f"`wrapped` holds several adapters at {listed(stacked)}; expected one, as a file does: "
             "save(path, serving.select(bank, id), ...)."
         )
-    nameless = [path for path, _ in nodes if all(rule.fields_of(path) is None for rule in names)]
+    nameless = [path for path in nodes if all(rule.fields_of(path) is None for rule in names)]
     if nameless:
         raise CheckpointError(
             f"`names` has no rule for {listed(nameless)}, which `wrapped` adapts or trains; "
@@ -131,21 +109,11 @@ def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
         )
 
 
-def _check_destination(destination: Path, overwrite: bool) -> None:
-    if is_free(destination):
-        return
-    # Replacing deletes, so it must not reach a folder that holds anything else.
+def _obstacle(destination: Path) -> str | None:
+    """Returns what keeps an adapter from replacing what is at `destination`, or None."""
     others = (
         sorted({file.name for file in destination.iterdir()} - {CONFIG_FILE, TENSORS_FILE})
         if destination.is_dir()
         else [destination.name]
     )
-    if others:
-        raise CheckpointError(
-            f"`path` {destination} holds {listed(others)}, which is not part of an adapter; choose "
-            "another folder."
-        )
-    if not overwrite:
-        raise CheckpointError(
-            f"`path` {destination} holds an adapter; save(path, ..., overwrite=True) replaces it."
-        )
+    return f"holds {listed(others)}, which is not part of an adapter" if others else None

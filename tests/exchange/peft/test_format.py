@@ -195,7 +195,7 @@ class TestRoundTrip:
         assert load(tmp_path / "adapter", params, names=names)["query"].frozen == ()
         loaded = load(tmp_path / "adapter", params, names=names, freeze="lora_A")
         assert_identical(loaded, wrapped)
-        with pytest.raises(ValueError, match="`freeze` is 'B'; expected some of 'lora_A'"):
+        with pytest.raises(ValueError, match="`freeze` is 'B'; expected one of 'lora_A'"):
             load(tmp_path / "adapter", params, names=names, freeze="B")
         with pytest.raises(TypeError, match=r"`peft_version` is 0\.18; expected text"):
             load(tmp_path / "adapter", params, names=names, peft_version=0.18)

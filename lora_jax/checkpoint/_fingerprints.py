@@ -1,12 +1,12 @@
-"""Fingerprints of frozen weights, by which others than those that were trained with are known.
+"""Fingerprints of frozen weights, by which a checkpoint recognises the base that it belongs to.
 
 For an array with the bits b and the place i of each element,
 
     fingerprint = Σ_i mix(b_i + φ·i)  mod 2³²
 
 Integer sums have no rounding and no order: every device, platform and sharding gives the same
-number. It is computed where the array is, one read and no copy, so that it costs what one look at
-the weights costs (milliseconds for a gigabyte on an accelerator).
+number. It is computed where the array is, in one read and without a copy, so that it costs what
+looking at the weights once costs (milliseconds for a gigabyte on an accelerator).
 
 Of an array that is known to rounding only, with the values x, the signed sums
 
@@ -16,8 +16,12 @@ are as cheap, and almost the same where x is: changing each of n values by about
 about √n · δ / step, since the signs ± are as good as random.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,9 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
+from lora_jax._algebra import original
+from lora_jax._compat import is_tracer
+from lora_jax._dtypes import epsilon
 from lora_jax._folders import CheckpointError
-from lora_jax._paths import leaves_with_paths
-from lora_jax._weight import is_adapter_node
+from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._trees import AdapterNode
+from lora_jax._weight import LoRAWeight, map_adapter_nodes
 
 # 2³² over the golden ratio, and the multipliers of MurmurHash3's last step.
 _GOLDEN = 0x9E3779B1
@@ -36,12 +44,103 @@ _MIXING = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))
 _SIGNED_SUMS = 4
 _LARGEST_NUMBER = 2**30
 
+# In units of the root mean square of a weight times its dtype's precision: one step of the numbers
+# that are summed, and how far apart two weights may be that are the same to rounding.
+_STEP, _TOLERANCE = 1 / 16, 8
+
+Terms = Sequence[UInt32[Array, "..."]]
+
+
+class BaseMismatchWarning(UserWarning):
+    """Adapters are put on weights of another dtype than those that they were saved beside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseFingerprint:
+    """What is known of a weight after adapters were saved beside it.
+
+    Attributes:
+      dtype: its dtype; of a weight of several arrays, those of all of them.
+      bits: the fingerprint of each of its arrays.
+      sums: in place of them where an initialiser changed the base, so that the original is known to
+        rounding only: its signed sums.
+      step: the step of these.
+    """
+
+    dtype: str
+    bits: tuple[int, ...] | None = None
+    sums: tuple[int, ...] | None = None
+    step: float | None = None
+
+    @classmethod
+    def of(cls, node: LoRAWeight) -> "BaseFingerprint":
+        dtype = _dtypes(node.base)
+        if node.initial_A is None:
+            return cls(dtype, bits=_bits(node.base))
+        weight = original(node)
+        step = (
+            _STEP * epsilon(weight.dtype) * max(_root_mean_square(x) for x in (node.base, weight))
+        )
+        step = step or 1.0
+        return cls(dtype, sums=signed_sums(weight, step), step=step)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "BaseFingerprint":
+        lists = {name: entry[name] and tuple(entry[name]) for name in ("bits", "sums")}
+        return cls(**{**entry, **lists})
+
+    def is_of(self, weight: Any) -> bool:
+        """Says whether a weight of the same dtype is the one that this was taken of."""
+        if self.sums is None or self.step is None:
+            return self.bits == _bits(weight)
+        tolerance = math.sqrt(math.prod(weight.shape)) * _TOLERANCE / _STEP
+        differences = np.subtract(signed_sums(weight, self.step), self.sums).astype(np.int32)
+        return bool(np.all(np.abs(differences.astype(np.int64)) <= tolerance))
+
+
+def base_fingerprints(nodes: Mapping[str, AdapterNode]) -> dict[str, BaseFingerprint]:
+    """Returns the fingerprint of each adapted weight whose numbers are there, by path.
+
+    A weight that is trained in full takes the place of its base, so that any base will do.
+    """
+    return {
+        path: BaseFingerprint.of(node)
+        for path, node in nodes.items()
+        if isinstance(node, LoRAWeight) and _has_numbers(node.base)
+    }
+
+
+def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: PyTree) -> None:
+    """Raises a `CheckpointError` if `params` are other weights, and warns of another dtype."""
+    leaves = dict(leaves_with_paths(params))
+    known = {path: each for path, each in saved.items() if _has_numbers(leaves[path])}
+    recast = {path: each for path, each in known.items() if _dtypes(leaves[path]) != each.dtype}
+    others = [
+        path for path, each in known.items() if path not in recast and not each.is_of(leaves[path])
+    ]
+    if others:
+        raise CheckpointError(
+            f"the checkpoint {source} belongs to another base: `params` has other numbers than the "
+            f"weights that it was saved beside at {listed(others)}. Expected the params that were "
+            "wrapped. restore(..., check_base=False) takes any that fit, such as these where "
+            "on_original_base, serving.bank or resize gave back a weight to rounding before it was "
+            "saved."
+        )
+    if recast:
+        path = next(iter(recast))
+        warnings.warn(
+            f"the checkpoint {source} was saved beside weights of dtype {recast[path].dtype}, and "
+            f"`params` has {_dtypes(leaves[path])} at {listed(list(recast))}. The adapters are the "
+            "same, and compute with rounded weights; whether these are the same model can't be "
+            "told. restore(..., check_base=False) says that it is meant.",
+            BaseMismatchWarning,
+            stacklevel=3,
+        )
+
 
 def frozen_fingerprints(wrapped: PyTree) -> dict[str, int]:
     """Returns the fingerprint of each array that a training checkpoint leaves out, by its path."""
-    bases = jax.tree.map(
-        lambda node: node.base if is_adapter_node(node) else node, wrapped, is_leaf=is_adapter_node
-    )
+    bases = map_adapter_nodes(lambda node: node.base, wrapped)
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(bases) if hasattr(leaf, "dtype")]
     for path, leaf in leaves:
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -64,7 +163,24 @@ def signed_sums(array: Any, step: float) -> tuple[int, ...]:
     return _sums_over_parts(_signed_numbers, array, step)
 
 
-Terms = Sequence[UInt32[Array, "..."]]
+def _bits(weight: Any) -> tuple[int, ...]:
+    return tuple(fingerprint(array) for array in jax.tree.leaves(weight))
+
+
+def _dtypes(weight: Any) -> str:
+    """Returns the dtypes that a weight's arrays have in JAX, which may cut those of NumPy's."""
+    return ", ".join(str(jnp.result_type(array)) for array in jax.tree.leaves(weight))
+
+
+def _has_numbers(weight: Any) -> bool:
+    return not any(
+        isinstance(array, jax.ShapeDtypeStruct) or is_tracer(array)
+        for array in jax.tree.leaves(weight)
+    )
+
+
+def _root_mean_square(weight: Any) -> float:
+    return float(jnp.sqrt(jnp.mean(jnp.square(weight.astype(jnp.float32)))))
 
 
 def _sums_over_parts(terms: Callable[..., Terms], array: Any, step: float) -> tuple[int, ...]:
