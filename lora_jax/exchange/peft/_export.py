@@ -1,8 +1,8 @@
-"""The adapters of a wrapped tree as PEFT has them."""
+"""The adapters of a wrapped tree, and its weights that train in full, as PEFT has them."""
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,26 @@ import numpy as np
 from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
 from lora_jax._shapes import factor_shapes, layers_shape
-from lora_jax._weight import LoRAWeight, is_lora_weight
-from lora_jax.exchange.peft._expert_layouts import written_layout
-from lora_jax.exchange.peft._keys import Part, adapter_key
-from lora_jax.exchange.peft._places import NamedLeaf, NamedTree
-from lora_jax.exchange.peft._tensors import Tensors
+from lora_jax._weight import FullWeight, LoRAWeight, is_lora_weight
+from lora_jax.exchange.peft._files import Tensors
+from lora_jax.exchange.peft._layout import written_layout
+from lora_jax.exchange.peft._names import (
+    PREFIX,
+    NamedLeaf,
+    NamedTree,
+    Part,
+    adapter_key,
+    bias_key,
+    taken,
+)
 from lora_jax.exchange.peft._tied import parts_of_other
+
+# What PEFT adds to `modules_to_save` by itself.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +95,21 @@ class Adapters:
         return any("magnitude" in adapter.parts for adapter in self.each)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedWeights:
+    """What trains in full, in PEFT's words.
+
+    Attributes:
+      tensors: the weights by their keys, with those that PEFT wants beside them.
+      modules_to_save: the modules that train in full.
+      bias: which biases train, `"none"`, `"lora_only"` (those of adapted modules) or `"all"`.
+    """
+
+    tensors: Tensors
+    modules_to_save: tuple[str, ...]
+    bias: str
+
+
 def exported_adapters(tree: NamedTree) -> Adapters:
     """Returns the adapters of a tree."""
     each = tuple(
@@ -98,6 +127,34 @@ def exported_adapters(tree: NamedTree) -> Adapters:
     _check_wrappers(adapters)
     _check_magnitudes(adapters)
     return adapters
+
+
+def exported_weights(
+    tree: NamedTree, adapters: Adapters, config: Mapping[str, Any]
+) -> TrainedWeights:
+    """Returns the weights that train in full.
+
+    PEFT trains a module as a whole, and expects all of its tensors: `modules_to_save`. Biases may
+    train alone.
+    """
+    trained = [name for name in tree.by_name if _is_trained(tree, name)]
+    given = tuple(config.get("modules_to_save") or ())
+    heads = _HEADS.get(str(config.get("task_type")), ())
+    whole = {_module(name): None for name in trained if not name.endswith(".bias")}
+    entries = (*given, *(module for module in whole if not _matches(module, given)))
+    saved = _saved_modules(tree, (*entries, *heads))
+    _check_apart(adapters, saved, entries)
+    tensors = {
+        f"{PREFIX}{name}": _value(tree, name) for name in tree.by_name if _is_inside(name, saved)
+    }
+    biases = [name for name in trained if not _is_inside(name, saved)]
+    for name in biases:
+        module = _module(name)
+        key = bias_key(module, wrappers=adapters.wrappers.get(module, 0))
+        tensors[key] = _value(tree, name)
+    are_adapted = all(_module(name) in adapters.wrappers for name in biases)
+    bias = "lora_only" if are_adapted and config.get("bias") != "all" else "all"
+    return TrainedWeights(tensors, entries, bias if biases else "none")
 
 
 def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
@@ -198,3 +255,53 @@ def _check_magnitudes(adapters: Adapters) -> None:
                 f"`wrapped` has magnitudes (DoRA) at '{adapter.named.path}', of the kind "
                 "'parameter'; PEFT has no DoRA for parameters. wrap(..., dora=False) there."
             )
+
+
+def _is_trained(tree: NamedTree, name: str) -> bool:
+    return isinstance(tree.by_name[name][0].leaf, FullWeight)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _matches(module: str, entries: Iterable[str]) -> bool:
+    # As PEFT asks it: an entry may begin in the middle of a segment.
+    return any(module.endswith(entry) for entry in entries)
+
+
+def _saved_modules(tree: NamedTree, entries: Iterable[str]) -> tuple[str, ...]:
+    """Returns the modules that PEFT takes these entries to mean, of those that the tree knows."""
+    if "" in entries:
+        loose = [name for name in tree.by_name if _is_trained(tree, name) and not _module(name)]
+        raise CheckpointError(
+            f"`wrapped` trains '{loose[0] if loose else ''}' in full, a parameter without a "
+            "module; PEFT trains modules in full."
+        )
+    modules: dict[str, None] = {}
+    for name in tree.by_name:
+        parts = name.split(".")[:-1]
+        modules |= {".".join(parts[: end + 1]): None for end in range(len(parts))}
+    return tuple(module for module in modules if _matches(module, entries))
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _check_apart(adapters: Adapters, saved: tuple[str, ...], entries: tuple[str, ...]) -> None:
+    for adapter in adapters.each:
+        if _is_inside(f"{adapter.module}.", saved):
+            raise CheckpointError(
+                f"`wrapped` adapts '{adapter.named.path}', which is in a module that trains in "
+                f"full: `modules_to_save` {list(entries)}. PEFT trains whole modules and adapts "
+                "nothing in them; leave one of the two out of wrap(..., train=...)."
+            )
+
+
+def _value(tree: NamedTree, name: str) -> np.ndarray:
+    named, place = tree.by_name[name]
+    leaf = named.leaf
+    assert not is_lora_weight(leaf)
+    value = leaf.value if isinstance(leaf, FullWeight) else leaf
+    return named.layout.file_weight(taken(value, named, place))

@@ -1,21 +1,52 @@
 """Which tensors of an adapter belong to which leaf, and what does not fit."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._weight import is_adapter_node
-from lora_jax.exchange.peft._config import is_target_parameter
-from lora_jax.exchange.peft._held import PlannedLeaf, leaf_problems
-from lora_jax.exchange.peft._keys import Key, parsed
-from lora_jax.exchange.peft._places import NamedLeaf, NamedTree, Place, taken
-from lora_jax.exchange.peft._tensors import Tensors
+from lora_jax.exchange.peft._files import Tensors, is_target_parameter, rank_of, scale_of
+from lora_jax.exchange.peft._layout import Layout, file_layout
+from lora_jax.exchange.peft._names import Key, NamedLeaf, NamedTree, Place, parsed, taken
+from lora_jax.exchange.peft._tied import tied_in_file
 
 # Looking for the nearest names takes long where there are many.
 _HINTS_AT_MOST = 5
+_HINTS = {
+    "conv": " PEFT's adapter of a convolution with groups reads the channels of all groups, which "
+    "no change of the grouped kernel does; lora_jax does not carry it.",
+    "parameter": " The rules for a module's parameters must stand in the order in which PyTorch "
+    "defines them.",
+}
+# The key of each part of an adapter.
+Keys = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedLeaf:
+    """A leaf with what a file holds of it.
+
+    Attributes:
+      named: the leaf with its rule.
+      adapted: for each place of the stack that is adapted, the keys of the parts.
+      weights: for each place whose weight was trained in full, its key.
+      other: of a leaf that is two parameters, the keys of what the file holds of the other one.
+    """
+
+    named: NamedLeaf
+    adapted: dict[Place, Keys] = dataclasses.field(default_factory=dict)
+    weights: dict[Place, str] = dataclasses.field(default_factory=dict)
+    other: Keys = dataclasses.field(default_factory=dict)
+
+    @property
+    def keys(self) -> Iterator[str]:
+        """Every tensor of the file that belongs here."""
+        parts = itertools.chain.from_iterable(keys.values() for keys in self.adapted.values())
+        return itertools.chain(parts, self.weights.values(), self.other.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +83,7 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
         if name == named.tied_name:
             leaf.other[it.part] = key
         elif it.part == "weight":
-            problems += _weight_problems(tensors, leaf, place, key, name)
+            problems += _two_values(tensors, leaf, place, key, name)
             leaf.weights.setdefault(place, key)
         else:
             leaf.adapted.setdefault(place, {})[it.part] = key
@@ -62,7 +93,7 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
         problems += _base_problems(key, tensors[key], named, place)
     occupied = {path: leaf for path, leaf in leaves.items() if any(leaf.keys)}
     for leaf in occupied.values():
-        problems += leaf_problems(config, tensors, leaf)
+        problems += _leaf_problems(config, tensors, leaf)
     return Plan(occupied, tuple(problems))
 
 
@@ -81,6 +112,21 @@ def adapted_parameters(config: Mapping[str, Any], tree: NamedTree, module: str) 
         and name.rpartition(".")[0] == module
         and is_target_parameter(config, name)
     ]
+
+
+def adapter_layout(
+    config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, keys: Keys
+) -> Layout | None:
+    """Returns how the file lays out one adapter; None where that can't be told."""
+    return file_layout(named.layout, tensors[keys["lora_A"]].shape, config.get("peft_version"))
+
+
+def planned_scale(
+    config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, place: Place, keys: Keys
+) -> float:
+    """Returns the scale of one adapter."""
+    rank = named.layout.rank(tensors[keys["lora_A"]].shape)
+    return scale_of(config, _config_name(named, place), rank)
 
 
 def _parameter_name(config: Mapping[str, Any], tree: NamedTree, key: Key) -> str:
@@ -104,7 +150,7 @@ def _without_place(
     )
 
 
-def _weight_problems(
+def _two_values(
     tensors: Tensors, leaf: PlannedLeaf, place: Place, key: str, name: str
 ) -> Iterator[str]:
     if place in leaf.weights and not np.array_equal(tensors[leaf.weights[place]], tensors[key]):
@@ -147,3 +193,137 @@ def _base_problems(key: str, tensor: np.ndarray, named: NamedLeaf, place: Place)
             f"`params`, of shape {expected.shape} in PyTorch. Was the vocabulary resized? Put that "
             "weight into `params` first."
         )
+
+
+def _leaf_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf) -> Iterable[str]:
+    """Returns why what a file holds of a leaf can't become a node there."""
+    problem = leaf.named.problem()
+    if problem is not None:
+        return [problem]
+    problems = [*_weight_problems(tensors, leaf), *_tied_problems(config, tensors, leaf)]
+    if leaf.adapted and leaf.weights:
+        problems.append(
+            f"'{leaf.named.path}' is adapted and trained in full, by {listed(list(leaf.keys))}."
+        )
+    each = [
+        problem
+        for place, keys in leaf.adapted.items()
+        for problem in _adapter_problems(config, tensors, leaf.named, place, keys)
+    ]
+    # What holds for the stack as a whole can be asked where each place is right.
+    return [*problems, *(each or _stack_problems(config, tensors, leaf))]
+
+
+def _weight_problems(tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
+    expected = leaf.named.layout.weight_shape
+    dtype = leaf.named.leaf.dtype
+    for key in leaf.weights.values():
+        tensor = tensors[key]
+        if tensor.shape != expected:
+            yield (
+                f"'{key}' has shape {tensor.shape}; expected {expected} for '{leaf.named.path}' of "
+                f"shape {tuple(leaf.named.leaf.shape)}, whose rule has the kind "
+                f"{leaf.named.rule.kind!r} and the axes {leaf.named.axes}."
+            )
+        elif not _is_held_by(tensor, dtype):
+            yield (
+                f"'{key}' was trained in full as {tensor.dtype}, and `params` has {dtype} at "
+                f"'{leaf.named.path}', which can't hold it; cast it with astype('{tensor.dtype}')."
+            )
+
+
+def _tied_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
+    own = dict(leaf.adapted.get((), {}))
+    if () in leaf.weights:
+        own["weight"] = leaf.weights[()]
+    return tied_in_file(config, tensors, leaf.named, own, leaf.other)
+
+
+def _is_held_by(tensor: np.ndarray, dtype: Any) -> bool:
+    """Says whether a dtype has exactly the values of a tensor."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(tensor.astype(dtype).astype(tensor.dtype), tensor)
+
+
+def _adapter_problems(
+    config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, place: Place, keys: Keys
+) -> Iterator[str]:
+    name, rule = named.name(place), named.rule
+    required = ["lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])]
+    if set(keys) != set(required):
+        yield (
+            f"'{name}' has {listed(list(keys.values()))}; expected {listed(required)}, since the "
+            f"config has `use_dora` {bool(config.get('use_dora'))}."
+        )
+        return
+    if rule.kind == "array" or not {"in", "out"} <= set(named.axes or ()):
+        yield (
+            f"'{keys['lora_A']}' adapts '{named.path}' with the axes {named.axes} and the kind "
+            f"{rule.kind!r}; expected an 'in' and an 'out' axis and a kind other than 'array': "
+            f"Rule({rule.name!r}, {rule.path!r}, kind=..., axes=...)."
+        )
+        return
+    layout = adapter_layout(config, tensors, named, keys)
+    if layout is None:
+        yield (
+            f"'{keys['lora_A']}' adapts '{named.path}', whose matrices are square, and the config "
+            f"has `peft_version` {config.get('peft_version')!r}: up to 0.18, and after it, PEFT "
+            "has the factors of experts the other way round. load(..., peft_version='0.17.0') or "
+            "whichever wrote it says which."
+        )
+        return
+    rank = layout.rank(tensors[keys["lora_A"]].shape)
+    expected = layout.file_shapes(rank)
+    for part, key in keys.items():
+        shape = tensors[key].shape
+        if shape != expected[part]:
+            yield (
+                f"'{key}' has shape {shape}; expected {expected[part]} at rank {rank} for "
+                f"'{named.path}' of shape {tuple(named.leaf.shape)}, whose rule has the kind "
+                f"{rule.kind!r} and the axes {named.axes}.{_HINTS.get(rule.kind, '')}"
+            )
+            return
+    configured = rank_of(config, _config_name(named, place))
+    if rank != configured:
+        yield f"'{keys['lora_A']}' has the rank {rank}, and the config gives it {configured}."
+
+
+def _stack_problems(
+    config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf
+) -> Iterator[str]:
+    """Says why the adapters of a stack can't be one node."""
+    if not leaf.adapted:
+        return
+    named, places = leaf.named, sorted(leaf.adapted)
+    whole = [place for place in named.places if place[:1] in {found[:1] for found in places}]
+    if places != whole:
+        missing = [named.name(place) for place in whole if place not in leaf.adapted]
+        yield (
+            f"'{named.path}' is a stack, of which the file does not adapt {listed(missing)}; "
+            "expected all places beside one another to be adapted."
+        )
+    values: dict[str, list[Any]] = {
+        "rank": [
+            named.layout.rank(tensors[keys["lora_A"]].shape) for keys in leaf.adapted.values()
+        ],
+        "dtype": [[tensors[key].dtype for key in keys.values()] for keys in leaf.adapted.values()],
+        "scale": [
+            planned_scale(config, tensors, named, place, keys)
+            for place, keys in leaf.adapted.items()
+        ],
+    }
+    for what, found in values.items():
+        differing = next((n for n, value in enumerate(found) if value != found[0]), None)
+        if differing is not None:
+            names = [named.name(place) for place in leaf.adapted]
+            yield (
+                f"'{named.path}' is a stack, which has one {what}, and '{names[0]}' and "
+                f"'{names[differing]}' differ in it: {found[0]} and {found[differing]}. Expected "
+                "the same, or params that hold these layers one by one."
+            )
+
+
+def _config_name(named: NamedLeaf, place: Place) -> str:
+    """Returns by what name the patterns of a config know an adapter."""
+    name = named.name(place)
+    return name if named.rule.kind == "parameter" else name.removesuffix(".weight")

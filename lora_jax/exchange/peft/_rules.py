@@ -10,7 +10,6 @@ from lora_jax._paths import listed
 from lora_jax._shapes import AxisRole
 
 Kind = Literal["linear", "embedding", "conv", "parameter", "array"]
-
 # {layer}, or {layer:\d+} with the regular expression that its text must match.
 _FIELD = re.compile(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}")
 _ONE_SEGMENT = "[^/]+"

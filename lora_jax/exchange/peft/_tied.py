@@ -19,10 +19,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax._weight import is_adapter_node, is_lora_weight
-from lora_jax.exchange.peft._config import rank_of, scale_of
-from lora_jax.exchange.peft._keys import Part
-from lora_jax.exchange.peft._places import NamedLeaf, NamedTree
-from lora_jax.exchange.peft._tensors import Tensors
+from lora_jax.exchange.peft._files import Tensors, rank_of, scale_of
+from lora_jax.exchange.peft._names import NamedLeaf, NamedTree, Part
 
 _OF_ITS_OWN = "a model that has a leaf for each of the two takes any adapter of them"
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_jax.exchange.peft._places import named_tree, taken
+from lora_jax.exchange.peft._names import named_tree, taken
 from tests.exchange.peft.models import CLASSES, EXPERTS, HIDDEN, LAYERS, MODELS, VOCABULARY, WIDTH
 
 

@@ -1,4 +1,4 @@
-"""The config of an adapter: what it says, and what of it lora_jax can't carry."""
+"""The two files of an adapter: its config and its tensors, read without PyTorch and pickle."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax._folders import CheckpointError, as_checkpoint_error, interruption_hint
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax._folders import CheckpointError, as_checkpoint_error, interruption_hint, undisturbed
 from lora_jax._paths import listed
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-
 # What PEFT takes where a config says nothing.
-DEFAULT_RANK = 8
-DEFAULT_ALPHA = 8
-
+_DEFAULT_RANK = 8
+_DEFAULT_ALPHA = 8
 _PICKLE_FILE = "adapter_model.bin"
-
 _NOT_CARRIED = {
     "alora_invocation_tokens": "aLoRA, which turns the adapter on in the middle of a text",
     "arrow_config": "Arrow, which routes between adapters",
@@ -34,6 +34,7 @@ _NOT_CARRIED = {
     "velora_config": "VeLoRA's compressed activations",
 }
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+Tensors = dict[str, np.ndarray]
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def changes_base(init: Any) -> bool:
 
 def check_types(config: Mapping[str, Any], subject: str) -> None:
     """Raises if what lora_jax reads of a config has the wrong type."""
-    for key, value in (*_patterns(config, "rank_pattern"), ("r", config.get("r", DEFAULT_RANK))):
+    for key, value in (*_patterns(config, "rank_pattern"), ("r", config.get("r", _DEFAULT_RANK))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
                 f"{subject} has the rank {value!r} for {key!r}; expected a whole number from 1."
@@ -128,7 +129,7 @@ def check_types(config: Mapping[str, Any], subject: str) -> None:
 
 def rank_of(config: Mapping[str, Any], name: str) -> int:
     """Returns the rank that PEFT gives the adapter of a module, or of a parameter."""
-    rank: int = _by_pattern(config, "rank_pattern", name, config.get("r", DEFAULT_RANK))
+    rank: int = _by_pattern(config, "rank_pattern", name, config.get("r", _DEFAULT_RANK))
     return rank
 
 
@@ -149,8 +150,66 @@ def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any], Tensors]:
+    """Returns the config and the tensors of the adapter in a folder, both of one version of it.
+
+    A version of PEFT that is given takes the place of that in the config.
+    """
+    if not isinstance(peft_version, str | None):
+        raise TypeError(f"`peft_version` is {peft_version!r}; expected text, such as '0.17.1'.")
+    config, tensors = undisturbed(source, lambda: (read_config(source), _read_tensors(source)))
+    return (config if peft_version is None else {**config, "peft_version": peft_version}), tensors
+
+
+def _read_tensors(source: Path) -> Tensors:
+    """Returns the tensors of the adapter in a folder, in the dtypes of the file."""
+    safetensors = safetensors_package()
+    file = source / TENSORS_FILE
+    with as_checkpoint_error(f"`path` {source} can't be read"):
+        if not file.is_file():
+            raise CheckpointError(_no_tensors(source))
+    with (
+        as_checkpoint_error(f"{file} is damaged, take another copy"),
+        safetensors.safe_open(file, framework="np") as opened,
+    ):
+        tensors: Tensors = opened.get_tensors()
+    for key, tensor in tensors.items():
+        _check_readable(file, key, tensor)
+    return tensors
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as PEFT's loader expects them."""
+    from safetensors.numpy import save_file
+
+    # What is not contiguous would be written in the order of its memory.
+    contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
+    save_file(contiguous, folder / TENSORS_FILE, metadata={"format": "pt"})
+
+
+def check_finite(subject: str, key: str, tensor: np.ndarray) -> None:
+    """Raises if a tensor holds values that are no numbers."""
+    count = int(np.size(tensor) - np.sum(np.isfinite(tensor)))
+    if count:
+        raise CheckpointError(
+            f"{subject} has {count} of {tensor.size} values in '{key}' that are not finite; "
+            "expected finite numbers. The training that made them diverged."
+        )
+
+
+def safetensors_package() -> Any:
+    """Returns the package, imported where it is used: importing lora_jax stays cheap."""
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "lora_jax.exchange.peft needs safetensors: pip install 'lora-jax[peft]'."
+        ) from error
+    return safetensors
+
+
 def _alpha(config: Mapping[str, Any]) -> Any:
-    return config.get("lora_alpha", DEFAULT_ALPHA)
+    return config.get("lora_alpha", _DEFAULT_ALPHA)
 
 
 def _patterns(config: Mapping[str, Any], key: str) -> tuple[tuple[str, Any], ...]:
@@ -184,7 +243,7 @@ def _no_adapter(source: Path) -> str:
     return f"`path` {source} is not a PEFT adapter: it has no {CONFIG_FILE}.{hint}"
 
 
-def no_tensors(source: Path) -> str:
+def _no_tensors(source: Path) -> str:
     """Returns the error for a folder without adapter tensors that lora_jax reads."""
     if (source / _PICKLE_FILE).exists():
         return (
@@ -192,3 +251,16 @@ def no_tensors(source: Path) -> str:
             f"read. Expected {TENSORS_FILE}: model.save_pretrained(path) in PEFT writes it."
         )
     return f"`path` {source} holds no {TENSORS_FILE}; expected it beside {CONFIG_FILE}."
+
+
+def _check_readable(file: Path, key: str, tensor: np.ndarray) -> None:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise CheckpointError(
+            f"{file} holds '{key}' in {tensor.dtype}; expected a floating-point dtype."
+        )
+    if jnp.asarray(np.zeros((), tensor.dtype)).dtype != tensor.dtype:
+        raise CheckpointError(
+            f"{file} holds '{key}' in {tensor.dtype}, which JAX would cut; call "
+            'jax.config.update("jax_enable_x64", True) before load.'
+        )
+    check_finite(str(file), key, tensor)

@@ -1,9 +1,10 @@
-"""Which leaf of a tree holds which parameters of a PyTorch model."""
+"""Which leaf of a tree is which parameter of a PyTorch model, and by which keys a file has it."""
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -15,9 +16,23 @@ from lora_jax._weight import is_adapter_node, is_lora_weight
 from lora_jax.exchange.peft._layout import Layout
 from lora_jax.exchange.peft._rules import Rule
 
+Part = Literal["lora_A", "lora_B", "magnitude", "weight", "base", "unused", "unknown"]
+PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer"
+_SUFFIXES: dict[str, tuple[Part, bool]] = {
+    "lora_A.weight": ("lora_A", False),
+    "lora_B.weight": ("lora_B", False),
+    "lora_embedding_A": ("lora_A", True),
+    "lora_embedding_B": ("lora_B", True),
+    "lora_magnitude_vector": ("magnitude", False),
+    "lora_magnitude_vector.weight": ("magnitude", False),
+}
+_ADAPTED = re.compile(
+    rf"(?P<module>.+?)(?P<wrappers>(?:{re.escape(_BASE_LAYER)})*)"
+    rf"\.(?P<suffix>{'|'.join(map(re.escape, _SUFFIXES))})"
+)
 Place = tuple[int, ...]
 GivenAxes = Mapping[str, Sequence[str]] | None
-
 _ROLES = {"in", "out", "batch"}
 
 
@@ -137,6 +152,24 @@ class NamedTree:
     by_name: Mapping[str, tuple[NamedLeaf, Place]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a tensor of an adapter file is.
+
+    Attributes:
+      name: the adapted module, or for a weight the PyTorch parameter.
+      part: a part of an adapter; a `"weight"` that was trained in full; a copy of a `"base"`
+        weight; `"unused"` where PEFT doesn't compute with it; or `"unknown"`.
+      is_embedding: whether an embedding was adapted.
+      depth: how many adapters of the module's own parameters are around this one.
+    """
+
+    name: str
+    part: Part
+    is_embedding: bool = False
+    depth: int = 0
+
+
 def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
     """Returns the leaves of `tree` with the names that the rules give them.
 
@@ -172,6 +205,39 @@ def taken(leaf: Any, named: NamedLeaf, place: Place) -> np.ndarray:
     """Returns one place of a stack."""
     array = np.moveaxis(np.asarray(leaf), named.stack, range(len(named.stack)))
     return np.asarray(array[place])
+
+
+def parsed(key: str) -> Key:
+    """Returns what the tensor with this key is."""
+    name = key.removeprefix(PREFIX)
+    adapted = _ADAPTED.fullmatch(name)
+    if adapted is not None:
+        part, is_embedding = _SUFFIXES[adapted["suffix"]]
+        depth = adapted["wrappers"].count(_BASE_LAYER)
+        return Key(adapted["module"], part, is_embedding, depth)
+    if re.search(r"(^|\.)lora_", name):
+        return Key(name, "unknown")
+    # With bias="all", PEFT also writes the biases inside of the wrappers of `modules_to_save`.
+    if ".original_module." in name:
+        return Key(name, "unused")
+    plain = name.replace(_BASE_LAYER, "").replace(".modules_to_save.", ".")
+    is_base = plain != name and _BASE_LAYER in name and not name.endswith(".bias")
+    return Key(plain, "base" if is_base else "weight")
+
+
+def adapter_key(module: str, part: Part, *, is_embedding: bool, depth: int) -> str:
+    """Returns the key of a part of an adapter."""
+    suffix = next(
+        suffix
+        for suffix, (own, embedding) in _SUFFIXES.items()
+        if own == part and (embedding == is_embedding or part == "magnitude")
+    )
+    return f"{PREFIX}{module}{_BASE_LAYER * depth}.{suffix}"
+
+
+def bias_key(module: str, *, wrappers: int) -> str:
+    """Returns the key of a module's bias, with that many adapters around the module."""
+    return f"{PREFIX}{module}{_BASE_LAYER * wrappers}.bias"
 
 
 def _check_rules(names: Any) -> None:
