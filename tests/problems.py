@@ -12,6 +12,7 @@ import numpy as np
 import lora_jax
 from tests.battery.problems import Dense
 from tests.cases import Case
+from tests.trained import as_if_trained
 from tests.variants import Variant
 
 EXAMPLES = 3
@@ -61,23 +62,6 @@ def problem_of(case: Case, variant: Variant) -> Problem:
         else random.standard_normal(shape).astype(np.float32)
     )
     return Problem(case, variant, params, wrapped, as_if_trained(wrapped), jnp.asarray(xs))
-
-
-def as_if_trained(wrapped: Any) -> Any:
-    """Returns the tree with other numbers in what trains: as lora_B is zero, in that at least."""
-    random = np.random.default_rng(13)
-    trained = {
-        "lora_A": lambda x: x + random.standard_normal(x.shape) / 4,
-        "lora_B": lambda x: x + random.standard_normal(x.shape) / 4,
-        "magnitude": lambda x: x * random.uniform(0.5, 1.5, x.shape),
-    }
-    return jax.tree.map(
-        lambda label, x: (
-            jnp.asarray(trained[label](np.asarray(x)), x.dtype) if label in trained else x
-        ),
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
 
 
 def objective(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -13,6 +13,7 @@ import lora_jax
 from lora_jax._dtypes import common_dtype
 from lora_jax.exchange import peft
 from tests.agreement import assert_agree
+from tests.trained import as_if_trained
 
 NARROW = (
     "float4_e2m1fn",
@@ -48,12 +49,13 @@ def dense(node: lora_jax.LoRAWeight) -> np.ndarray:
 
 
 def trained(wrapped: Any, *, keep_zero: int | None = None) -> Any:
-    node = wrapped["kernel"]
-    drawn = np.random.default_rng(1).normal(size=node.lora_B.shape) / 4
-    if keep_zero is not None:
-        drawn[:, keep_zero] = 0
-    lora_B = node.lora_B + jnp.asarray(drawn).astype(node.lora_B.dtype)
-    return {"kernel": dataclasses.replace(node, lora_B=lora_B)}
+    """Returns the tree with another lora_B, which leaves a column of the weight as it is."""
+    tree = as_if_trained(wrapped, only=["lora_B"])
+    if keep_zero is None:
+        return tree
+    column = wrapped["kernel"].lora_B[:, keep_zero]
+    lora_B = tree["kernel"].lora_B.at[:, keep_zero].set(column)
+    return {"kernel": dataclasses.replace(tree["kernel"], lora_B=lora_B)}
 
 
 # --- weights of a byte or less -------------------------------------------------------------------

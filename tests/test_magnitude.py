@@ -15,8 +15,8 @@ from lora_jax._algebra import gain
 from tests.agreement import assert_agree
 from tests.arrays import random
 from tests.cases import CASES
-from tests.problems import as_if_trained
 from tests.test_wrap import LABELLINGS, SIZES
+from tests.trained import as_if_trained
 
 
 @functools.cache

@@ -10,7 +10,8 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.serving.models import DENSE, MODELS, SCANNED, Model, as_if_trained
+from tests.serving.models import DENSE, MODELS, SCANNED, Model
+from tests.trained import as_if_trained
 
 
 @pytest.mark.parametrize("options", [{}, {"init": "pissa"}, {"rslora": True}], ids=str)

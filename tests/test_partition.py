@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.trained import as_if_trained
 
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 SIZES = (8, 4, 12)
@@ -50,14 +51,6 @@ def cut(array: Any, mesh: Any, spec: PartitionSpec) -> jax.Array:
 def wrapped(array: Any, **options: Any) -> Any:
     axes = {"kernel": AXES[array.ndim]}
     return lora_jax.wrap({"kernel": array}, "kernel", **{"rank": 2, "axes": axes, **options})
-
-
-def trained(tree: Any) -> Any:
-    """Returns the tree with another lora_B, cut as it was."""
-    node = tree["kernel"]
-    drawn = np.random.default_rng(1).normal(size=node.lora_B.shape).astype(np.float32)
-    lora_B = node.lora_B + jax.device_put(drawn, node.lora_B.sharding)
-    return {"kernel": lora_jax.LoRAWeight(**{**vars(node), "lora_B": lora_B})}
 
 
 def as_cuts(spec: Any) -> tuple[Any, ...]:
@@ -149,7 +142,7 @@ def products(node: lora_jax.LoRAWeight) -> Any:
 @pytest.mark.parametrize("spec", SOME_PARTITIONS, ids=str)
 class TestAfterTraining:
     def test_everything_else_keeps_the_partition(self, mesh: Any, spec: PartitionSpec) -> None:
-        tree = trained(wrapped(cut(weight(len(spec)), mesh, spec), init="pissa"))
+        tree = as_if_trained(wrapped(cut(weight(len(spec)), mesh, spec), init="pissa"))
         merged = plain(lora_jax.merge(tree))
         on_original = lora_jax.arithmetic.on_original_base(tree)
         grown, pruned = lora_jax.arithmetic.resize(tree, 3), lora_jax.arithmetic.resize(tree, 1)
@@ -160,7 +153,7 @@ class TestAfterTraining:
         assert pruned["kernel"].rank == 1
 
     def test_unmerge(self, mesh: Any, spec: PartitionSpec) -> None:
-        tree = trained(wrapped(cut(weight(len(spec)), mesh, spec)))
+        tree = as_if_trained(wrapped(cut(weight(len(spec)), mesh, spec)))
         back = lora_jax.unmerge(lora_jax.merge(tree), tree)
         assert_cut(back["kernel"], spec)
         assert_agree(plain(back["kernel"].base), weight(len(spec)))
@@ -180,7 +173,7 @@ class TestAfterTraining:
 
 def test_a_stack_of_adapters(mesh: Any) -> None:
     spec = PartitionSpec(None, "x", "y")
-    adapters = [trained(wrapped(cut(weight(3), mesh, spec)))] * 2
+    adapters = [as_if_trained(wrapped(cut(weight(3), mesh, spec)))] * 2
     bank = lora_jax.arithmetic.resize(lora_jax.serving.bank(adapters, capacity=3), 1)["kernel"]
     expected = shared_cuts(spec, 3)
     assert cuts(bank.lora_A)[1:] == as_cuts(expected["lora_A"])
@@ -190,7 +183,7 @@ def test_a_stack_of_adapters(mesh: Any) -> None:
 def test_some_layers_of_a_cut_stack(mesh: Any) -> None:
     """A batch axis that is cut holds fewer places than the mesh has parts of it."""
     spec = PartitionSpec(None, "x", "y")
-    tree = trained(wrapped(cut(weight(3), mesh, spec), layers=[2], init="olora", dora=True))
+    tree = as_if_trained(wrapped(cut(weight(3), mesh, spec), layers=[2], init="olora", dora=True))
     node = tree["kernel"]
     assert cuts(node.base) == (None, ("x",), ("y",))
     assert cuts(node.lora_A) == (None, ("y",), None)

@@ -1,6 +1,6 @@
 """Checkpoints: adapters to use, and runs to resume; never the frozen base.
 
-`save` and `restore` are for adapters that are done, `TrainingCheckpoints` is for the run that makes
+`save` and `restore` are for finished adapters, `TrainingCheckpoints` is for the run that trains
 them. Orbax is imported on first use.
 """
 

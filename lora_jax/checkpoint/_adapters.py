@@ -1,7 +1,7 @@
 """Checkpoints of adapters: what was trained and what it belongs to, without the base weights.
 
-A checkpoint is a folder with the arrays, written by Orbax, and `adapters.json`, which says for each
-adapted path what was trained there.
+A checkpoint is a folder with the arrays, which Orbax writes, and `adapters.json`, which says what
+was trained at each adapted path.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ ArraysByName = dict[str, np.ndarray]
 def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = False) -> None:
     """Writes the adapters of `wrapped`, without the frozen base, into the folder `path`.
 
-    Of the base a fingerprint is kept, by which `restore` knows another one. The folder appears when
-    it is complete. One that is overwritten stays until then.
+    A fingerprint of the base is kept, by which `restore` recognises it. The folder appears when it
+    is complete; one that it replaces stays until then.
 
     Args:
-      path: the folder to write; what is above it is created.
+      path: the folder to write; its parents are created.
       wrapped: what `wrap` returned, trained or not; sharded in any way over the devices of this
         process.
-      overwrite: whether a checkpoint that is at `path` already may be replaced.
+      overwrite: whether to replace a checkpoint that is already at `path`.
 
     Raises:
       CheckpointError: `wrapped` has no adapters or is half a tree; `path` is taken or can't be
@@ -92,20 +92,20 @@ def restore(
 ) -> PyTree:
     """Returns `params` wrapped with the adapters that `save` wrote into the folder `path`.
 
-    What was saved comes back bit for bit, numbers that are not finite included: whether a run that
-    diverged is of use is not for a file format to say.
+    What was saved comes back bit for bit, including numbers that are not finite: a file format does
+    not judge whether a run that diverged is of use.
 
     Args:
       path: the folder that `save` wrote.
       params: plain params of the model that the adapters belong to. Their containers and the
         weights' dtypes may differ from those at saving; paths and shapes may not.
-      like: a tree that is wrapped in the same way, of arrays or of `jax.ShapeDtypeStruct`, whose
-        factors have the shardings that the restored ones get. Unless given they are on JAX's
-        default device and not committed to it, and a compiled function moves them to the mesh of
-        the weights.
-      check_base: whether the adapted weights in `params` have to be those that the adapters were
-        saved beside. Weights without numbers (`jax.ShapeDtypeStruct`) are not looked at, and
-        checkpoints of earlier versions say nothing about them.
+      like: a tree that is wrapped in the same way, of arrays or of `jax.ShapeDtypeStruct`; the
+        restored factors get the shardings of its factors. Without it they are on JAX's default
+        device and not committed to it, and a compiled function moves them to the mesh of the
+        weights.
+      check_base: whether the adapted weights in `params` must be those that the adapters were saved
+        beside. Weights without numbers (`jax.ShapeDtypeStruct`) are not checked, and checkpoints of
+        earlier versions say nothing about theirs.
 
     Returns:
       A wrapped tree with the factors, scales and weights trained in full exactly as they were
@@ -114,7 +114,7 @@ def restore(
     Raises:
       CheckpointError: there is no adapter checkpoint, it is damaged or of a newer format, or a
         path, a shape or a rank does not fit `params` or `like`; or an adapted weight has the dtype
-        that it had at saving, and other numbers.
+        that it had at saving, but other numbers.
 
     Warns:
       BaseMismatchWarning: an adapted weight has another dtype than at saving.
@@ -153,7 +153,7 @@ def _read(source: Path, params: PyTree, like: PyTree | None) -> _Stored:
     content = _read_metadata(source)
     with as_checkpoint_error(_damaged(source)):
         metadata = {path: WeightMetadata.from_json(x) for path, x in content["weights"].items()}
-        # Earlier versions did not look at the base.
+        # Earlier versions stored nothing of the base.
         saved_bases = content.get("bases", {}).items()
         bases = {path: BaseFingerprint.from_json(each) for path, each in saved_bases}
         checksums = dict(content["crc32"])
@@ -233,7 +233,7 @@ def _checked_array(
     array = jnp.asarray(stored[key])
     if array.dtype != expected.dtype:
         raise CheckpointError(
-            f"the checkpoint {source} holds '{key}' in {expected.dtype}, which JAX would cut to "
+            f"the checkpoint {source} holds '{key}' in {expected.dtype}, which JAX would round to "
             f'{array.dtype}; call jax.config.update("jax_enable_x64", True) before restore.'
         )
     return array

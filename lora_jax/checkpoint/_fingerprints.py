@@ -52,19 +52,19 @@ Terms = Sequence[UInt32[Array, "..."]]
 
 
 class BaseMismatchWarning(UserWarning):
-    """Adapters are put on weights of another dtype than those that they were saved beside."""
+    """Adapters are restored onto weights of another dtype than they were saved beside."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseFingerprint:
-    """What is known of a weight after adapters were saved beside it.
+    """What a checkpoint says of a weight that adapters were saved beside.
 
     Attributes:
-      dtype: its dtype; of a weight of several arrays, those of all of them.
+      dtype: its dtype; for a weight of several arrays, those of all of them.
       bits: the fingerprint of each of its arrays.
-      sums: in place of them where an initialiser changed the base, so that the original is known to
-        rounding only: its signed sums.
-      step: the step of these.
+      sums: its signed sums, in place of `bits` where an initialiser changed the base, so that the
+        original is known to rounding only.
+      step: the step of the signed sums.
     """
 
     dtype: str
@@ -101,7 +101,7 @@ class BaseFingerprint:
 def base_fingerprints(nodes: Mapping[str, AdapterNode]) -> dict[str, BaseFingerprint]:
     """Returns the fingerprint of each adapted weight whose numbers are there, by path.
 
-    A weight that is trained in full takes the place of its base, so that any base will do.
+    A weight that is trained in full replaces its base, so any base will do.
     """
     return {
         path: BaseFingerprint.of(node)
@@ -122,17 +122,17 @@ def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: 
         raise CheckpointError(
             f"the checkpoint {source} belongs to another base: `params` has other numbers than the "
             f"weights that it was saved beside at {listed(others)}. Expected the params that were "
-            "wrapped. restore(..., check_base=False) takes any that fit, such as these where "
-            "on_original_base, serving.bank or resize gave back a weight to rounding before it was "
-            "saved."
+            "wrapped. restore(..., check_base=False) takes any that fit, such as these if "
+            "arithmetic.on_original_base, serving.bank or arithmetic.resize had restored a weight "
+            "to rounding before it was saved."
         )
     if recast:
         path = next(iter(recast))
         warnings.warn(
             f"the checkpoint {source} was saved beside weights of dtype {recast[path].dtype}, and "
             f"`params` has {_dtypes(leaves[path])} at {listed(list(recast))}. The adapters are the "
-            "same, and compute with rounded weights; whether these are the same model can't be "
-            "told. restore(..., check_base=False) says that it is meant.",
+            "same, but compute with rounded weights, and whether these belong to the same model "
+            "can't be checked. restore(..., check_base=False) accepts them.",
             BaseMismatchWarning,
             stacklevel=3,
         )
@@ -146,7 +146,7 @@ def frozen_fingerprints(wrapped: PyTree) -> dict[str, int]:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise CheckpointError(
                 f"`wrapped` has no numbers at '{path}', only a shape; expected the weights of the "
-                "run, by which a checkpoint is recognised."
+                "run, by which its checkpoints are recognised."
             )
     return {path: fingerprint(leaf) for path, leaf in leaves}
 
@@ -168,7 +168,7 @@ def _bits(weight: Any) -> tuple[int, ...]:
 
 
 def _dtypes(weight: Any) -> str:
-    """Returns the dtypes that a weight's arrays have in JAX, which may cut those of NumPy's."""
+    """Returns the dtypes that a weight's arrays have in JAX, which may be narrower than NumPy's."""
     return ", ".join(str(jnp.result_type(array)) for array in jax.tree.leaves(weight))
 
 
@@ -225,7 +225,7 @@ def _sums_of_part(
         # Horner's scheme for the place in the whole array, which may wrap around.
         places = places * jnp.uint32(size % 2**32) + along + starts[axis]
     summed = terms(part, places, step)
-    # In one pass: of sums one by one, XLA on CPU first writes down what it adds up.
+    # In one pass: for one sum after the other, XLA on CPU first writes what it adds to memory.
     return jax.lax.reduce(
         summed,
         [np.uint32(0)] * len(summed),
@@ -239,7 +239,7 @@ def _mixed_bits(part: Array, places: UInt32[Array, "..."], step: Array) -> Terms
     words = _words(part)
     along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, words.ndim - 1)
     places = places[..., None] * jnp.uint32(words.shape[-1]) + along
-    # A second sum, which is not asked for, so that they are taken in one pass.
+    # A second sum, which nothing needs, so that both are taken in one pass.
     return [_mixed(words + places * jnp.uint32(_GOLDEN)), words]
 
 

@@ -52,8 +52,8 @@ class TrainingState:
     Attributes:
       wrapped: the wrapped tree, with all that is trained as it was.
       optimizer_state: the optimiser's state, or whatever tree was saved as it.
-      step: the step that it was saved as.
-      data_position: what was saved as it.
+      step: the step at which it was saved.
+      data_position: where the data were.
       metrics: the metrics that were saved, as Python numbers.
     """
 
@@ -69,7 +69,7 @@ class LeafMetadata:
     """What a leaf must be when it is read again.
 
     Attributes:
-      path: its path, beginning with the argument that it is of.
+      path: its path, which begins with the name of the argument that it belongs to.
       container: what holds its numbers.
       shape: its shape; for random keys that of their data.
       dtype: its dtype, or the type of a Python number; for random keys that of their data.
@@ -115,7 +115,7 @@ class LeafMetadata:
     def fits(self, target: "LeafMetadata") -> bool:
         """Says whether this leaf may stand where `target` is now.
 
-        Compiled functions make arrays of Python numbers, so that both may stand for the other.
+        Compiled functions make arrays of Python numbers, so each may stand for the other.
         """
         if self.path != target.path or self.shape != target.shape:
             return False
@@ -207,7 +207,7 @@ class Description:
 
 
 def stored_leaves(wrapped: PyTree, optimizer_state: PyTree) -> LeavesWithPaths:
-    """Returns what a training checkpoint stores of both trees, beside the paths."""
+    """Returns the leaves of both trees that a training checkpoint stores, each beside its path."""
     of_wrapped = [
         (f"wrapped/{path}/{name}", array)
         for path, node in adapter_nodes(wrapped).items()
@@ -327,7 +327,7 @@ def _check_same_state(
 
 
 def _properties(weight: WeightMetadata) -> dict[str, Any]:
-    """Returns what there is to say about a weight, what `wrap` was told before what follows."""
+    """Returns what is said of a weight: what `wrap` was told first, then what follows from it."""
     fields = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
     arrays = fields.pop("arrays")
     return {**fields, **{name: f"{each.dtype} {each.shape}" for name, each in arrays.items()}}
@@ -337,7 +337,7 @@ def _restored(node: AdapterNode, arrays: Mapping[str, Any]) -> AdapterNode:
     restored = dataclasses.replace(node, **arrays)
     if isinstance(restored, FullWeight) or restored.norm is None:
         return restored
-    # A stack keeps the norms of its factors, which have come just now.
+    # The norms belong to the factors, which have just been replaced.
     return with_norm(restored)
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run, from which it goes on as if it had never stopped.
 
-Each is a folder `<step>` with the arrays, written by Orbax, and `training.json`, which says what
+Each is a folder `<step>` with the arrays, which Orbax writes, and `training.json`, which says what
 they are and holds the checksum of every file. Orbax writes into a temporary folder and renames it,
-so that a checkpoint is complete or is none.
+so that a checkpoint is complete or does not exist.
 """
 
 import contextlib
@@ -33,10 +33,11 @@ from lora_jax.checkpoint._steps import Mode, Retention, StepFolders
 class TrainingCheckpoints:
     """The checkpoints of one run, in one folder.
 
-    Stored are the adapters, weights trained in full, scales, the optimiser's state and the data
-    position, never the frozen base: of that a fingerprint, by which another model is refused. A
-    checkpoint appears in the folder when it is complete; a run that is killed, also while it saves,
-    goes on from the last complete one, and ends with the same numbers as one that was not.
+    A checkpoint stores the adapters, weights trained in full, scales, the optimiser's state and the
+    data position. It never stores the frozen base, only a fingerprint of it, by which another model
+    is refused. A checkpoint appears in the folder when it is complete. A run that is killed, even
+    while it saves, goes on from the last complete one and ends with the same numbers as one that
+    was not.
 
     The folder belongs to one process at a time; others may read it while that one saves. Use it as
     a context manager, or call `close` at the end.
@@ -46,7 +47,7 @@ class TrainingCheckpoints:
       keep: how many of the latest checkpoints to keep, at least 1; None for all.
       best: the name of a metric, whose best checkpoint is kept in addition.
       mode: whether the best metric is the least, `"min"`, or the greatest, `"max"`.
-      every: `save` does nothing but in steps that are multiples of this.
+      every: `save` acts only in steps that are multiples of this.
       asynchronous: whether training goes on while a checkpoint is written. `save` copies all
         arrays before it returns, so that the next step may reuse their memory.
 
@@ -134,7 +135,7 @@ class TrainingCheckpoints:
           step: how many steps have been taken, more than at the latest checkpoint.
           wrapped: the wrapped tree.
           optimizer_state: any tree of arrays, random keys and numbers: the optimiser's state, or
-            with it all else that training changes, such as (state, key).
+            a tuple of it and whatever else training changes, such as (state, key).
           data_position: where the data are: numbers, text, booleans, None, arrays and random keys,
             in lists, tuples and dicts, such as {"epoch": 2, "random":
             generator.bit_generator.state}. Arrays come back as NumPy's.
@@ -263,7 +264,7 @@ class TrainingCheckpoints:
     def _damaged(self, step: int) -> str:
         earlier = max((each for each in self.steps if each < step), default=None)
         way_on = (
-            "there is none before it, so that the run has to begin again in another folder"
+            "there is none before it, so the run has to begin again in another folder"
             if earlier is None
             else f"restore(wrapped, optimizer_state, step={earlier}) reads the one before, and "
             f"delete_after({earlier}) makes way to go on from there"

@@ -52,7 +52,7 @@ class WeightMetadata:
 
     @classmethod
     def of(cls, node: AdapterNode, arrays: Mapping[str, Any]) -> "WeightMetadata":
-        """Returns what is to be said about a node of which `arrays` are stored."""
+        """Returns what a checkpoint says of a node whose `arrays` it stores."""
         common: dict[str, Any] = {
             "kind": type(node).__name__,
             "shape": tuple(node.shape),
@@ -172,7 +172,7 @@ def placed(array: Any, sharding: jax.sharding.Sharding | None) -> Any:
 
 
 def _alpha(scale: np.ndarray, rank: int) -> float | list[float]:
-    # For the reader: the digits that float32 does not have would only be noise.
+    # For people who read the file: digits beyond those of float32 would only be noise.
     alpha: float | list[float] = np.round(scale.astype(np.float64) * rank, 6).tolist()
     return alpha
 
@@ -203,7 +203,7 @@ def _factor_misfit(weight: WeightMetadata) -> str | None:
     A_shape, B_shape = factor_shapes(adapted, axes, rank)
     by_name = {"lora_A": A_shape, "lora_B": B_shape}
     if "initial_A" in weight.arrays:
-        # `resize` may have given the adapter another rank since.
+        # `resize` may have changed the adapter's rank since.
         initial_rank = weight.arrays["initial_A"].shape[-1]
         initial_shapes = factor_shapes(adapted, axes, initial_rank)
         by_name["initial_A"], by_name["initial_B"] = initial_shapes

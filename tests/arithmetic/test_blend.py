@@ -10,7 +10,8 @@ import pytest
 import lora_jax
 from lora_jax.arithmetic import _recipes
 from tests.agreement import assert_agree
-from tests.serving.models import CONVOLUTION, DENSE, HEADS, SCANNED, Model, as_if_trained
+from tests.serving.models import CONVOLUTION, DENSE, HEADS, SCANNED, Model
+from tests.trained import as_if_trained
 
 WEIGHTS = (0.7, -0.4, 1.2)
 DENSITY = 0.5

@@ -10,7 +10,7 @@ import pytest
 import lora_jax
 from tests.agreement import assert_agree
 from tests.arrays import random
-from tests.problems import as_if_trained
+from tests.trained import as_if_trained
 
 AXES = {
     "dense": ("in", "out"),

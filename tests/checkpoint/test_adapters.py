@@ -17,7 +17,8 @@ from lora_jax import init as lora_init
 from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError, _adapters
 from lora_jax.checkpoint._files import signed_text
 from tests.arrays import random
-from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
+from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads
+from tests.trained import as_if_trained
 
 
 def a_dict(dtype=jnp.float32):
@@ -82,9 +83,9 @@ def test_what_distinguishes_a_variant_is_restored(tmp_path):
         dora=True,
         axes={"stack": ("batch", "in", "out")},
     )
-    lora_jax.save(tmp_path / "adapters", trained(wrapped))
+    lora_jax.save(tmp_path / "adapters", as_if_trained(wrapped))
     restored = lora_jax.restore(tmp_path / "adapters", params)
-    assert_identical(restored, trained(wrapped))
+    assert_identical(restored, as_if_trained(wrapped))
     assert restored["stack"].frozen == ("lora_B",)
 
 
@@ -95,7 +96,7 @@ def params():
 
 @pytest.fixture
 def wrapped(params):
-    return trained(lora_jax.wrap(params, "kernel", rank=2, alpha=6))
+    return as_if_trained(lora_jax.wrap(params, "kernel", rank=2, alpha=6))
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("container", CONTAINERS)
     def test_every_container(self, tmp_path, container):
         make_params, targets = CONTAINERS[container]
-        wrapped = trained(lora_jax.wrap(make_params(), targets, rank=2, alpha=3))
+        wrapped = as_if_trained(lora_jax.wrap(make_params(), targets, rank=2, alpha=3))
         lora_jax.save(tmp_path / "adapters", wrapped)
         assert_identical(lora_jax.restore(tmp_path / "adapters", make_params()), wrapped)
 
@@ -116,7 +117,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("factor_dtype", [jnp.float32, jnp.bfloat16])
     def test_every_dtype(self, tmp_path, weight_dtype, factor_dtype):
         params = a_dict(weight_dtype)
-        wrapped = trained(lora_jax.wrap(params, "kernel", rank=2, dtype=factor_dtype))
+        wrapped = as_if_trained(lora_jax.wrap(params, "kernel", rank=2, dtype=factor_dtype))
         lora_jax.save(tmp_path / "adapters", wrapped)
         assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
 
@@ -130,7 +131,7 @@ class TestRoundTrip:
         assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
 
     def test_weights_trained_in_full(self, tmp_path, params):
-        wrapped = trained(lora_jax.wrap(params, "kernel", rank=2, train=["bias", "head/0"]))
+        wrapped = as_if_trained(lora_jax.wrap(params, "kernel", rank=2, train=["bias", "head/0"]))
         lora_jax.save(tmp_path / "adapters", wrapped)
         assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
 
@@ -138,12 +139,14 @@ class TestRoundTrip:
         params = {"experts": jnp.ones((3, 6, 2, 4)), "kernel": jnp.ones((4, 5))}
         axes = {"experts": ("batch", "in", "out", "out")}
         targets = {"experts": {"rank": 3, "alpha": 1}, "kernel": {}}
-        wrapped = trained(lora_jax.wrap(params, targets, rank=2, axes=axes))
+        wrapped = as_if_trained(lora_jax.wrap(params, targets, rank=2, axes=axes))
         lora_jax.save(tmp_path / "adapters", wrapped)
         assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
 
     def test_stacked_adapters(self, tmp_path, params):
-        variants = [trained(lora_jax.wrap(params, "kernel", rank=2), seed) for seed in range(3)]
+        variants = [
+            as_if_trained(lora_jax.wrap(params, "kernel", rank=2), seed) for seed in range(3)
+        ]
         halves = [lora_jax.split(variant) for variant in variants]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[half[0] for half in halves])
         wrapped = lora_jax.combine(stacked, halves[0][1])
@@ -154,7 +157,7 @@ class TestRoundTrip:
         mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         sharding = jax.NamedSharding(mesh, jax.P("model"))
         params = {"kernel": jnp.ones((6, 4))}
-        wrapped = trained(lora_jax.wrap(params, "kernel", rank=2))
+        wrapped = as_if_trained(lora_jax.wrap(params, "kernel", rank=2))
         adapters, frozen = lora_jax.split(wrapped)
         sharded = lora_jax.combine(jax.device_put(adapters, sharding), frozen)
         lora_jax.save(tmp_path / "adapters", sharded)
@@ -165,7 +168,7 @@ class TestRoundTrip:
     @pytest.mark.usefixtures("float64")
     def test_float64_asks_for_x64(self, tmp_path):
         params = {"kernel": jnp.ones((6, 4), jnp.float64)}
-        wrapped = trained(lora_jax.wrap(params, "kernel", rank=2))
+        wrapped = as_if_trained(lora_jax.wrap(params, "kernel", rank=2))
         lora_jax.save(tmp_path / "adapters", wrapped)
         assert_identical(lora_jax.restore(tmp_path / "adapters", params), wrapped)
         with jax.enable_x64(False), pytest.raises(CheckpointError, match="jax_enable_x64"):
@@ -291,7 +294,7 @@ class TestInterruptedSave:
         monkeypatch.setattr(module, step, fail)
         expected = CheckpointError if isinstance(failure, OSError) else KeyboardInterrupt
         with pytest.raises(expected):
-            lora_jax.save(saved, trained(wrapped, seed=2), overwrite=True)
+            lora_jax.save(saved, as_if_trained(wrapped, seed=2), overwrite=True)
         assert contents(saved.parent) == {f"{saved.name}/{file}": x for file, x in before.items()}
 
     def test_nothing_is_left_at_a_new_path(self, tmp_path, wrapped, monkeypatch):
@@ -310,14 +313,14 @@ class TestInterruptedSave:
 
         monkeypatch.setattr(Path, "rename", fail_into_place)
         with pytest.raises(CheckpointError, match="no more renames"):
-            lora_jax.save(saved, trained(wrapped, seed=2), overwrite=True)
+            lora_jax.save(saved, as_if_trained(wrapped, seed=2), overwrite=True)
         assert_identical(lora_jax.restore(saved, params), wrapped)
         assert list(saved.parent.iterdir()) == [saved]
 
     def test_remains_of_a_killed_save_do_no_harm(self, saved, wrapped, params):
         shutil.copytree(saved, saved.with_name(".adapters.unfinished"))
         shutil.copytree(saved, saved.with_name(".adapters.previous"))
-        newer = trained(wrapped, seed=2)
+        newer = as_if_trained(wrapped, seed=2)
         lora_jax.save(saved, newer, overwrite=True)
         assert_identical(lora_jax.restore(saved, params), newer)
         assert list(saved.parent.iterdir()) == [saved]
@@ -328,7 +331,7 @@ class TestInterruptedSave:
             lora_jax.restore(saved, params)
 
     def test_overwriting(self, saved, params, wrapped):
-        newer = trained(wrapped, seed=2)
+        newer = as_if_trained(wrapped, seed=2)
         lora_jax.save(saved, newer, overwrite=True)
         assert_identical(lora_jax.restore(saved, params), newer)
         assert list(saved.parent.iterdir()) == [saved]
@@ -462,7 +465,7 @@ class TestRestoreRefuses:
 
     def test_arrays_of_another_checkpoint(self, saved, params, wrapped):
         other = saved.with_name("other")
-        lora_jax.save(other, trained(wrapped, seed=2))
+        lora_jax.save(other, as_if_trained(wrapped, seed=2))
         shutil.rmtree(saved / "arrays")
         shutil.copytree(other / "arrays", saved / "arrays")
         with pytest.raises(CheckpointError, match="damaged"):

@@ -9,7 +9,8 @@ import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.checkpoint._fingerprints import frozen_fingerprints
 from tests.arrays import random
-from tests.checkpoint.trees import assert_identical, trained
+from tests.checkpoint.trees import assert_identical
+from tests.trained import as_if_trained
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 
@@ -64,8 +65,8 @@ def assert_placed_like(actual, expected):
 @pytest.mark.parametrize("into", PLACES)
 @pytest.mark.parametrize("saved_from", PLACES)
 def test_training_state_on_another_mesh(tmp_path, saved_from, into):
-    wrapped = trained(PLACES[saved_from]())
-    state = trained(wrapped, seed=5)
+    wrapped = as_if_trained(PLACES[saved_from]())
+    state = as_if_trained(wrapped, seed=5)
     target = PLACES[into]()
     with TrainingCheckpoints(tmp_path / "run") as checkpoints:
         checkpoints.save(1, wrapped, lora_jax.split(state)[0])
@@ -79,7 +80,7 @@ def test_training_state_on_another_mesh(tmp_path, saved_from, into):
 @pytest.mark.parametrize("into", PLACES)
 @pytest.mark.parametrize("saved_from", ["one device", "two by four"])
 def test_adapters_like_a_tree_on_another_mesh(tmp_path, saved_from, into):
-    wrapped = trained(PLACES[saved_from]())
+    wrapped = as_if_trained(PLACES[saved_from]())
     lora_jax.save(tmp_path / "adapters", wrapped)
     target = PLACES[into]()
     weights = lora_jax.unwrap(target)
@@ -97,7 +98,7 @@ def test_adapters_like_a_tree_on_another_mesh(tmp_path, saved_from, into):
 
 def test_adapters_are_free_to_move_to_the_mesh_of_the_weights(tmp_path):
     """Without `like=` the factors are on one device, and a compiled function takes them along."""
-    lora_jax.save(tmp_path / "adapters", trained(PLACES["one device"]()))
+    lora_jax.save(tmp_path / "adapters", as_if_trained(PLACES["one device"]()))
     weights = lora_jax.unwrap(PLACES["two by four"]())
     restored = lora_jax.restore(tmp_path / "adapters", weights)
     assert not restored["kernel"].lora_A.committed

@@ -15,7 +15,8 @@ from lora_jax._paths import map_with_paths
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints, _state
 from lora_jax.checkpoint._files import signed_text
 from tests.arrays import random
-from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads, trained
+from tests.checkpoint.trees import assert_identical, contents, damage_file, no_new_threads
+from tests.trained import as_if_trained
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def tx():
 
 @pytest.fixture
 def wrapped(fresh):
-    return trained(fresh)
+    return as_if_trained(fresh)
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ class TestRoundTrip:
         params = jax.tree.map(
             lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params
         )
-        wrapped = trained(lora_jax.wrap(params, "kernel", rank=2, **options))
+        wrapped = as_if_trained(lora_jax.wrap(params, "kernel", rank=2, **options))
         again = lora_jax.wrap(params, "kernel", rank=2, **options)
         assert_identical(round_trip(folder, wrapped, (), again, ()).wrapped, wrapped)
 
@@ -127,7 +128,7 @@ class TestRoundTrip:
         begun = lora_jax.wrap(params, "encoder/0", rank=2, init="pissa", dora=True)
         lora_jax.save(folder / "begun", begun)
         again = lora_jax.restore(folder / "begun", params)
-        wrapped = trained(begun)
+        wrapped = as_if_trained(begun)
         assert_identical(round_trip(folder, wrapped, (), again, ()).wrapped, wrapped)
 
     def test_a_frozen_factor_drawn_from_another_key(self, folder, params):
@@ -250,7 +251,7 @@ class TestSaving:
     @pytest.mark.parametrize("asynchronous", [False, True])
     def test_what_is_donated_right_after(self, folder, asynchronous):
         """Both trees are overwritten in place while the checkpoint is being written."""
-        wrapped = trained(lora_jax.wrap({"kernel": jnp.ones((2000, 500))}, "kernel", rank=64))
+        wrapped = as_if_trained(lora_jax.wrap({"kernel": jnp.ones((2000, 500))}, "kernel", rank=64))
         state = {"mu": jnp.arange(1e6), "host": np.arange(1e6)}
         expected = jax.tree.map(np.array, (wrapped, state))
         step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
@@ -633,7 +634,7 @@ class TestDamage:
 
     def test_arrays_of_another_step(self, saved, wrapped, state):
         with TrainingCheckpoints(saved) as checkpoints:
-            checkpoints.save(5, trained(wrapped, seed=9), state)
+            checkpoints.save(5, as_if_trained(wrapped, seed=9), state)
         shutil.rmtree(saved / "4" / "arrays")
         shutil.copytree(saved / "5" / "arrays", saved / "4" / "arrays")
         with (

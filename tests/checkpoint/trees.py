@@ -6,21 +6,6 @@ import threading
 import jax
 import numpy as np
 
-import lora_jax
-
-
-def trained(wrapped, seed=1):
-    """Returns `wrapped` with random numbers in all that trains, as after some steps on its mesh."""
-    adapters, frozen = lora_jax.split(wrapped)
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-    placed = [
-        jax.device_put(x, leaf.sharding) if leaf.committed else x
-        for x, leaf in zip(noise, leaves, strict=True)
-    ]
-    return lora_jax.combine(jax.tree.unflatten(treedef, placed), frozen)
-
 
 def assert_identical(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

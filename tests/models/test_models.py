@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import lora_jax
 from tests.agreement import assert_agree, norm
 from tests.models import equinox, haiku, language, linen, nnx  # noqa: F401  each adds its rows
 from tests.models.model import MODELS, Model, roles
+from tests.trained import as_if_trained
 
 ALSO_WITH_DORA = frozenset(
     {
@@ -82,20 +82,6 @@ def targets_and_axes(model: Model, axes: lora_jax.transform.InferredAxes) -> dic
         return {"targets": also + ["all-linear"] * bool(model.linear), "axes": axes}
     by_hand = {path: roles(letters) for path, letters in model.by_hand.items()}
     return {"targets": [*also, *map(re.escape, model.linear)], "axes": {**axes, **by_hand}}
-
-
-def as_if_trained(wrapped: Any) -> Any:
-    """Returns the tree with random numbers in lora_B, which was zero, and other magnitudes."""
-    random = np.random.default_rng(11)
-
-    def value(label: str, leaf: Any) -> Any:
-        if label == "lora_B":
-            return jnp.asarray(random.normal(size=leaf.shape) / 4, leaf.dtype)
-        if label == "magnitude":
-            return leaf * jnp.asarray(random.uniform(0.5, 1.5, size=leaf.shape), leaf.dtype)
-        return leaf
-
-    return jax.tree.map(value, lora_jax.labels(wrapped), wrapped)
 
 
 def test_axes_are_inferred(problem: Problem) -> None:

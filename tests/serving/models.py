@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from tests.trained import as_if_trained
 
 BATCH = 7
 
@@ -49,23 +50,6 @@ class Model:
         settings = {"rank": 2, "alpha": 3.0, "axes": self.axes, **options}
         wrapped = lora_jax.wrap(self.params, self.targets, **settings)
         return as_if_trained(wrapped, seed)
-
-
-def as_if_trained(wrapped: Any, seed: int) -> Any:
-    """Returns the tree with other numbers in what trains."""
-    random = np.random.default_rng(seed)
-
-    def trained(label: str, leaf: Any) -> Any:
-        if label == "frozen":
-            return leaf
-        numbers = np.asarray(leaf, np.float64)
-        if label == "magnitude":
-            numbers = numbers * random.uniform(0.5, 1.5, numbers.shape)
-        else:
-            numbers = numbers + random.normal(size=numbers.shape) / 3
-        return jnp.asarray(numbers.astype(leaf.dtype))
-
-    return jax.tree.map(trained, lora_jax.labels(wrapped), wrapped)
 
 
 def dense(params, x):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import lora_jax
 from tests.arrays import random
+from tests.trained import as_if_trained
 
 KEY = jax.random.key(6)
 
@@ -14,11 +15,7 @@ KEY = jax.random.key(6)
 def trained(**shapes: tuple[int, ...]) -> Any:
     params = {name: random(*shape, seed=i) / 4 for i, (name, shape) in enumerate(shapes.items())}
     wrapped = lora_jax.wrap(params, ".*", rank=2, alpha=3.0)
-    return jax.tree.map(
-        lambda label, x: random(*x.shape, seed=9) / 4 if label == "lora_B" else x,
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
+    return as_if_trained(wrapped)
 
 
 WRAPPED = trained(W=(24, 24))

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.trained import as_if_trained
 
 RNG = np.random.default_rng(8)
 P = PartitionSpec
@@ -47,11 +48,7 @@ FACTORED = {"all_gather", "all_gather on a new axis", "ppermute to all", "ppermu
 def trained(axes: tuple[str, str], *, dora: bool) -> Any:
     base = jnp.asarray(RNG.normal(size=(8, 8)) / 3, jnp.float32)
     wrapped = lora_jax.wrap({"W": base}, "W", rank=2, axes={"W": axes}, alpha=3.0, dora=dora)
-    return jax.tree.map(
-        lambda label, x: jnp.asarray(RNG.normal(size=x.shape) / 3, x.dtype) if "_" in label else x,
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
+    return as_if_trained(wrapped)
 
 
 LAYOUTS = (("in", "out"), ("out", "in"))

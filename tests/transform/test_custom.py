@@ -11,6 +11,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.trained import as_if_trained
 
 RNG = np.random.default_rng(4)
 X = jnp.asarray(RNG.normal(size=(5, 6)), jnp.float32)
@@ -18,12 +19,7 @@ X = jnp.asarray(RNG.normal(size=(5, 6)), jnp.float32)
 
 def trained() -> Any:
     params = {"W": jnp.asarray(RNG.normal(size=(6, 6)) / 3, jnp.float32)}
-    wrapped = lora_jax.wrap(params, "W", rank=2)
-    return jax.tree.map(
-        lambda label, x: jnp.asarray(RNG.normal(size=x.shape) / 3, x.dtype) if "_" in label else x,
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
+    return as_if_trained(lora_jax.wrap(params, "W", rank=2))
 
 
 WRAPPED = trained()

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import lora_jax
 from tests.agreement import assert_agree
 from tests.arrays import random
+from tests.trained import as_if_trained
 
 KEY = jax.random.key(8)
 
@@ -19,11 +20,7 @@ KEY = jax.random.key(8)
 def trained(shapes: dict[str, tuple[int, ...]], rank: int = 2, **options: Any) -> Any:
     params = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     wrapped = lora_jax.wrap(params, ".*", rank=rank, **options)
-    return jax.tree.map(
-        lambda label, x: random(*x.shape, seed=7).astype(x.dtype) if label == "lora_B" else x,
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
+    return as_if_trained(wrapped)
 
 
 SQUARE = trained({"W": (24, 24)})

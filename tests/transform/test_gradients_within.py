@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.problems import as_if_trained
+from tests.trained import as_if_trained
 
 SHAPE, ROLES = (3, 4, 4), ("batch", "in", "out")
 

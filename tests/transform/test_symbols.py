@@ -10,6 +10,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.trained import as_if_trained
 
 RNG = np.random.default_rng(6)
 KEY = jax.random.key(0)
@@ -37,12 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., jax.Array], tuple[int, ...]]] = {
 
 
 def trained(**options: Any) -> Any:
-    wrapped = lora_jax.wrap(PARAMS, ".*", rank=2, axes=AXES, **options)
-    return jax.tree.map(
-        lambda label, x: jnp.asarray(RNG.normal(size=x.shape) / 3, x.dtype) if "_" in label else x,
-        lora_jax.labels(wrapped),
-        wrapped,
-    )
+    return as_if_trained(lora_jax.wrap(PARAMS, ".*", rank=2, axes=AXES, **options))
 
 
 TREES = {"lora": trained(), "dora": trained(dora=True)}

@@ -120,7 +120,7 @@ def exported_adapters(tree: NamedTree) -> Adapters:
     )
     if not each:
         raise CheckpointError(
-            "`wrapped` has no low-rank adapters, and PEFT can't do without; expected what "
+            "`wrapped` has no low-rank adapters, which PEFT needs; expected what "
             "wrap(params, targets) returned."
         )
     adapters = Adapters(each, collections.Counter(adapter.module for adapter in each))
@@ -212,7 +212,7 @@ def _check_shapes(named: NamedLeaf, weight: LoRAWeight) -> None:
         raise CheckpointError(
             f"`wrapped` has lora_A and lora_B of shapes {shapes} and a scale of shape "
             f"{np.shape(weight.scale)} at '{named.path}'; expected {expected} and a scalar. Of "
-            "stacked adapters, save one at a time."
+            "a bank, save one adapter at a time."
         )
     if weight.layers is not None and not named.stack:
         raise CheckpointError(
@@ -247,7 +247,7 @@ def _check_magnitudes(adapters: Adapters) -> None:
     for adapter in adapters.each:
         if "magnitude" not in adapter.parts:
             raise CheckpointError(
-                f"`wrapped` has magnitudes (DoRA) in some places and none at "
+                f"`wrapped` has magnitudes (DoRA) in some weights and none at "
                 f"'{adapter.named.path}'; PEFT has them for all adapters or for none."
             )
         if adapter.is_parameter:

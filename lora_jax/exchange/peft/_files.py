@@ -16,11 +16,13 @@ from lora_jax._paths import listed
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
-# What PEFT takes where a config says nothing.
+_PICKLE_FILE = "adapter_model.bin"
+
+# PEFT's own defaults, for what a config leaves out.
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
-_PICKLE_FILE = "adapter_model.bin"
-_NOT_CARRIED = {
+
+_NOT_SUPPORTED = {
     "alora_invocation_tokens": "aLoRA, which turns the adapter on in the middle of a text",
     "arrow_config": "Arrow, which routes between adapters",
     "kasa_config": "KaSA, which changes the base and has a diagonal between the factors",
@@ -34,14 +36,15 @@ _NOT_CARRIED = {
     "velora_config": "VeLoRA's compressed activations",
 }
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
 Tensors = dict[str, np.ndarray]
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns what the config of a PEFT adapter says, also what lora_jax has no use for.
+    """Returns the config of a PEFT adapter, including what lora_jax has no use for.
 
-    It is data: no class or module that it names is imported. `save(..., config=...)` takes it for
-    the way back.
+    It is only data: no class or module that it names is imported. To write the adapter again, pass
+    it to `save(..., config=...)`.
 
     Args:
       path: the folder with `adapter_config.json`.
@@ -51,7 +54,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       CheckpointError: there is no such file, it is damaged, or it asks for something that lora_jax
-        does not carry, which the message names.
+        does not support, which the message names.
 
     Examples:
       >>> import json, pathlib, tempfile
@@ -75,20 +78,20 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             "an object."
         )
     with as_checkpoint_error(f"{file} is damaged, take another copy"):
-        check_carried(config, str(file))
+        check_supported(config, str(file))
         check_types(config, str(file))
     return config
 
 
-def check_carried(config: Mapping[str, Any], subject: str) -> None:
-    """Raises if a config asks for what lora_jax does not carry."""
+def check_supported(config: Mapping[str, Any], subject: str) -> None:
+    """Raises if a config asks for what lora_jax does not support."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise CheckpointError(f"{subject} has `peft_type` {peft_type!r}; lora_jax carries 'LORA'.")
-    for key, meaning in _NOT_CARRIED.items():
+        raise CheckpointError(f"{subject} has `peft_type` {peft_type!r}; lora_jax supports 'LORA'.")
+    for key, meaning in _NOT_SUPPORTED.items():
         if config.get(key):
             raise CheckpointError(
-                f"{subject} has `{key}` {config[key]!r}: {meaning}. lora_jax does not carry that."
+                f"{subject} has `{key}` {config[key]!r}: {meaning}. lora_jax does not support that."
             )
     init = config.get("init_lora_weights", True)
     if changes_base(init):
@@ -109,7 +112,8 @@ def check_types(config: Mapping[str, Any], subject: str) -> None:
     for key, value in (*_patterns(config, "rank_pattern"), ("r", config.get("r", _DEFAULT_RANK))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
-                f"{subject} has the rank {value!r} for {key!r}; expected a whole number from 1."
+                f"{subject} has the rank {value!r} for {key!r}; expected a whole number of at "
+                "least 1."
             )
     alphas = (*_patterns(config, "alpha_pattern"), ("lora_alpha", _alpha(config)))
     for key, value in alphas:
@@ -153,7 +157,7 @@ def is_target_parameter(config: Mapping[str, Any], name: str) -> bool:
 def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any], Tensors]:
     """Returns the config and the tensors of the adapter in a folder, both of one version of it.
 
-    A version of PEFT that is given takes the place of that in the config.
+    If a version of PEFT is given, it replaces the one in the config.
     """
     if not isinstance(peft_version, str | None):
         raise TypeError(f"`peft_version` is {peft_version!r}; expected text, such as '0.17.1'.")
@@ -188,7 +192,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def check_finite(subject: str, key: str, tensor: np.ndarray) -> None:
-    """Raises if a tensor holds values that are no numbers."""
+    """Raises if a tensor holds values that are not finite."""
     count = int(np.size(tensor) - np.sum(np.isfinite(tensor)))
     if count:
         raise CheckpointError(
@@ -260,7 +264,7 @@ def _check_readable(file: Path, key: str, tensor: np.ndarray) -> None:
         )
     if jnp.asarray(np.zeros((), tensor.dtype)).dtype != tensor.dtype:
         raise CheckpointError(
-            f"{file} holds '{key}' in {tensor.dtype}, which JAX would cut; call "
+            f"{file} holds '{key}' in {tensor.dtype}, which JAX would round; call "
             'jax.config.update("jax_enable_x64", True) before load.'
         )
     check_finite(str(file), key, tensor)

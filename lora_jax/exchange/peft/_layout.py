@@ -5,13 +5,13 @@ it is stored: A multiplies its last axis or the one before, B the other. Which o
 
 - of a parameter of one matrix, A always multiplies the last axis;
 - of a stack of experts, up to 0.18 A multiplies the axis before;
-- in 0.19.0 so it does, but where the module says `is_transposed`, that its experts are stored
-  (experts, in, out), there it multiplies the last axis;
+- in 0.19.0 too, except where the module says `is_transposed`, which means that its experts are
+  stored (experts, in, out): there A multiplies the last axis;
 - from 0.19.1 on it is the reverse of that, so that A always multiplies the inputs.
 
-No file says which of these it is, but the shapes do where inputs and outputs differ in number, and
-otherwise the version of PEFT, which configs name from 0.18.0 on. PEFT itself does not look at
-either, and computes with the square experts of an earlier version the wrong way round.
+No file says which of these it is. The shapes do where inputs and outputs differ in number;
+otherwise the version of PEFT does, which configs name from 0.18.0 on. PEFT itself looks at neither,
+and computes with the square experts of an earlier version the wrong way round.
 
 Source: peft.tuners.lora.layer.ParamWrapper, `update_layer` and `get_delta_weight`, of 0.17.0,
 0.18.1, 0.19.0, 0.19.1 and 0.21.2.
@@ -26,8 +26,9 @@ import numpy as np
 from lora_jax._shapes import Axes, factor_shapes, positions, sizes
 from lora_jax.exchange.peft._rules import Kind
 
-# The first version that reads the layout which is written here.
+# The first version that reads the layout written here.
 WRITTEN_AS = "0.19.1"
+
 Shape = tuple[int, ...]
 _Release = tuple[int, int, int]
 
@@ -195,7 +196,7 @@ def written_layout(layout: Layout) -> Layout:
 
 
 def file_layout(layout: Layout, A_shape: Shape, version: str | None) -> Layout | None:
-    """Returns the layout of a file that a version of PEFT wrote; None where that can't be told."""
+    """Returns the layout of a file that a version of PEFT wrote; None where that is unknown."""
     if layout.kind != "parameter":
         return layout
     if layout.inputs != layout.outputs:

@@ -39,9 +39,9 @@ def load(
     r"""Returns `params` wrapped with an adapter in the file format of Hugging Face PEFT.
 
     The model then computes with $W + \frac{\alpha}{r} B A$ (under rsLoRA $\frac{\alpha}{\sqrt r}$)
-    as PEFT does, with the file's own numbers. Weights that were trained in full, by
-    `modules_to_save` or `bias`, become `FullWeight` nodes. Only data is read: neither a pickle nor
-    any class that a config names.
+    as PEFT does, with the file's own numbers. Weights that were trained in full (`modules_to_save`,
+    `bias`) become `FullWeight` nodes. Only data is read, never a pickle or a class that a config
+    names.
 
     Args:
       path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -49,10 +49,10 @@ def load(
       names: the rules for the model's parameters; the first whose path a leaf has counts.
       axes: where the rules don't say it, each axis's role, as in `wrap`: a mapping from path or
         expression, or what `infer_axes` returned.
-      freeze: leaves that are not to train on, of `"lora_A"`, `"lora_B"` and `"magnitude"`. The
-        format does not say what was frozen.
-      peft_version: the version of PEFT that wrote the file, in place of that in its config. It says
-        how `target_parameters` with square matrices are laid out, and nothing else.
+      freeze: which of `"lora_A"`, `"lora_B"` and `"magnitude"` do not train any further. The format
+        does not say what was frozen.
+      peft_version: the version of PEFT that wrote the file, in place of the one in its config. It
+        only says how `target_parameters` with square matrices are laid out.
 
     Returns:
       A wrapped tree, on JAX's default device. A stack of which the file adapts some layers has
@@ -60,8 +60,8 @@ def load(
 
     Raises:
       CheckpointError: there is no adapter, it is damaged or holds values that are not finite, it
-        asks for what lora_jax does not carry, or a tensor has no place or another shape. `preview`
-        shows all that does not fit.
+        asks for what lora_jax does not support, or a tensor has no place or another shape.
+        `preview` shows everything that does not fit.
       ValueError: `names` contradict each other or the tree.
       ImportError: safetensors is not installed.
 
@@ -103,13 +103,13 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Preview:
-    """What `load` and `save` make of some rules; printed, it is a table.
+    """What `load` and `save` make of some rules; `print` shows it as a table.
 
     Attributes:
-      rows: for each leaf with a rule (of those in the file, where there is one): the name of its
+      rows: for each leaf with a rule (only those in the file, if one is given): the name of its
         PyTorch parameters (both names, where it is two), the shape of each, the leaf's path, shape
         and axes, and what the file has of it.
-      problems: what keeps `load` from reading the file, tensors without a place among it; without
+      problems: what keeps `load` from reading the file, including tensors without a place; without
         a file, what keeps `save` from writing one.
       without_rule: the paths of leaves that no rule has.
       idle_rules: the rules that no leaf has.
@@ -144,12 +144,13 @@ def preview(
     axes: GivenAxes = None,
     peft_version: str | None = None,
 ) -> Preview:
-    """Returns what some rules map to what, without loading or writing anything.
+    """Returns which parameter each rule maps to which leaf, without loading or writing anything.
 
     Args:
       params: plain params, or a wrapped tree.
       names: the rules for the model's parameters; the first whose path a leaf has counts.
-      path: the folder of an adapter to compare with; without, only the tree and the rules are.
+      path: the folder of an adapter to compare with; without it, only the tree and the rules are
+        compared.
       axes: where the rules don't say it, each axis's role, as in `load`.
       peft_version: the version of PEFT that wrote the file, as in `load`.
 
@@ -157,7 +158,7 @@ def preview(
       The mapping and what is left over on either side; print it.
 
     Raises:
-      CheckpointError: there is no adapter, it is damaged, or asks for what is not carried.
+      CheckpointError: there is no adapter, it is damaged, or asks for what is not supported.
       ValueError: `names` contradict each other or the tree.
 
     Examples:

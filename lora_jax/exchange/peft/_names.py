@@ -4,21 +4,23 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
 from lora_jax._axes import given_roles
 from lora_jax._folders import CheckpointError
 from lora_jax._paths import leaves_with_paths, listed
-from lora_jax._shapes import Axes, positions
+from lora_jax._shapes import Axes, AxisRole, positions
 from lora_jax._weight import is_adapter_node, is_lora_weight
 from lora_jax.exchange.peft._layout import Layout
 from lora_jax.exchange.peft._rules import Rule
 
 Part = Literal["lora_A", "lora_B", "magnitude", "weight", "base", "unused", "unknown"]
+
 PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
+
 _SUFFIXES: dict[str, tuple[Part, bool]] = {
     "lora_A.weight": ("lora_A", False),
     "lora_B.weight": ("lora_B", False),
@@ -31,9 +33,9 @@ _ADAPTED = re.compile(
     rf"(?P<module>.+?)(?P<wrappers>(?:{re.escape(_BASE_LAYER)})*)"
     rf"\.(?P<suffix>{'|'.join(map(re.escape, _SUFFIXES))})"
 )
+
 Place = tuple[int, ...]
 GivenAxes = Mapping[str, Sequence[str]] | None
-_ROLES = {"in", "out", "batch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class NamedLeaf:
 
     @property
     def tied_name(self) -> str | None:
-        """The name of the other PyTorch parameter that it is, where it is two and that is known."""
+        """The name of the other PyTorch parameter, where the leaf is two and the name is known."""
         return self.rule.named_tied(self.fields)
 
     @property
@@ -103,7 +105,7 @@ class NamedLeaf:
                 f"`names` has no axes for {subject}: which are inputs and which outputs? {remedy}, "
                 "such as axes=('in', 'out', 'out'), or with axes=lora_jax.infer_axes(...)."
             )
-        if len(self.axes) != len(self.leaf.shape) or not set(self.axes) <= _ROLES:
+        if len(self.axes) != len(self.leaf.shape) or not set(self.axes) <= set(get_args(AxisRole)):
             return (
                 f"{subject} has the axes {self.axes}; expected 'in', 'out' or 'batch' for each. "
                 f"{remedy}."
@@ -119,7 +121,9 @@ class NamedLeaf:
             )
         misfit = self._layout.problem()
         return (
-            None if misfit is None else f"{subject} is no {self.rule.kind!r}: {misfit}. {remedy}."
+            None
+            if misfit is None
+            else f"{subject} is not a {self.rule.kind!r}: {misfit}. {remedy}."
         )
 
     @property
@@ -174,7 +178,7 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
     """Returns the leaves of `tree` with the names that the rules give them.
 
     Raises:
-      TypeError: `names` are no rules.
+      TypeError: `names` is not a sequence of rules.
       ValueError: two leaves have the same name.
     """
     _check_rules(names)

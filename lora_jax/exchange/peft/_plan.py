@@ -16,12 +16,14 @@ from lora_jax.exchange.peft._tied import tied_in_file
 
 # Looking for the nearest names takes long where there are many.
 _HINTS_AT_MOST = 5
+
 _HINTS = {
     "conv": " PEFT's adapter of a convolution with groups reads the channels of all groups, which "
-    "no change of the grouped kernel does; lora_jax does not carry it.",
+    "no change of the grouped kernel does; lora_jax does not support it.",
     "parameter": " The rules for a module's parameters must stand in the order in which PyTorch "
     "defines them.",
 }
+
 # The key of each part of an adapter.
 Keys = dict[str, str]
 
@@ -51,7 +53,7 @@ class PlannedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a file holds, leaf by leaf, and what does not fit; no problems, then `load` succeeds."""
+    """What a file holds, leaf by leaf, and what does not fit; `load` needs no problems."""
 
     leaves: dict[str, PlannedLeaf]
     problems: tuple[str, ...]
@@ -62,7 +64,7 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
     sorted_keys = [(key, parsed(key)) for key in sorted(tensors)]
     leaves: dict[str, PlannedLeaf] = {}
     problems = [
-        f"'{key}' is nothing that lora_jax carries."
+        f"'{key}' is not a tensor that lora_jax supports."
         for key, it in sorted_keys
         if it.part == "unknown"
     ]

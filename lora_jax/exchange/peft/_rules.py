@@ -10,6 +10,7 @@ from lora_jax._paths import listed
 from lora_jax._shapes import AxisRole
 
 Kind = Literal["linear", "embedding", "conv", "parameter", "array"]
+
 # {layer}, or {layer:\d+} with the regular expression that its text must match.
 _FIELD = re.compile(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}")
 _ONE_SEGMENT = "[^/]+"
@@ -39,10 +40,11 @@ class Rule:
       axes: the role of each of the leaf's axes, as in `wrap`. Several `"in"` or `"out"` axes are
         one flat axis in PyTorch, in the same order: heads and head dimension, say. Unless given,
         the axes of the stack come first, and (in, out) or (out,) follows.
-      tied: whether the leaf is another parameter too, as an embedding is that the output layer
-        shares. PEFT adapts each of the two by itself, and one leaf is both: files that adapt or
-        train one of them are refused. Where the other's name is given, such as `"lm_head.weight"`,
-        those load in which both are adapted alike (`ensure_weight_tying`), and `save` writes such.
+      tied: whether the leaf is another parameter too, such as an embedding that the output layer
+        shares. PEFT adapts each of the two by itself, but one leaf is both: files that adapt or
+        train only one of them are refused. If the other's name is given, such as
+        `"lm_head.weight"`, files load in which both are adapted alike (`ensure_weight_tying`), and
+        `save` writes such files.
 
     Source: Hugging Face PEFT, developer guide "PEFT checkpoint format".
 

@@ -27,8 +27,8 @@ from lora_jax.exchange.peft._files import (
     CONFIG_FILE,
     TENSORS_FILE,
     changes_base,
-    check_carried,
     check_finite,
+    check_supported,
     check_types,
     rank_divisor,
     safetensors_package,
@@ -67,17 +67,17 @@ def save(
 
     $r$, `lora_alpha` and their patterns are chosen so that PEFT computes exactly the scale of each
     node. A node whose initialiser changed the base is written as one of twice the rank on the
-    original base. The folder appears when it is complete; one that is overwritten stays until then.
+    original base. The folder appears when it is complete; one that it replaces stays until then.
 
     Args:
-      path: the folder to write; what is above it is created.
+      path: the folder to write; its parents are created.
       wrapped: what `wrap` or `load` returned, trained or not.
       names: the rules for the model's parameters; the first whose path a leaf has counts.
       axes: where the rules don't say it, the roles of the axes of weights trained in full.
       config: keys to write beside those that follow from `wrapped`, such as
         `base_model_name_or_path`, or what `read_config` returned. With `use_rslora`, the alphas
         are rsLoRA's.
-      overwrite: whether an adapter that is at `path` already may be replaced.
+      overwrite: whether to replace an adapter that is already at `path`.
 
     Raises:
       CheckpointError: `wrapped` has no adapters, a node has no name or can't be said in the format,
@@ -152,7 +152,7 @@ def _obstacle(destination: Path) -> str | None:
 
 
 def _starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the config before what follows from the tree, checked."""
+    """Returns what is written whatever the tree holds: defaults and `given`, checked."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(
             f"`config` is {given!r}; expected a mapping, such as what read_config returned."
@@ -161,7 +161,7 @@ def _starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
     if changes_base(config["init_lora_weights"]):
         # The factors that are written belong to the original base.
         config["init_lora_weights"] = True
-    check_carried(config, "`config`")
+    check_supported(config, "`config`")
     check_types(config, "`config`")
     return config
 

@@ -1,14 +1,14 @@
 """Leaves that are two parameters in PyTorch: an embedding, and the output layer that shares it.
 
-An adapter of such a leaf is in both uses. PEFT puts one on a module, and so on one of the two, or
-an own one on each. They are one change of the shared weight W (vocabulary, dim) where
-`ensure_weight_tying` has tied them: with A' (r, vocabulary) and B' (dim, r) of the embedding, and
-A (r, dim) and B (vocabulary, r) of the output layer,
+An adapter of such a leaf acts in both uses. PEFT adapts modules: one of the two, or each by an
+adapter of its own. Where `ensure_weight_tying` has tied them, they are one change of the shared
+weight W (vocabulary, dim): with A' (r, vocabulary) and B' (dim, r) of the embedding, and A (r, dim)
+and B (vocabulary, r) of the output layer,
 
     ΔW = s · A'ᵀ B'ᵀ = s · B A    with    A = B'ᵀ  and  B = A'ᵀ.
 
-The norms of DoRA are over the vocabulary in the one and over dim in the other, so that its
-magnitudes have no such form.
+DoRA's norms are over the vocabulary in one and over dim in the other, so its magnitudes have no
+such form.
 
 Source: peft.tuners.lora.model.LoraModel of 0.21.2, `_create_and_replace`, `_add_targets_to_tie`.
 """
@@ -45,8 +45,8 @@ def tied_in_file(
         verb = "trains" if "weight" in {**own, **other} else "adapts"
         found = named.name(()) if own else named.tied_name
         yield (
-            f"the file {verb} '{found}' alone of {both}, and '{named.path}' is both "
-            f"(tied={named.rule.tied!r}), so that both would change. With `ensure_weight_tying` "
+            f"the file {verb} only '{found}' of {both}, and '{named.path}' is both "
+            f"(tied={named.rule.tied!r}), so both would change. With `ensure_weight_tying` "
             f"PEFT {verb} both alike"
             f"{_naming(named) if named.tied_name is None else ''}; {_OF_ITS_OWN}."
         )
@@ -70,7 +70,7 @@ def untellable_tied(named: NamedLeaf) -> str | None:
     if named.tied_name is None:
         return (
             f"`wrapped` adapts '{named.path}', which is '{named.name(())}' and another parameter "
-            "(tied=True), and PEFT would change the first alone; expected the name of the other, "
+            "(tied=True), and PEFT would change only the first; expected the name of the other, "
             f"for which the same is written{_naming(named)}."
         )
     if is_lora_weight(leaf) and leaf.magnitude is not None:

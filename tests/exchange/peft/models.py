@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import lora_jax
 from lora_jax.exchange.peft import Rule
 
 VOCABULARY, WIDTH, HEADS, HEAD_WIDTH, HIDDEN, CLASSES, LAYERS, EXPERTS = 11, 8, 2, 4, 12, 3, 3, 2
@@ -253,15 +252,3 @@ MODELS = {
     "experts_square": experts(transposed=False, hidden=WIDTH),
     "experts_square_transposed": experts(transposed=True, hidden=WIDTH),
 }
-
-
-def as_if_trained(wrapped, seed=1):
-    """Returns `wrapped` with noise on all that trains."""
-    adapters, frozen = lora_jax.split(wrapped)
-    leaves, treedef = jax.tree.flatten(adapters)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [
-        leaf + 0.3 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return lora_jax.combine(jax.tree.unflatten(treedef, noisy), frozen)

@@ -18,7 +18,8 @@ from lora_jax import CheckpointError
 from lora_jax import init as lora_init
 from lora_jax.exchange.peft import Rule, load, read_config, save
 from tests.agreement import assert_agree
-from tests.exchange.peft.models import LAYERS, MODELS, WIDTH, as_if_trained
+from tests.exchange.peft.models import LAYERS, MODELS, WIDTH
+from tests.trained import as_if_trained
 
 PREFIX = "base_model.model."
 

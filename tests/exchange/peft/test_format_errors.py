@@ -112,14 +112,14 @@ class TestFiles:
 
     def test_float64_asks_for_x64(self, tmp_path):
         folder = write_adapter(tmp_path / "x", {**TENSORS, KERNEL_A: numbers(2, 3) * np.float64(1)})
-        refused(folder, "in float64, which JAX would cut; call jax.config.update.*jax_enable_x64")
+        refused(folder, "in float64, which JAX would round; call jax.config.update.*jax_enable_x64")
 
 
 class TestConfigs:
     @pytest.mark.parametrize("peft_type", ["LOHA", "ADALORA", "PREFIX_TUNING", None])
     def test_other_methods(self, tmp_path, peft_type):
         folder = write_adapter(tmp_path / "adapter", TENSORS, peft_type=peft_type)
-        refused(folder, f"`peft_type` {peft_type!r}; lora_jax carries 'LORA'")
+        refused(folder, f"`peft_type` {peft_type!r}; lora_jax supports 'LORA'")
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -137,9 +137,9 @@ class TestConfigs:
             ("velora_config", {"num_groups": 4}),
         ],
     )
-    def test_what_is_not_carried(self, tmp_path, key, value):
+    def test_what_is_not_supported(self, tmp_path, key, value):
         folder = write_adapter(tmp_path / "adapter", TENSORS, **{key: value})
-        refused(folder, f"`{key}` .*does not carry that")
+        refused(folder, f"`{key}` .*does not support that")
         with pytest.raises(CheckpointError, match=f"`config` has `{key}`"):
             save(tmp_path / "other", wrapped(), names=NAMES, config={key: value})
 
@@ -201,8 +201,11 @@ class TestTensors:
             ({"../../a.weight": numbers(2)}, "'.*/a.weight' of shape .* has no place"),
             ({KERNEL_B: None}, "'a.q.weight' has '.*lora_A.*expected 'lora_A', 'lora_B'"),
             ({"a.q.lora_magnitude_vector": numbers(4)}, "`use_dora` False"),
-            ({"a.q.lora_B.bias": numbers(4)}, "lora_B.bias' is nothing that lora_jax carries"),
-            ({"a.q.lora_diag": numbers(2)}, "lora_diag' is nothing that lora_jax carries"),
+            (
+                {"a.q.lora_B.bias": numbers(4)},
+                "lora_B.bias' is not a tensor that lora_jax supports",
+            ),
+            ({"a.q.lora_diag": numbers(2)}, "lora_diag' is not a tensor that lora_jax supports"),
             ({KERNEL_A: numbers(2, 5)}, r"has shape \(2, 5\); expected \(2, 3\) at rank 2"),
             ({KERNEL_B: numbers(4, 3)}, r"has shape \(4, 3\); expected \(4, 2\) at rank 2"),
             ({KERNEL_A: np.float32(1)}, r"has shape \(\); expected \(0, 3\)"),
@@ -252,7 +255,7 @@ class TestTensors:
         folder = write_adapter(tmp_path / "adapter", tensors)
         rule = Rule("c.weight", "c", kind="conv", axes=("in", "in", "out"))
         refused(
-            folder, "convolution with groups.*does not carry", {"c": jnp.ones((3, 3, 4))}, [rule]
+            folder, "convolution with groups.*does not support", {"c": jnp.ones((3, 3, 4))}, [rule]
         )
 
     def test_two_values_of_one_weight(self, tmp_path):
@@ -340,7 +343,7 @@ class TestSaveRefuses:
     def test_weights_trained_in_full_alone(self, tmp_path):
         adapted = wrapped(train="bias")
         adapted["a"]["q"]["kernel"] = adapted["a"]["q"]["kernel"].base
-        self.refused(tmp_path, "no low-rank adapters, and PEFT can't do without", adapted)
+        self.refused(tmp_path, "no low-rank adapters, which PEFT needs", adapted)
 
     @pytest.mark.parametrize("half", [0, 1])
     def test_half_a_tree(self, tmp_path, half):

@@ -7,7 +7,8 @@ import pytest
 
 import lora_jax
 from lora_jax.exchange.peft import Rule, load, read_config, save
-from tests.exchange.peft.models import MODELS, as_if_trained
+from tests.exchange.peft.models import MODELS
+from tests.trained import as_if_trained
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

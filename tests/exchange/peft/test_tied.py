@@ -10,7 +10,7 @@ import lora_jax
 from lora_jax import CheckpointError
 from lora_jax.exchange.peft import Rule, load, preview, read_config, save
 from tests.agreement import assert_agree, relative_error
-from tests.exchange.peft.models import as_if_trained
+from tests.trained import as_if_trained
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -75,13 +75,13 @@ IN_FULL = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
 HEAD_IN_FULL = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 OTHER_SCALE = {"alpha_pattern": {"lm_head": 5}}
 REFUSED = {
-    "the embedding": ({"target_modules": ["embed_tokens"]}, f"adapts '{EMBEDDING}' alone"),
-    "the head": ({"target_modules": ["lm_head"]}, f"adapts '{HEAD}' alone"),
+    "the embedding": ({"target_modules": ["embed_tokens"]}, f"adapts only '{EMBEDDING}'"),
+    "the head": ({"target_modules": ["lm_head"]}, f"adapts only '{HEAD}'"),
     "each by itself": ({"target_modules": ["embed_tokens", "lm_head"]}, "each in its own way"),
     "other scales": ({"target_modules": ["embed_tokens"], **OTHER_SCALE, **TIED}, "its own way"),
     "magnitudes": ({"target_modules": ["lm_head"], "use_dora": True, **TIED}, "DoRA's magnitudes"),
-    "the embedding in full": (IN_FULL, f"trains '{EMBEDDING}' alone"),
-    "the head in full": (HEAD_IN_FULL, f"trains '{HEAD}' alone"),
+    "the embedding in full": (IN_FULL, f"trains only '{EMBEDDING}'"),
+    "the head in full": (HEAD_IN_FULL, f"trains only '{HEAD}'"),
 }
 CARRIED = {
     "by the embedding": {"target_modules": ["embed_tokens", "q_proj"], **TIED},
@@ -171,9 +171,9 @@ class TestWrittenHere:
     )
     def test_where_the_other_name_is_not_known(self, tmp_path, options):
         wrapped = lora_jax.wrap(params(), rank=2, **options)
-        with pytest.raises(CheckpointError, match=r"'embed/embedding'.*the first alone.*tied='lm"):
+        with pytest.raises(CheckpointError, match=r"'embed/embedding'.*only the first.*tied='lm"):
             save(tmp_path / "adapter", wrapped, names=names(True))
-        assert "the first alone" in preview(wrapped, names=names(True)).problems[0]
+        assert "only the first" in preview(wrapped, names=names(True)).problems[0]
 
     def test_magnitudes(self, tmp_path):
         wrapped = lora_jax.wrap(params(), "embed", rank=2, dora=True)
