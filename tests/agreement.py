@@ -56,6 +56,14 @@ def assert_agree(actual: Any, expected: Any, *, tolerance: float = 1e-5, size: A
     )
 
 
+def assert_identical(actual: Any, expected: Any) -> None:
+    """Asserts that two trees have one structure and the same bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+
+
 def relative_error(actual: np.ndarray, expected: np.ndarray, size: float) -> float:
     """Returns the norm of the difference over `size`, in float64: 0 where both are zero."""
     if not is_inexact(expected) and not is_inexact(actual):

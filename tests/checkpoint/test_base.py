@@ -10,9 +10,9 @@ from lora_jax import BaseMismatchWarning, CheckpointError
 from lora_jax._algebra import original
 from lora_jax.checkpoint import _fingerprints
 from lora_jax.checkpoint._fingerprints import fingerprint, signed_sums
-from tests.checkpoint.test_adapters import edit_metadata
+from tests.agreement import assert_identical
 from tests.checkpoint.test_sharding import PLACES
-from tests.checkpoint.trees import assert_identical
+from tests.checkpoint.trees import edit_json
 
 KINDS = {
     "lora": {},
@@ -67,7 +67,7 @@ class TestEveryKind:
 
     def test_a_checkpoint_that_says_nothing_about_its_base(self, tmp_path, kind):
         path, _ = saved(tmp_path, kind, params())
-        edit_metadata(path, lambda content: content.pop("bases"))
+        edit_json(path / "adapters.json", lambda content: content.pop("bases"))
         lora_jax.restore(path, params(seed=1))
 
 

@@ -8,8 +8,8 @@ import pytest
 import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.checkpoint._fingerprints import frozen_fingerprints
+from tests.agreement import assert_identical
 from tests.arrays import random
-from tests.checkpoint.trees import assert_identical
 from tests.trained import as_if_trained
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit

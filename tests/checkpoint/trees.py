@@ -1,23 +1,30 @@
 """Trees, files and what the tests of checkpoints do to them."""
 
 import contextlib
+import json
 import threading
 
-import jax
-import numpy as np
+import jax.numpy as jnp
+
+from lora_jax.checkpoint._files import signed_text
 
 
-def assert_identical(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-        assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+def a_dict(dtype=jnp.float32):
+    return {
+        "encoder": [
+            {"kernel": jnp.ones((6, 4), dtype), "bias": jnp.zeros(4, dtype)},
+            {"kernel": jnp.full((4, 5), 2, dtype), "bias": jnp.ones(5, dtype)},
+        ],
+        "head": (jnp.ones((5, 3), dtype), {"steps": jnp.arange(3)}),
+    }
 
 
-def contents(folder):
-    """Returns every file below `folder` with its bytes."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+def edit_json(file, change):
+    """Rewrites a file as a program might that also writes the right checksum of it."""
+    content = json.loads(file.read_text())
+    change(content)
+    del content["own_crc32"]
+    file.write_text(signed_text(content.pop("format"), content.pop("version"), content))
 
 
 def damage_file(file, original, damage):
