@@ -18,6 +18,7 @@ from lora_jax._train import combine as combine
 from lora_jax._train import labels as labels
 from lora_jax._train import split as split
 from lora_jax._weight import FullWeight as FullWeight
+from lora_jax._weight import LoRABank as LoRABank
 from lora_jax._weight import LoRAWeight as LoRAWeight
 from lora_jax._wrap import unwrap as unwrap
 from lora_jax._wrap import wrap as wrap

@@ -21,14 +21,14 @@ from lora_jax._shapes import (
     taken_layers,
     with_layers,
 )
-from lora_jax._weight import LoRAWeight
+from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight, is_lora_weight
 
 _LETTERS = string.ascii_lowercase[:-2]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def lora_weight(
-    original: AnyArray | jax.ShapeDtypeStruct,
+    original: AnyArray | jax.ShapeDtypeStruct | LoRAWeight,
     lora_A: Array,
     lora_B: Array,
     scale: Array,
@@ -48,8 +48,8 @@ def lora_weight(
     base: Any = original
     if initial_A is not None and initial_B is not None:
         base = _shifted(base, -initial_A, initial_B, axes, layers)
-    squared_norm = None if magnitude is None else squared_norms(base, axes, layers)
-    weight = LoRAWeight(
+    squared_norm = None if magnitude is None else squared_norms(as_array(base), axes, layers)
+    return LoRAWeight(
         base=base,
         lora_A=lora_A,
         lora_B=lora_B,
@@ -62,31 +62,72 @@ def lora_weight(
         layers=layers,
         frozen=frozen,
     )
-    return with_norm(weight) if weight.is_stacked else weight
 
 
-def with_norm(weight: LoRAWeight) -> LoRAWeight:
-    """Caches the DoRA norm of a weight whose factors are fixed, if it has a magnitude.
+def lora_bank(
+    original: AnyArray,
+    lora_A: Array,
+    lora_B: Array,
+    scale: Array,
+    axes: Axes,
+    *,
+    magnitude: Array | None = None,
+    layers: Layers | None = None,
+    frozen: tuple[str, ...] = (),
+) -> LoRABank:
+    """Returns the bank with these leaves on an original weight; the norms are computed here."""
+    bank = LoRABank(
+        base=original,
+        lora_A=lora_A,
+        lora_B=lora_B,
+        scale=scale,
+        axes=axes,
+        magnitude=magnitude,
+        squared_norm=None if magnitude is None else squared_norms(original, axes, layers),
+        layers=layers,
+        frozen=frozen,
+    )
+    return with_norms(bank)
 
-    Those of a stack are computed one after the other, each by the same program, so that they are
-    those of the single adapters, bit for bit.
+
+def with_norms(bank: LoRABank) -> LoRABank:
+    """Caches the DoRA norms of a bank whose factors are fixed, if it has magnitudes.
+
+    They are computed one after the other, each by the same program, so that they are those of the
+    single adapters, bit for bit.
     """
-    if weight.magnitude is None:
-        return weight
-    if not weight.is_stacked:
-        return dataclasses.replace(weight, norm=_compiled_norms(weight))
-    singles = [
-        dataclasses.replace(weight, lora_A=lora_A, lora_B=lora_B, scale=scale, norm=None)
-        for lora_A, lora_B, scale in zip(weight.lora_A, weight.lora_B, weight.scale, strict=True)
+    if bank.magnitude is None:
+        return bank
+    adapters = [
+        LoRAWeight(
+            base=bank.base,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scale=scale,
+            axes=bank.axes,
+            magnitude=magnitude,
+            squared_norm=bank.squared_norm,
+            layers=bank.layers,
+            frozen=bank.frozen,
+        )
+        for lora_A, lora_B, scale, magnitude in zip(
+            bank.lora_A, bank.lora_B, bank.scale, bank.magnitude, strict=True
+        )
     ]
-    return dataclasses.replace(weight, norm=jnp.stack([_compiled_norms(each) for each in singles]))
+    return dataclasses.replace(bank, norm=jnp.stack([fixed_norms(each) for each in adapters]))
 
 
 def original(weight: LoRAWeight) -> Any:
     """Returns the weight that was wrapped; to rounding where an initialiser changed the base."""
     if weight.initial_A is None:
-        return weight.base
-    return _shifted(weight.base, weight.initial_A, weight.initial_B, weight.axes, weight.layers)
+        return original(weight.base) if is_lora_weight(weight.base) else weight.base
+    base = as_array(weight.base)
+    return _shifted(base, weight.initial_A, weight.initial_B, weight.axes, weight.layers)
+
+
+def as_array(base: Any) -> Any:
+    """Returns a base as an array: what it stands for, where it is a node itself."""
+    return dense(base) if is_lora_weight(base) else base
 
 
 def on_original(weight: LoRAWeight) -> LoRAWeight:
@@ -128,6 +169,7 @@ def low_rank(lora_A: AnyArray, lora_B: AnyArray, axes: Axes) -> Array:
 
 def dense(weight: LoRAWeight) -> Array:
     """Returns what a weight stands for, computed in at least float32 and cast once."""
+    weight = dataclasses.replace(weight, base=as_array(weight.base))
     return cut_as(base_sharding(weight.base), _dense, weight)
 
 
@@ -182,7 +224,7 @@ def gain(weight: LoRAWeight) -> Array:
 
     Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
     """
-    norm = norms(weight) if weight.norm is None else weight.norm
+    norm = weight.norm if isinstance(weight, FixedLoRAWeight) else norms(weight)
     return _over(weight.magnitude, jax.lax.stop_gradient(norm))
 
 
@@ -193,6 +235,10 @@ def norms(weight: LoRAWeight) -> Array:
     ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
     where nothing is larger than W itself, and ‖W‖² was computed once.
     """
+    if is_lora_weight(weight.base):
+        base = as_array(weight.base)
+        squared_norm = squared_norms(base, weight.axes, weight.layers)
+        weight = dataclasses.replace(weight, base=base, squared_norm=squared_norm)
     return cut_as(feature_sharding(weight.base, weight.axes, weight.layers), _norms, weight)
 
 
@@ -231,7 +277,8 @@ def _norms(weight: LoRAWeight) -> Array:
 
 
 @jax.jit
-def _compiled_norms(weight: LoRAWeight) -> Array:
+def fixed_norms(weight: LoRAWeight) -> Array:
+    """Returns the same as `norms` of a weight whose factors are fixed, by one program."""
     return norms(weight)
 
 

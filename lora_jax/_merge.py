@@ -1,7 +1,7 @@
 """Folding adapters into the weights, and taking them out again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +10,15 @@ from jaxtyping import Array
 from lora_jax._algebra import dense, without_change
 from lora_jax._compat import is_tracer
 from lora_jax._finite import not_finite
-from lora_jax._paths import leaves_with_paths, listed, map_with_paths
+from lora_jax._nodes import NodeIndex, not_single
+from lora_jax._paths import listed
 from lora_jax._shapes import AnyArray, factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
+    AdapterNode,
     FullWeight,
+    LoRABank,
     LoRAWeight,
-    check_single,
     is_adapter_node,
     is_lora_weight,
 )
@@ -38,7 +40,7 @@ def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -
       Plain params, the original structure; with `targets`, a wrapped tree of the other adapters.
 
     Raises:
-      ValueError: `targets` matches no adapted weight; `wrapped` is a stack of adapters; or, with
+      ValueError: `targets` matches no adapted weight; `wrapped` is a bank of adapters; or, with
         `safe`, a merged value is not finite.
 
     Source: Hu et al. 2021, section 4.1, "No additional inference latency".
@@ -49,19 +51,12 @@ def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -
       >>> lora_jax.merge(wrapped)["kernel"].shape
       (4, 3)
     """
-    chosen = _chosen_paths(wrapped, wrapped, targets)
-    values: list[tuple[str, Any]] = []
-
-    def merged(path: str, leaf: Any) -> Any:
-        if not is_adapter_node(leaf) or path not in chosen:
-            return leaf
-        values.append((path, _merged(path, leaf)))
-        return values[-1][1]
-
-    params = map_with_paths(merged, wrapped, is_leaf=is_adapter_node)
+    index = NodeIndex.of(wrapped)
+    chosen = _chosen_paths(wrapped, index, targets)
+    values = {path: _merged(path, node) for path, node in index.nodes.items() if path in chosen}
     if safe:
         _check_finite(values)
-    return params
+    return index.mapped(values.get)
 
 
 def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any:
@@ -92,30 +87,29 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
       >>> lora_jax.unmerge(lora_jax.merge(wrapped), wrapped)["kernel"].base.shape
       (4, 3)
     """
-    _check_same_structure(merged, wrapped)
-    chosen = _chosen_paths(merged, wrapped, targets)
-    nodes = iter(jax.tree.leaves(wrapped, is_leaf=is_adapter_node))
+    index, merged_index = NodeIndex.of(wrapped), NodeIndex.of(merged)
+    _check_same_structure(merged_index, index)
+    chosen = _chosen_paths(merged, index, targets)
 
     def unmerged(path: str, leaf: Any) -> Any:
-        node = next(nodes)
-        if path not in chosen or is_adapter_node(leaf) or not is_adapter_node(node):
+        if path not in chosen or path not in index.nodes or is_adapter_node(leaf):
             return leaf
-        return _unmerged(path, leaf, node)
+        return _unmerged(path, leaf, index.nodes[path])
 
-    return map_with_paths(unmerged, merged, is_leaf=is_adapter_node)
-
-
-def _merged(path: str, node: LoRAWeight | FullWeight) -> AnyArray:
-    if isinstance(node, FullWeight):
-        return node.value
-    check_single(path, node)
-    return dense(node)
+    return merged_index.tree.mapped(unmerged)
 
 
-def _unmerged(path: str, leaf: Array, node: LoRAWeight | FullWeight) -> LoRAWeight | FullWeight:
+def _merged(path: str, node: AdapterNode) -> AnyArray:
+    if isinstance(node, LoRABank):
+        raise not_single(path, node)
+    return node.value if isinstance(node, FullWeight) else dense(node)
+
+
+def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWeight:
+    if isinstance(node, LoRABank):
+        raise not_single(path, node)
     if isinstance(node, FullWeight):
         return dataclasses.replace(node, value=leaf)
-    check_single(path, node)
     if node.magnitude is not None:
         raise ValueError(
             f"'{path}' has a magnitude (DoRA), and what is merged has nothing of the weight's own "
@@ -127,7 +121,10 @@ def _unmerged(path: str, leaf: Array, node: LoRAWeight | FullWeight) -> LoRAWeig
             f"its adapter, {node.lora_A.shape} and {node.lora_B.shape}, with the axes {node.axes}; "
             "expected what merge(wrapped) returned."
         )
-    return dataclasses.replace(node, base=without_change(leaf, node))
+    base = without_change(leaf, node)
+    if is_lora_weight(node.base):
+        return dataclasses.replace(node, base=_unmerged(path, base, node.base))
+    return dataclasses.replace(node, base=base)
 
 
 def _fits(leaf: Array, node: LoRAWeight) -> bool:
@@ -137,10 +134,9 @@ def _fits(leaf: Array, node: LoRAWeight) -> bool:
     return (node.lora_A.shape, node.lora_B.shape) == shapes
 
 
-def _chosen_paths(tree: Any, wrapped: Any, targets: Targets | None) -> set[str]:
-    """Returns the paths of the nodes of `wrapped` that `targets` selects, with `tree`'s shapes."""
-    leaves = leaves_with_paths(wrapped, is_leaf=is_adapter_node)
-    paths = {path for path, leaf in leaves if is_adapter_node(leaf)}
+def _chosen_paths(tree: Any, index: NodeIndex, targets: Targets | None) -> set[str]:
+    """Returns the paths of the nodes of a tree that `targets` selects, with `tree`'s shapes."""
+    paths = set(index.nodes)
     if targets is None:
         return paths
     shapes = jax.tree.map(
@@ -160,13 +156,13 @@ def _chosen_paths(tree: Any, wrapped: Any, targets: Targets | None) -> set[str]:
     return set(selected)
 
 
-def _check_finite(merged: Sequence[tuple[str, Array]]) -> None:
-    if any(is_tracer(array) for _, array in merged):
+def _check_finite(merged: Mapping[str, AnyArray]) -> None:
+    if any(map(is_tracer, merged.values())):
         raise ValueError(
             "`safe` is True, but the values are traced and can't be looked at; call "
             "merge(wrapped, safe=True) outside of jax.jit."
         )
-    found = not_finite(merged)
+    found = not_finite(merged.items())
     if found:
         raise ValueError(
             f"`wrapped` merges to values that are not finite at {listed(found)}; nothing is "
@@ -175,13 +171,11 @@ def _check_finite(merged: Sequence[tuple[str, Array]]) -> None:
         )
 
 
-def _check_same_structure(merged: Any, wrapped: Any) -> None:
-    structure: Any = jax.tree.structure(merged, is_leaf=is_adapter_node)
-    expected: Any = jax.tree.structure(wrapped, is_leaf=is_adapter_node)
-    if structure != expected:
+def _check_same_structure(merged: NodeIndex, wrapped: NodeIndex) -> None:
+    if merged.structure != wrapped.structure:
         raise ValueError(
             "`merged` has another structure than `wrapped`; expected what merge(wrapped) "
-            f"returned.\n`merged`: {structure}\n`wrapped`: {expected}"
+            f"returned.\n`merged`: {merged.structure}\n`wrapped`: {wrapped.structure}"
         )
-    if not any(map(is_lora_weight, jax.tree.leaves(wrapped, is_leaf=is_adapter_node))):
+    if not wrapped.adapted:
         raise ValueError("`wrapped` has no adapters; expected what wrap(params, targets) returned.")

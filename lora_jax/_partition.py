@@ -64,7 +64,7 @@ def base_sharding(base: Any) -> NamedSharding | None:
 
 
 def factor_shardings(
-    base: Any, axes: Axes, layers: Layers | None, rank: int, *, is_stacked: bool = False
+    base: Any, axes: Axes, layers: Layers | None, rank: int, *, in_slots: bool = False
 ) -> tuple[NamedSharding, NamedSharding] | None:
     """Returns how the factors of a weight are cut: as it is, and not along the rank.
 
@@ -73,7 +73,7 @@ def factor_shardings(
       axes: the role of each of its axes.
       layers: the adapted places of its first batch axis, or None.
       rank: the rank.
-      is_stacked: whether the factors have an axis of adapters in front.
+      in_slots: whether the factors are those of a bank, with an axis of slots in front.
     """
     partition = Partition.of(base)
     if partition is None:
@@ -81,7 +81,7 @@ def factor_shardings(
     A_shape, B_shape = factor_shapes(layers_shape(base.shape, axes, layers), axes, rank)
     A_axes = (*positions(axes, "batch", "in"), None)
     B_axes = (*positions(axes, "batch"), None, *positions(axes, "out"))
-    front = (1,) * is_stacked, (None,) * is_stacked
+    front = (1,) * in_slots, (None,) * in_slots
     return (
         partition.sharding((*front[0], *A_shape), (*front[1], *A_axes)),
         partition.sharding((*front[0], *B_shape), (*front[1], *B_axes)),

@@ -7,10 +7,10 @@ from typing import Any
 from lora_jax._axes import InferredAxes, axes_of, check_axes
 from lora_jax._dtypes import is_narrow_float
 from lora_jax._leaf_kinds import Neighbourhood, floating_obstacle, weight_obstacle
+from lora_jax._nodes import check_plain
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import AnyArray, Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
-from lora_jax._trees import check_plain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,18 @@ import jax
 import numpy as np
 
 from lora_jax._compat import is_tracer
-from lora_jax._paths import leaves_with_paths
+from lora_jax._nodes import NodeIndex
 from lora_jax._shapes import side_size
 from lora_jax._tables import table
 from lora_jax._train import split
-from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, map_adapter_nodes
+from lora_jax._weight import (
+    AdapterNode,
+    FullWeight,
+    LoRABank,
+    LoRAWeight,
+    has_factors,
+    innermost_base,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +66,11 @@ def count_parameters(wrapped: Any) -> ParameterCounts:
       >>> counts.original, counts.added, counts.total
       (1200, 70, 1270)
     """
-    bases = map_adapter_nodes(lambda node: node.base, wrapped)
+    index = NodeIndex.of(wrapped)
+    bases = index.mapped(lambda _, node: innermost_base(node))
     trainable, _ = split(wrapped)
-    nodes = jax.tree.leaves(wrapped, is_leaf=is_adapter_node)
-    added = [_added(node) for node in nodes if isinstance(node, LoRAWeight)]
-    copies = [node.value for node in nodes if isinstance(node, FullWeight)]
+    added = [_added(node) for node in index.nodes.values() if has_factors(node)]
+    copies = [node.value for node in index.nodes.values() if isinstance(node, FullWeight)]
     return ParameterCounts(
         original=_size(bases),
         added=_size(added),
@@ -94,11 +101,7 @@ def summary(wrapped: Any) -> str:
       1,200 original, 70 added, 1,270 together; 70 train (5.833 %): 280 B of 5.1 kB
     """
     counts = count_parameters(wrapped)
-    rows = [
-        _row(path, node)
-        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
-        if is_adapter_node(node)
-    ]
+    rows = [row for path, node in NodeIndex.of(wrapped).nodes.items() for row in _rows(path, node)]
     header, rows = _without_empty_notes(rows)
     return (
         f"{table(header, rows, right=('trainable',))}\n\n"
@@ -122,12 +125,14 @@ def _without_empty_notes(
     return without[0], without[1:]
 
 
-def _notes(node: LoRAWeight) -> str:
+def _notes(node: LoRAWeight | LoRABank) -> str:
     """Returns what distinguishes a weight from one of plain LoRA."""
     notes = []
     if node.magnitude is not None:
         notes.append("DoRA")
-    if node.initial_A is not None:
+    if isinstance(node, LoRABank):
+        notes.append(f"{node.capacity} slots")
+    elif node.initial_A is not None:
         notes.append("base changed")
     if node.layers is not None:
         notes.append(f"layers {_ranges(node.layers)}")
@@ -147,12 +152,19 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _added(node: LoRAWeight) -> Any:
-    """Returns what stands beside a weight, but for its scale."""
-    return dataclasses.replace(node, base=None, scale=None)
+def _added(node: LoRAWeight | LoRABank) -> Any:
+    """Returns what stands beside a weight, but for scales."""
+    inner = _added(node.base) if has_factors(node.base) else None
+    return dataclasses.replace(node, base=inner, scale=None)
 
 
-def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
+def _rows(path: str, node: AdapterNode) -> list[tuple[str, ...]]:
+    """Returns a row for a node, and before it one for each node that it stands on."""
+    inner = _rows(f"{path}/base", node.base) if has_factors(node.base) else []
+    return [*inner, _row(path, node)]
+
+
+def _row(path: str, node: AdapterNode) -> tuple[str, ...]:
     if isinstance(node, FullWeight):
         return (
             path,
@@ -172,11 +184,11 @@ def _row(path: str, node: LoRAWeight | FullWeight) -> tuple[str, ...]:
         _scale_text(node.scale),
         _notes(node),
         str(node.lora_A.dtype),
-        f"{_size(split(node)[0]):,}",
+        f"{_size(split(dataclasses.replace(node, base=None))[0]):,}",
     )
 
 
-def _rank_text(node: LoRAWeight) -> str:
+def _rank_text(node: LoRAWeight | LoRABank) -> str:
     sides = [side_size(node.shape, node.axes, role) for role in ("in", "out")]
     return f"{node.rank} (whole side)" if node.rank == min(sides) else str(node.rank)
 

@@ -1,17 +1,13 @@
 """What trains and what stays frozen: labels, and the two halves of a tree."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from lora_jax._weight import (
-    FullWeight,
-    LoRAWeight,
-    is_adapter_node,
-    map_adapter_nodes,
-    without_kept_norm,
-)
+from lora_jax._nodes import map_nodes
+from lora_jax._weight import FullWeight, has_factors, is_adapter_node, is_bank
 
 _FROZEN = "frozen"
 FACTORS = ("lora_A", "lora_B", "magnitude")
@@ -42,8 +38,8 @@ def split(wrapped: Any) -> tuple[Any, Any]:
     """Returns the trainable half of `wrapped` and the frozen one; each has None for the other's.
 
     Differentiate with respect to the first and `combine` inside the loss, and any optimiser on it
-    is safe. What a stack of adapters keeps of its factors, their norms (DoRA), is in neither half,
-    since the factors are about to change; without it, it is computed where it is needed.
+    is safe. The norms (DoRA) that a bank keeps of its factors are in neither half, since the
+    factors are about to change; without them, they are computed where they are needed.
 
     Args:
       wrapped: what `wrap` returned.
@@ -59,7 +55,7 @@ def split(wrapped: Any) -> tuple[Any, Any]:
       >>> [leaf.shape for leaf in jax.tree.leaves(adapters)]
       [(4, 2), (2, 3)]
     """
-    wrapped = map_adapter_nodes(without_kept_norm, wrapped)
+    wrapped = map_nodes(_without_norm, wrapped)
     return parts(wrapped, lambda label: label != _FROZEN)
 
 
@@ -110,13 +106,20 @@ def combine(adapters: Any, frozen: Any) -> Any:
     )
 
 
+def _without_norm(node: Any) -> Any:
+    return dataclasses.replace(node, norm=None) if is_bank(node) else node
+
+
 def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
 def _node_labels(node: Any) -> Any:
-    if isinstance(node, LoRAWeight):
-        return _labelled(node, {name: name for name in FACTORS if name not in node.frozen})
+    if has_factors(node):
+        labelled = _labelled(node, {name: name for name in FACTORS if name not in node.frozen})
+        if not is_adapter_node(node.base):
+            return labelled
+        return dataclasses.replace(labelled, base=_node_labels(node.base))
     if isinstance(node, FullWeight):
         return _labelled(node, {"value": "full"})
     return _FROZEN

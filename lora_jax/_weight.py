@@ -1,11 +1,9 @@
-"""The nodes that `wrap` puts into a parameter tree."""
+"""The nodes that `wrap` and `serving.bank` put into a parameter tree."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from lora_jax._serialization import exportable, introduce_to_flax
@@ -27,7 +25,8 @@ class LoRAWeight:
     norm and one $m$ for each output feature.
 
     Attributes:
-      base: the frozen weight $W$.
+      base: the frozen weight $W$: an array, or another node that stands for one, so that a weight
+        can have several changes.
       lora_A: $A$, of shape (\*batch, \*in, r).
       lora_B: $B$, of shape (\*batch, r, \*out).
       scale: $s$, a scalar array, so that another value swaps in without recompiling.
@@ -41,11 +40,6 @@ class LoRAWeight:
       layers: which places of the first batch axis are adapted; None for all. All of the above but
         `base` hold these places only.
       frozen: the names of leaves that don't train although they could, such as `"lora_A"`.
-      norm: $\lVert W + s A B \rVert$ for each output feature, kept in a stack of adapters whose
-        factors are fixed; else None, and it is computed where it is needed.
-
-    In a stack of adapters `lora_A`, `lora_B`, `scale`, `magnitude` and `norm` have one more axis in
-    front, and the rest is shared.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; Liu et
     al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, equation 5.
@@ -69,19 +63,94 @@ class LoRAWeight:
     initial_B: Float[Array, "..."] | Any = None
     layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
-    norm: Float[Array, "..."] | Any = None
 
     def __post_init__(self) -> None:
         introduce_to_flax(type(self))
 
     @property
-    def is_stacked(self) -> bool:
-        """Whether it holds several adapters, as `stack` makes them."""
-        return np.ndim(self.scale) > 0
+    def rank(self) -> int:
+        """The number of columns of `lora_A`."""
+        return self.lora_A.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return self.base.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedLoRAWeight(LoRAWeight):
+    r"""A weight whose factors are fixed, so that its norm (DoRA) is known.
+
+    Attributes:
+      norm: $\lVert W + s A B \rVert$ for each output feature, where there is a magnitude.
+    """
+
+    norm: Float[Array, "..."] | Any = None
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRABank:
+    r"""A frozen weight with several adapters beside it, each in a slot of its own.
+
+    Slot i stands for $W + s_i \cdot A_i B_i$, or with magnitudes (DoRA) for
+    $m_i \circ (W + s_i A_i B_i) / \lVert W + s_i A_i B_i \rVert$; an empty one, in which all
+    numbers of the factors are zero, for $W$. `lora_jax.serving` makes banks and computes with them.
+
+    Attributes:
+      base: the frozen weight $W$, which all adapters share.
+      lora_A: $A_i$ of each adapter, of shape (slot, \*batch, \*in, r).
+      lora_B: $B_i$, of shape (slot, \*batch, r, \*out).
+      scale: $s_i$, of shape (slot,).
+      axes: for each axis of `base`, its role: `"in"`, `"out"` or `"batch"`.
+      magnitude: $m_i$ of DoRA, of shape (slot, \*batch, \*out), or None.
+      squared_norm: $\lVert W \rVert^2$ for each output feature, where there are magnitudes; else
+        None.
+      norm: $\lVert W + s_i A_i B_i \rVert$ for each output feature, computed once while the factors
+        are fixed; None where there are no magnitudes, and in a bank that trains.
+      layers: which places of the first batch axis are adapted; None for all.
+      frozen: the names of leaves that don't train although they could.
+
+    Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
+
+    Examples:
+      >>> import jax.numpy as jnp, lora_jax
+      >>> wrapped = lora_jax.wrap({"kernel": jnp.ones((4, 3))}, "kernel", rank=2)
+      >>> bank = lora_jax.serving.bank([wrapped], capacity=8)["kernel"]
+      >>> bank.capacity, bank.lora_A.shape
+      (8, (8, 4, 2))
+    """
+
+    base: Any
+    lora_A: Float[Array, "..."] | Any
+    lora_B: Float[Array, "..."] | Any
+    scale: Float[Array, "slot"] | Any
+    axes: Axes = dataclasses.field(metadata={"static": True})
+    magnitude: Float[Array, "..."] | Any = None
+    squared_norm: Float[Array, "..."] | Any = None
+    norm: Float[Array, "..."] | Any = None
+    layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
+    frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return self.scale.shape[0]
 
     @property
     def rank(self) -> int:
-        """The number of columns of `lora_A`."""
+        """The number of columns of each `lora_A`."""
         return self.lora_A.shape[-1]
 
     @property
@@ -123,36 +192,31 @@ class FullWeight:
         return self.base.dtype
 
 
+AdapterNode = LoRAWeight | LoRABank | FullWeight
+
+
 def is_lora_weight(node: Any) -> TypeGuard[LoRAWeight]:
-    """Says whether `node` is a `LoRAWeight`."""
+    """Says whether `node` is a weight with one adapter."""
     return isinstance(node, LoRAWeight)
 
 
-def is_adapter_node(node: Any) -> TypeGuard[LoRAWeight | FullWeight]:
-    """Says whether `node` is one that `wrap` puts into a tree."""
-    return isinstance(node, LoRAWeight | FullWeight)
+def is_bank(node: Any) -> TypeGuard[LoRABank]:
+    """Says whether `node` is a weight with a bank of adapters."""
+    return isinstance(node, LoRABank)
 
 
-def map_adapter_nodes(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Returns `tree` with `function` applied to each node that `wrap` made; the rest is kept."""
-    return jax.tree.map(
-        lambda node: function(node) if is_adapter_node(node) else node,
-        tree,
-        is_leaf=is_adapter_node,
-    )
+def has_factors(node: Any) -> TypeGuard[LoRAWeight | LoRABank]:
+    """Says whether `node` is a weight with one adapter or several."""
+    return isinstance(node, LoRAWeight | LoRABank)
 
 
-def without_kept_norm(node: Any) -> Any:
-    """Returns the node without its norm, which belongs to the factors that it was computed of."""
-    if isinstance(node, LoRAWeight) and node.norm is not None:
-        return dataclasses.replace(node, norm=None)
+def is_adapter_node(node: Any) -> TypeGuard[AdapterNode]:
+    """Says whether `node` is one that `wrap` or `serving.bank` puts into a tree."""
+    return isinstance(node, LoRAWeight | LoRABank | FullWeight)
+
+
+def innermost_base(node: Any) -> Any:
+    """Returns the array that a node, or the node that is its base, stands on."""
+    while is_adapter_node(node):
+        node = node.base
     return node
-
-
-def check_single(path: str, node: LoRAWeight) -> None:
-    """Raises if a node holds several adapters."""
-    if node.is_stacked:
-        raise ValueError(
-            f"'{path}' holds {node.scale.shape[0]} adapters; expected one. serving.adapt(fn) "
-            "computes with them all, and serving.select(bank, id) gives one of them."
-        )

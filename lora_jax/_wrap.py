@@ -14,22 +14,13 @@ from lora_jax._algebra import lora_weight, original, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._initial_factors import initial_factors
+from lora_jax._nodes import map_nodes
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
 from lora_jax._settings import Settings
-from lora_jax._shapes import (
-    AnyArray,
-    Axes,
-    Layers,
-    side_size,
-)
+from lora_jax._shapes import AnyArray, Axes, Layers, side_size
 from lora_jax._targets import Targets
-from lora_jax._weight import (
-    FullWeight,
-    LoRAWeight,
-    is_lora_weight,
-    map_adapter_nodes,
-)
+from lora_jax._weight import FullWeight, LoRAWeight, innermost_base, is_lora_weight
 from lora_jax.init import DataInitializer, Initializer
 
 
@@ -156,8 +147,8 @@ def unwrap(wrapped: Any) -> Any:
       >>> lora_jax.unwrap(lora_jax.wrap(params, "kernel", rank=2))["kernel"] is params["kernel"]
       True
     """
-    return map_adapter_nodes(
-        lambda node: original(node) if is_lora_weight(node) else node.base, wrapped
+    return map_nodes(
+        lambda node: original(node) if is_lora_weight(node) else innermost_base(node), wrapped
     )
 
 

@@ -26,7 +26,7 @@ LAYERS = (
         "_shapes",
         "_tables",
     },
-    {"_algebra", "_trees", "_weight"},
+    {"_algebra", "_nodes", "_weight"},
     {
         "_axes",
         "_initial_factors",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from lora_jax import serving
 from tests.problems import output_and_gradient, params_of, problem_of, wrapped_of
 from tests.variants import VARIANTS, Variant
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._algebra import on_original, squared_norms
+from lora_jax._algebra import as_array, original, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._finite import not_finite
-from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._nodes import NodeIndex
+from lora_jax._paths import listed
 from lora_jax._shapes import (
     Layers,
     factor_places,
@@ -21,9 +22,12 @@ from lora_jax._shapes import (
     sizes,
     spread_layers,
 )
-from lora_jax._weight import FullWeight, LoRAWeight, check_single, is_adapter_node, is_lora_weight
+from lora_jax._weight import FullWeight, LoRABank, LoRAWeight, has_factors, is_lora_weight
 
-NUMBERS = ("lora_A", "lora_B", "scale", "magnitude", "norm")
+Adapted = LoRAWeight | LoRABank
+
+# What two adapters of one weight may differ in.
+NUMBERS = ("lora_A", "lora_B", "scale", "magnitude")
 
 
 def checked_adapters(adapters: Any) -> list[Any]:
@@ -41,14 +45,13 @@ def checked_adapters(adapters: Any) -> list[Any]:
 
 def check_adapter(name: str, wrapped: Any) -> None:
     """Raises unless `wrapped` is a tree with one finite adapter for each of its targets."""
-    nodes = lora_nodes(wrapped)
-    if not nodes:
+    index = NodeIndex.of(wrapped)
+    index.check_single()
+    if not index.weights:
         raise ValueError(f"{name} has no adapters; expected what wrap(params, targets) returned.")
-    for path, node in nodes:
-        check_single(path, node)
     found = not_finite(
         (f"{path}/{each}", getattr(node, each))
-        for path, node in nodes
+        for path, node in index.weights.items()
         for each in NUMBERS
         if getattr(node, each) is not None
     )
@@ -61,20 +64,13 @@ def check_adapter(name: str, wrapped: Any) -> None:
 
 def check_same_model(name: str, wrapped: Any, other_name: str, other: Any) -> None:
     """Raises unless two trees adapt the same weights of the same model in the same way."""
-    structures: list[Any] = [
-        jax.tree.structure(tree, is_leaf=is_adapter_node) for tree in (wrapped, other)
-    ]
-    if structures[0] != structures[1]:
+    index, other_index = NodeIndex.of(wrapped), NodeIndex.of(other)
+    if index.structure != other_index.structure:
         raise ValueError(
             f"{name} has another structure than {other_name}; expected adapters of the same "
-            f"model.\n{name}: {structures[0]}\n{other_name}: {structures[1]}"
+            f"model.\n{name}: {index.structure}\n{other_name}: {other_index.structure}"
         )
-    pairs = zip(
-        leaves_with_paths(wrapped, is_leaf=is_adapter_node),
-        jax.tree.leaves(other, is_leaf=is_adapter_node),
-        strict=True,
-    )
-    for (path, leaf), other_leaf in pairs:
+    for (path, leaf), other_leaf in zip(index.tree.items(), other_index.tree.leaves, strict=True):
         _check_same_leaf((name, other_name), path, leaf, other_leaf)
 
 
@@ -86,13 +82,13 @@ def _check_same_leaf(names: tuple[str, str], path: str, leaf: Any, other: Any) -
                 "Wrap without `train`, or arithmetic.extract(params, tuned, targets, rank=...) "
                 "makes an adapter of it."
             )
-    if is_lora_weight(leaf) != is_lora_weight(other):
-        with_adapter, without = names if is_lora_weight(leaf) else names[::-1]
+    if has_factors(leaf) != has_factors(other):
+        with_adapter, without = names if has_factors(leaf) else names[::-1]
         raise ValueError(
             f"{with_adapter} has an adapter at '{path}', and {without} has none; expected the same "
             "targets. Wrap both with the targets of either: what is not trained changes nothing."
         )
-    if not is_lora_weight(leaf):
+    if not has_factors(leaf):
         if not _is_same_leaf(leaf, other):
             raise ValueError(_other_base(names, path))
         return
@@ -118,10 +114,10 @@ def _other_base(names: tuple[str, str], path: str) -> str:
     )
 
 
-def _is_same_base(node: LoRAWeight, other: LoRAWeight) -> bool:
-    if node.initial_A is None and other.initial_A is None:
+def _is_same_base(node: Adapted, other: Adapted) -> bool:
+    if not _changes_base(node) and not _changes_base(other):
         return _is_same_leaf(node.base, other.base)
-    if node.base is other.base and node.initial_A is other.initial_A:
+    if node.base is other.base and _initial_A(node) is _initial_A(other):
         return True
     if (node.shape, node.dtype) != (other.shape, other.dtype):
         return False
@@ -130,10 +126,24 @@ def _is_same_base(node: LoRAWeight, other: LoRAWeight) -> bool:
     # What an initialiser took out of the weight comes back to rounding.
     with jax.ensure_compile_time_eval():
         wide = common_dtype(node.dtype, jnp.float32)
-        left, right = (on_original(each).base.astype(wide) for each in (node, other))
-        largest = sum(jnp.max(jnp.abs(each.base.astype(wide))) for each in (node, other))
+        left, right = (_original(each).astype(wide) for each in (node, other))
+        bases = [as_array(each.base) for each in (node, other)]
+        largest = sum(jnp.max(jnp.abs(base.astype(wide))) for base in bases)
         largest += jnp.max(jnp.abs(left))
         return bool(jnp.max(jnp.abs(left - right)) <= 4 * epsilon(node.dtype) * largest)
+
+
+def _changes_base(node: Adapted) -> bool:
+    """Says whether an initialiser moved a part of the weight into the factors."""
+    return _initial_A(node) is not None
+
+
+def _initial_A(node: Adapted) -> Any:
+    return node.initial_A if is_lora_weight(node) else None
+
+
+def _original(node: Adapted) -> Any:
+    return original(node) if is_lora_weight(node) else node.base
 
 
 def _is_same_leaf(leaf: Any, other: Any) -> bool:
@@ -158,35 +168,15 @@ def _is_equal(leaf: Any, other: Any) -> bool:
         return bool(jnp.array_equal(leaf, other, equal_nan=has_nan))
 
 
-def lora_nodes(wrapped: Any) -> list[tuple[str, LoRAWeight]]:
-    """Returns the adapted weights beside their paths."""
-    return [
-        (path, node)
-        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
-        if is_lora_weight(node)
-    ]
-
-
 def map_together(function: Callable[[str, list[LoRAWeight]], Any], trees: Sequence[Any]) -> Any:
     """Returns the first tree with `function(path, nodes)` at each weight that all trees adapt."""
-    nodes = zip(*(lora_nodes(tree) for tree in trees), strict=True)
-    return map_lora_weights(lambda _: _of_pairs(function, next(nodes)), trees[0])
-
-
-def map_lora_weights(function: Callable[[LoRAWeight], Any], tree: Any) -> Any:
-    """Returns `tree` with `function` applied to each adapted weight; the rest is kept."""
-    return jax.tree.map(
-        lambda leaf: function(leaf) if is_lora_weight(leaf) else leaf, tree, is_leaf=is_lora_weight
+    indices = [NodeIndex.of(tree) for tree in trees]
+    return indices[0].mapped(
+        lambda path, _: function(path, [index.weights[path] for index in indices])
     )
 
 
-def _of_pairs(
-    function: Callable[[str, list[LoRAWeight]], Any], pairs: Sequence[tuple[str, LoRAWeight]]
-) -> Any:
-    return function(pairs[0][0], [node for _, node in pairs])
-
-
-def check_no_magnitude(name: str, path: str, node: LoRAWeight) -> None:
+def check_no_magnitude(name: str, path: str, node: Adapted) -> None:
     """Raises if a weight is one of DoRA, a sum of which is not an adapter."""
     if node.magnitude is not None:
         raise ValueError(
@@ -214,7 +204,7 @@ def checked_weights(weights: Any, count: int) -> Array:
     return jnp.asarray(array)
 
 
-def common_layers(nodes: Sequence[LoRAWeight]) -> Layers | None:
+def common_layers(nodes: Sequence[Adapted]) -> Layers | None:
     """Returns the layers that at least one of the nodes adapts; None for all of them."""
     if any(node.layers is None for node in nodes):
         return None
@@ -260,25 +250,7 @@ def with_rank(node: LoRAWeight, rank: int) -> LoRAWeight:
     )
 
 
-def without_change(node: LoRAWeight) -> dict[str, Any]:
-    """Returns the numbers of an adapter beside which the weight is the base, exactly.
-
-    Its magnitude is its norm, so that what it multiplies by is 1.
-    """
-    numbers = {name: jnp.zeros_like(getattr(node, name)) for name in ("lora_A", "lora_B", "scale")}
-    if node.magnitude is None:
-        return numbers
-    norm = jnp.sqrt(node.squared_norm)
-    kept = {} if node.norm is None else {"norm": norm}
-    return {**numbers, "magnitude": norm.astype(node.magnitude.dtype), **kept}
-
-
-def numbers_of(node: LoRAWeight) -> dict[str, Any]:
-    """Returns what two adapters of one weight may differ in."""
-    return {name: getattr(node, name) for name in NUMBERS if getattr(node, name) is not None}
-
-
-def _layer_count(node: LoRAWeight) -> int:
+def _layer_count(node: Adapted) -> int:
     return sizes(node.shape, node.axes, "batch")[0]
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, Real
 
 from lora_jax._algebra import on_original
 from lora_jax._dtypes import common_dtype
+from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
 from lora_jax._settings import check_rank
 from lora_jax._shapes import factor_shapes, layers_shape, side_size
@@ -23,7 +24,6 @@ from lora_jax.arithmetic._alike import (
     checked_adapters,
     checked_weights,
     common_layers,
-    lora_nodes,
     map_together,
     spread,
     with_rank,
@@ -119,7 +119,7 @@ def blend(
     _check_options(method, rank, density, majority_sign)
     trees = checked_adapters(adapters)
     for number, tree in enumerate(trees):
-        for path, node in lora_nodes(tree):
+        for path, node in NodeIndex.of(tree).weights.items():
             check_no_magnitude(f"`adapters[{number}]`", path, node)
     numbers = checked_weights(weights, len(trees))
     key = jax.random.key(0) if key is None else key

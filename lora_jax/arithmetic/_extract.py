@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
+from lora_jax._nodes import NodeIndex
 from lora_jax._partition import Partition, base_sharding, cut_as, factor_shardings, uncut
-from lora_jax._paths import leaves_with_paths, listed, map_with_paths
+from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import factor_shapes, to_matrices
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_lora_weight
@@ -80,9 +81,10 @@ def extract(
     wrapped = wrap(
         params, targets, rank=1 if rank is None else rank, axes=axes, dtype=dtype, train=train
     )
+    index = NodeIndex.of(wrapped)
     lost = [
         path
-        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
+        for path, node in index.tree.items()
         if not is_adapter_node(node) and not _is_same(node, tuned_leaves[path])
     ]
     if lost:
@@ -94,11 +96,9 @@ def extract(
     def extracted(path: str, node: Any) -> Any:
         if is_lora_weight(node):
             return _extracted(path, node, jnp.asarray(tuned_leaves[path]), energy)
-        if isinstance(node, FullWeight):
-            return _trained_in_full(node, tuned_leaves[path])
-        return node
+        return _trained_in_full(node, tuned_leaves[path])
 
-    return map_with_paths(extracted, wrapped, is_leaf=is_adapter_node)
+    return index.mapped(extracted)
 
 
 def _trained_in_full(node: FullWeight, tuned: Any) -> FullWeight:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from lora_jax._algebra import on_original
-from lora_jax._weight import is_lora_weight, map_adapter_nodes
+from lora_jax._nodes import map_nodes
+from lora_jax._weight import is_lora_weight
 
 
 def on_original_base(wrapped: Any) -> Any:
@@ -28,6 +29,4 @@ def on_original_base(wrapped: Any) -> Any:
       >>> lora_jax.arithmetic.on_original_base(wrapped)["kernel"].rank
       4
     """
-    return map_adapter_nodes(
-        lambda node: on_original(node) if is_lora_weight(node) else node, wrapped
-    )
+    return map_nodes(lambda node: on_original(node) if is_lora_weight(node) else node, wrapped)

@@ -4,26 +4,21 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import on_original, with_norm
+from lora_jax._algebra import on_original, with_norms
 from lora_jax._dtypes import common_dtype
+from lora_jax._nodes import NodeIndex
 from lora_jax._partition import cut_as, factor_shardings
-from lora_jax._paths import (
-    compile_expression,
-    leaves_with_paths,
-    listed,
-    map_with_paths,
-    nearest_paths,
-)
+from lora_jax._paths import compile_expression, listed, nearest_paths
 from lora_jax._settings import check_rank
 from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
-from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
+from lora_jax._weight import LoRABank, LoRAWeight, innermost_base, is_bank
 from lora_jax.arithmetic._svd import new_columns, truncated
 
 
@@ -46,7 +41,7 @@ def resize(
     rank.
 
     Args:
-      wrapped: what `wrap` returned, trained or not; or a stack of adapters, each of which is
+      wrapped: what `wrap` returned, trained or not; or a bank of adapters, each of which is
         resized.
       rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that it
         does not match keep theirs.
@@ -68,7 +63,8 @@ def resize(
       >>> lora_jax.arithmetic.resize(wrapped, 3)["kernel"].lora_A.shape
       (6, 3)
     """
-    ranks = _ranks(wrapped, rank)
+    index = NodeIndex.of(wrapped)
+    ranks = _ranks(index.adapted, rank)
     key = jax.random.key(0) if key is None else key
 
     def with_new_rank(path: str, node: Any) -> Any:
@@ -76,36 +72,51 @@ def resize(
             return node
         # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
         own_key = jax.random.fold_in(key, zlib.crc32(f"{path} beyond {node.rank}".encode()))
-        return _resized(node, ranks[path], own_key)
+        resized = _resized_bank if is_bank(node) else _resized
+        return resized(node, ranks[path], own_key)
 
-    return map_with_paths(with_new_rank, wrapped, is_leaf=is_adapter_node)
+    return index.mapped(with_new_rank)
 
 
 def _resized(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
-    grows = rank > node.rank
-    node = node if grows else on_original(node)
-    shape = layers_shape(node.shape, node.axes, node.layers)
-
-    def of_single(lora_A: Array, lora_B: Array, scale: Array) -> tuple[Array, Array]:
-        if grows:
-            factors = _grown(lora_A, lora_B, shape, node.axes, rank, key)
-        else:
-            factors = _pruned(lora_A, lora_B, shape, node.axes, rank, key)
-        if not node.is_stacked:
-            return factors
-        # A place of a stack that is all zero is empty, and stays so.
-        is_empty = (scale == 0) & ~jnp.any(lora_A) & ~jnp.any(lora_B)
-        return jnp.where(is_empty, 0, factors[0]), factors[1]
-
+    node = node if rank > node.rank else on_original(node)
+    factors = _of_rank(node, rank, key)
     lora_A, lora_B = cut_as(
-        factor_shardings(node.base, node.axes, node.layers, rank, is_stacked=node.is_stacked),
-        jax.vmap(of_single) if node.is_stacked else of_single,
+        factor_shardings(innermost_base(node), node.axes, node.layers, rank),
+        factors,
         node.lora_A,
         node.lora_B,
-        node.scale,
     )
-    resized = dataclasses.replace(node, lora_A=lora_A, lora_B=lora_B)
-    return resized if grows or node.norm is None else with_norm(resized)
+    return dataclasses.replace(node, lora_A=lora_A, lora_B=lora_B)
+
+
+def _resized_bank(bank: LoRABank, rank: int, key: PRNGKeyArray) -> LoRABank:
+    factors = _of_rank(bank, rank, key)
+
+    def of_slot(lora_A: Array, lora_B: Array, scale: Array) -> tuple[Array, Array]:
+        new_A, new_B = factors(lora_A, lora_B)
+        # A slot that is all zero is empty, and stays so.
+        is_empty = (scale == 0) & ~jnp.any(lora_A) & ~jnp.any(lora_B)
+        return jnp.where(is_empty, 0, new_A), new_B
+
+    lora_A, lora_B = cut_as(
+        factor_shardings(bank.base, bank.axes, bank.layers, rank, in_slots=True),
+        jax.vmap(of_slot),
+        bank.lora_A,
+        bank.lora_B,
+        bank.scale,
+    )
+    resized = dataclasses.replace(bank, lora_A=lora_A, lora_B=lora_B)
+    return resized if rank > bank.rank or bank.norm is None else with_norms(resized)
+
+
+def _of_rank(
+    node: LoRAWeight | LoRABank, rank: int, key: PRNGKeyArray
+) -> Callable[[Array, Array], tuple[Array, Array]]:
+    """Returns a function from the factors of one adapter to those of another rank."""
+    shape = layers_shape(node.shape, node.axes, node.layers)
+    changed = _grown if rank > node.rank else _pruned
+    return lambda lora_A, lora_B: changed(lora_A, lora_B, shape, node.axes, rank, key)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "axes", "rank"))
@@ -151,13 +162,11 @@ def _grown(
     )
 
 
-def _ranks(wrapped: Any, rank: SupportsIndex | Mapping[str, SupportsIndex]) -> dict[str, int]:
+def _ranks(
+    nodes: Mapping[str, LoRAWeight | LoRABank],
+    rank: SupportsIndex | Mapping[str, SupportsIndex],
+) -> dict[str, int]:
     """Returns the new rank of each adapter that gets one, by path."""
-    nodes = {
-        path: node
-        for path, node in leaves_with_paths(wrapped, is_leaf=is_adapter_node)
-        if is_lora_weight(node)
-    }
     if not nodes:
         raise ValueError("`wrapped` has no adapters; expected what wrap(params, targets) returned.")
     ranks: dict[str, int] = {}
@@ -182,7 +191,7 @@ def _ranks(wrapped: Any, rank: SupportsIndex | Mapping[str, SupportsIndex]) -> d
     return ranks
 
 
-def _check_fits(path: str, node: LoRAWeight, rank: int) -> None:
+def _check_fits(path: str, node: LoRAWeight | LoRABank, rank: int) -> None:
     largest = min(side_size(node.shape, node.axes, role) for role in ("in", "out"))
     if rank > largest:
         raise ValueError(

@@ -23,8 +23,8 @@ from lora_jax._folders import (
     interruption_hint,
     undisturbed,
 )
+from lora_jax._nodes import adapter_nodes
 from lora_jax._paths import map_with_paths
-from lora_jax._trees import adapter_nodes
 from lora_jax.checkpoint._files import check_files, file_checksums, read_signed, signed_text
 from lora_jax.checkpoint._fingerprints import BaseFingerprint, base_fingerprints, check_same_base
 from lora_jax.checkpoint._weights import (
@@ -131,12 +131,7 @@ def restore(
     stored = undisturbed(source, lambda: _read(source, params, like))
     if check_base:
         check_same_base(source, stored.bases, params)
-    return map_with_paths(
-        lambda key, leaf: (
-            stored.metadata[key].node(leaf, stored.arrays[key]) if key in stored.arrays else leaf
-        ),
-        params,
-    )
+    return map_with_paths(stored.node, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +141,12 @@ class _Stored:
     metadata: Mapping[str, WeightMetadata]
     bases: Mapping[str, BaseFingerprint]
     arrays: Mapping[str, Mapping[str, Any]]
+
+    def node(self, path: str, leaf: Any) -> Any:
+        """Returns the node at a path on an original weight, or the leaf where there is none."""
+        if path not in self.arrays:
+            return leaf
+        return self.metadata[path].node(self.node(f"{path}/base", leaf), self.arrays[path])
 
 
 def _read(source: Path, params: PyTree, like: PyTree | None) -> _Stored:

@@ -33,9 +33,17 @@ from lora_jax._algebra import original
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import epsilon
 from lora_jax._folders import CheckpointError
+from lora_jax._nodes import map_nodes
 from lora_jax._paths import leaves_with_paths, listed
-from lora_jax._trees import AdapterNode
-from lora_jax._weight import LoRAWeight, map_adapter_nodes
+from lora_jax._weight import (
+    AdapterNode,
+    LoRABank,
+    LoRAWeight,
+    has_factors,
+    innermost_base,
+    is_adapter_node,
+)
+from lora_jax.checkpoint._weights import leaf_path
 
 # 2³² over the golden ratio, and the multipliers of MurmurHash3's last step.
 _GOLDEN = 0x9E3779B1
@@ -73,9 +81,9 @@ class BaseFingerprint:
     step: float | None = None
 
     @classmethod
-    def of(cls, node: LoRAWeight) -> "BaseFingerprint":
+    def of(cls, node: LoRAWeight | LoRABank) -> "BaseFingerprint":
         dtype = _dtypes(node.base)
-        if node.initial_A is None:
+        if isinstance(node, LoRABank) or node.initial_A is None:
             return cls(dtype, bits=_bits(node.base))
         weight = original(node)
         step = (
@@ -106,13 +114,14 @@ def base_fingerprints(nodes: Mapping[str, AdapterNode]) -> dict[str, BaseFingerp
     return {
         path: BaseFingerprint.of(node)
         for path, node in nodes.items()
-        if isinstance(node, LoRAWeight) and _has_numbers(node.base)
+        if has_factors(node) and not is_adapter_node(node.base) and _has_numbers(node.base)
     }
 
 
 def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: PyTree) -> None:
     """Raises a `CheckpointError` if `params` are other weights, and warns of another dtype."""
     leaves = dict(leaves_with_paths(params))
+    saved = {leaf_path(path, leaves): each for path, each in saved.items()}
     known = {path: each for path, each in saved.items() if _has_numbers(leaves[path])}
     recast = {path: each for path, each in known.items() if _dtypes(leaves[path]) != each.dtype}
     others = [
@@ -140,7 +149,7 @@ def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: 
 
 def frozen_fingerprints(wrapped: PyTree) -> dict[str, int]:
     """Returns the fingerprint of each array that a training checkpoint leaves out, by its path."""
-    bases = map_adapter_nodes(lambda node: node.base, wrapped)
+    bases = map_nodes(innermost_base, wrapped)
     leaves = [(path, leaf) for path, leaf in leaves_with_paths(bases) if hasattr(leaf, "dtype")]
     for path, leaf in leaves:
         if isinstance(leaf, jax.ShapeDtypeStruct):

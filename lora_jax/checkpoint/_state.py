@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from lora_jax._algebra import with_norm
+from lora_jax._algebra import with_norms
 from lora_jax._folders import CheckpointError, as_checkpoint_error
-from lora_jax._paths import leaves_with_paths, listed, map_with_paths, nearest_paths
-from lora_jax._trees import AdapterNode, adapter_nodes
-from lora_jax._weight import FullWeight, is_adapter_node
+from lora_jax._nodes import NodeIndex, adapter_nodes
+from lora_jax._paths import leaves_with_paths, listed, nearest_paths
+from lora_jax._weight import AdapterNode, is_adapter_node, is_bank
 from lora_jax.checkpoint._files import (
     check_files,
     file_checksums,
@@ -226,11 +226,7 @@ def with_leaves(
         path: {name: next(remaining) for name in saved_arrays(path, node)}
         for path, node in adapter_nodes(wrapped).items()
     }
-    new_wrapped = map_with_paths(
-        lambda path, node: _restored(node, arrays[path]) if is_adapter_node(node) else node,
-        wrapped,
-        is_leaf=is_adapter_node,
-    )
+    new_wrapped = NodeIndex.of(wrapped).mapped(lambda path, node: _restored(path, node, arrays))
     return new_wrapped, jax.tree.unflatten(jax.tree.structure(optimizer_state), list(remaining))
 
 
@@ -333,12 +329,12 @@ def _properties(weight: WeightMetadata) -> dict[str, Any]:
     return {**fields, **{name: f"{each.dtype} {each.shape}" for name, each in arrays.items()}}
 
 
-def _restored(node: AdapterNode, arrays: Mapping[str, Any]) -> AdapterNode:
-    restored = dataclasses.replace(node, **arrays)
-    if isinstance(restored, FullWeight) or restored.norm is None:
-        return restored
+def _restored(path: str, node: AdapterNode, arrays: Mapping[str, Any]) -> AdapterNode:
+    restored = dataclasses.replace(node, **arrays[path])
+    if is_adapter_node(node.base):
+        restored = dataclasses.replace(restored, base=_restored(f"{path}/base", node.base, arrays))
     # The norms belong to the factors, which have just been replaced.
-    return with_norm(restored)
+    return with_norms(restored) if is_bank(restored) and restored.norm is not None else restored
 
 
 def _abstract_array(leaf: LeafMetadata, sharding: jax.sharding.Sharding | None) -> Any:

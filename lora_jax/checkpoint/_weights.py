@@ -1,7 +1,7 @@
 """The adapted weights of a checkpoint: what of each is stored and said, and where it fits."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._algebra import lora_weight
+from lora_jax._algebra import lora_bank, lora_weight
 from lora_jax._folders import CheckpointError
+from lora_jax._nodes import adapter_nodes, check_plain, check_whole
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
 from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, sizes
-from lora_jax._trees import AdapterNode, adapter_nodes, check_plain, check_whole
-from lora_jax._weight import FullWeight
+from lora_jax._weight import AdapterNode, FullWeight
 
 # What restoring finds in the params or computes from them.
 _OF_THE_BASE = frozenset({"base", "squared_norm", "norm"})
@@ -88,8 +88,8 @@ class WeightMetadata:
         )
         if not weight._is_complete():
             raise ValueError(
-                f"a {weight.kind} of {sorted(arrays)}; expected a LoRAWeight of lora_A, lora_B and "
-                "scale, or a FullWeight of value"
+                f"a {weight.kind} of {sorted(arrays)}; expected a LoRAWeight or a LoRABank of "
+                "lora_A, lora_B and scale, or a FullWeight of value"
             )
         return weight
 
@@ -98,14 +98,23 @@ class WeightMetadata:
         if self.kind == "FullWeight":
             return FullWeight(base=weight, **arrays)
         assert self.axes is not None
-        return lora_weight(weight, **arrays, axes=self.axes, layers=self.layers, frozen=self.frozen)
+        made = lora_bank if self._is_bank else lora_weight
+        return made(weight, **arrays, axes=self.axes, layers=self.layers, frozen=self.frozen)
+
+    @property
+    def _is_bank(self) -> bool:
+        """Whether it holds several adapters, each with a scale of its own.
+
+        Earlier versions called a bank a LoRAWeight.
+        """
+        return len(self.arrays["scale"].shape) > 0
 
     def _is_complete(self) -> bool:
         if self.kind == "FullWeight":
             return set(self.arrays) == {"value"}
         optional = set(self.arrays) - {"lora_A", "lora_B", "scale"}
         return (
-            self.kind == "LoRAWeight"
+            self.kind in ("LoRABank", "LoRAWeight")
             and len(self.arrays) - len(optional) == 3
             and optional - {"magnitude"} in ({"initial_A", "initial_B"}, set())
         )
@@ -126,7 +135,8 @@ def check_fits(source: Path, metadata: Mapping[str, WeightMetadata], params: PyT
     """Raises a `CheckpointError` that names the path unless all adapters fit plain params."""
     check_plain(params, "expected plain params: restore(path, unwrap(params)).")
     leaves = dict(leaves_with_paths(params))
-    for path, weight in metadata.items():
+    for node_path, weight in metadata.items():
+        path = leaf_path(node_path, leaves)
         if path not in leaves:
             raise CheckpointError(
                 f"the checkpoint {source} adapts '{path}', which `params` does not have; the "
@@ -136,6 +146,13 @@ def check_fits(source: Path, metadata: Mapping[str, WeightMetadata], params: PyT
         misfit = _misfit(weight, leaves[path])
         if misfit:
             raise CheckpointError(f"the checkpoint {source} does not fit at '{path}': {misfit}")
+
+
+def leaf_path(path: str, leaves: Collection[str]) -> str:
+    """Returns the path of the leaf that the node at a path stands on, at whatever level."""
+    while path not in leaves and path.endswith("/base"):
+        path = path.removesuffix("/base")
+    return path
 
 
 def shardings_of(
@@ -212,7 +229,7 @@ def _factor_misfit(weight: WeightMetadata) -> str | None:
         if name == "scale":
             continue
         expected, shape = by_name[name], array.shape
-        # Stacked adapters have one more axis in front.
+        # Those of a bank have an axis of slots in front.
         if shape[-len(expected) :] != expected:
             return (
                 f"its {name} has shape {shape}; expected {expected} for a weight of shape "

@@ -8,6 +8,6 @@ from lora_jax.serving._bank import bank as bank
 from lora_jax.serving._bank import ids as ids
 from lora_jax.serving._bank import select as select
 from lora_jax.serving._batched import adapt as adapt
-from lora_jax.serving._slots import add as add
-from lora_jax.serving._slots import remove as remove
-from lora_jax.serving._slots import replace as replace
+from lora_jax.serving._changes import add as add
+from lora_jax.serving._changes import remove as remove
+from lora_jax.serving._changes import replace as replace

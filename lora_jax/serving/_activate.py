@@ -1,6 +1,5 @@
 """Several adapters of a bank at once."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,9 @@ import numpy as np
 from jaxtyping import Array, Real
 
 from lora_jax._dtypes import common_dtype
-from lora_jax._weight import LoRAWeight
-from lora_jax.arithmetic._alike import (
-    check_no_magnitude,
-    checked_weights,
-    lora_nodes,
-    map_lora_weights,
-)
+from lora_jax._nodes import NodeIndex
+from lora_jax._weight import LoRABank, LoRAWeight
+from lora_jax.arithmetic._alike import check_no_magnitude, checked_weights
 from lora_jax.serving._bank import capacity_of, check_bank
 
 
@@ -50,25 +45,27 @@ def activate(
       >>> wrapped["kernel"].rank
       6
     """
-    check_bank(bank)
-    for path, node in lora_nodes(bank):
+    for path, node in check_bank(bank).items():
         check_no_magnitude("`bank`", path, node)
     numbers = checked_weights(weights, capacity_of(bank))
-    return map_lora_weights(lambda node: _activated(node, numbers), bank)
+    return NodeIndex.of(bank).mapped(lambda _, node: _activated(node, numbers))
 
 
-def _activated(node: LoRAWeight, weights: Array) -> LoRAWeight:
-    batch = node.axes.count("batch")
-    rank = node.scale.shape[0] * node.rank
-    dtype = node.lora_B.dtype
-    wide = common_dtype(dtype, node.scale.dtype, weights.dtype, jnp.float32)
-    shares = weights.astype(wide) * node.scale.astype(wide)
-    shares = shares.reshape(-1, *[1] * (node.lora_B.ndim - 1))
-    lora_A = jnp.moveaxis(node.lora_A, 0, -2)
-    lora_B = jnp.moveaxis((shares * node.lora_B.astype(wide)).astype(dtype), 0, batch)
-    return dataclasses.replace(
-        node,
+def _activated(bank: LoRABank, weights: Array) -> LoRAWeight:
+    batch = bank.axes.count("batch")
+    rank = bank.capacity * bank.rank
+    dtype = bank.lora_B.dtype
+    wide = common_dtype(dtype, bank.scale.dtype, weights.dtype, jnp.float32)
+    shares = weights.astype(wide) * bank.scale.astype(wide)
+    shares = shares.reshape(-1, *[1] * (bank.lora_B.ndim - 1))
+    lora_A = jnp.moveaxis(bank.lora_A, 0, -2)
+    lora_B = jnp.moveaxis((shares * bank.lora_B.astype(wide)).astype(dtype), 0, batch)
+    return LoRAWeight(
+        base=bank.base,
         lora_A=lora_A.reshape(*lora_A.shape[:-2], rank),
         lora_B=lora_B.reshape(*lora_B.shape[:batch], rank, *lora_B.shape[batch + 2 :]),
-        scale=jnp.ones((), node.scale.dtype),
+        scale=jnp.ones((), bank.scale.dtype),
+        axes=bank.axes,
+        layers=bank.layers,
+        frozen=bank.frozen,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,32 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from lora_jax._algebra import on_original, with_norm
+from lora_jax._algebra import on_original
 from lora_jax._compat import is_tracer
-from lora_jax._dtypes import common_dtype
+from lora_jax._nodes import NodeIndex
 from lora_jax._settings import check_rank
-from lora_jax._weight import LoRAWeight
+from lora_jax._weight import LoRABank, LoRAWeight, is_bank
 from lora_jax.arithmetic._alike import (
     checked_adapters,
     common_layers,
-    lora_nodes,
-    map_lora_weights,
     map_together,
-    numbers_of,
     spread,
     with_rank,
-    without_change,
 )
+from lora_jax.serving._slots import bank_of, slot_of, without_norm
 
 
 def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | None = None) -> Any:
     r"""Returns one tree with all adapters, which share the base.
 
-    In each `LoRAWeight`, `lora_A`, `lora_B`, `scale` and `magnitude` get an axis of adapters in
-    front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter i is
-    still $W + s_i A_i B_i$. What an initialiser had moved from the weight into the factors is moved
-    back first, as by `on_original_base`, which doubles that adapter's rank. An adapter of some
-    layers gets places for those of the others, at which it changes nothing.
+    Each weight is a `LoRABank`, whose `lora_A`, `lora_B`, `scale` and `magnitude` have an axis of
+    slots in front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter
+    i is still $W + s_i A_i B_i$. What an initialiser had moved from the weight into the factors is
+    moved back first, as by `arithmetic.on_original_base`, which doubles that adapter's rank. An
+    adapter of some layers gets those of the others too, at which it changes nothing.
 
     The tree is a bank of slots: `add`, `replace` and `remove` change its numbers and none of its
     shapes, so that compiled functions of it stay valid. To train an
@@ -98,10 +95,7 @@ def select(bank: Any, adapter_id: int | Array) -> Any:
     if not is_tracer(adapter_id):
         check_known(bank, [checked_id(adapter_id)])
 
-    def selected(node: LoRAWeight) -> LoRAWeight:
-        return dataclasses.replace(slot(node, adapter_id), norm=None)
-
-    return map_lora_weights(selected, bank)
+    return NodeIndex.of(bank).mapped(lambda _, node: without_norm(slot_of(node, adapter_id)))
 
 
 def ids(bank: Any) -> tuple[int, ...]:
@@ -136,36 +130,20 @@ def ids(bank: Any) -> tuple[int, ...]:
         return tuple(np.flatnonzero(_occupied(numbers)).tolist())
 
 
-def slot(node: LoRAWeight, adapter_id: int | Array) -> LoRAWeight:
-    """Returns one adapter of a weight's bank; the base's where there is no such slot."""
-    count = node.scale.shape[0]
-    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
-    is_known = (adapter_id >= 0) & (adapter_id < count)
-    place = jnp.clip(adapter_id, 0, count - 1)
-    held: dict[str, Any] = {
-        name: jax.lax.dynamic_index_in_dim(array, place, keepdims=False)
-        for name, array in numbers_of(node).items()
-    }
-    single = dataclasses.replace(node, **held)
-    # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
-    chosen: dict[str, Any] = {
-        name: jnp.where(is_known, held[name], base) for name, base in without_change(single).items()
-    }
-    return dataclasses.replace(single, **chosen)
-
-
-def check_bank(bank: Any) -> None:
-    """Raises unless `bank` is what `bank` returned."""
-    nodes = lora_nodes(bank)
-    if not nodes or not all(node.is_stacked for _, node in nodes):
+def check_bank(bank: Any) -> Mapping[str, LoRABank]:
+    """Returns the banks of all weights by path; raises unless `bank` is what `bank` returned."""
+    nodes = NodeIndex.of(bank).nodes
+    banks = {path: node for path, node in nodes.items() if is_bank(node)}
+    if not banks or len(banks) < len(nodes):
         raise ValueError(
             "`bank` is not a bank of adapters; expected what serving.bank([wrapped, ...]) returned."
         )
+    return banks
 
 
 def capacity_of(bank: Any) -> int:
     """Returns how many slots a bank has."""
-    return lora_nodes(bank)[0][1].scale.shape[0]
+    return next(iter(NodeIndex.of(bank).banks.values())).capacity
 
 
 def checked_id(adapter_id: Any) -> int:
@@ -190,7 +168,7 @@ def check_known(bank: Any, wanted: Sequence[int]) -> None:
         )
 
 
-def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | None) -> LoRAWeight:
+def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | None) -> LoRABank:
     untouched = next((node for node in nodes if node.initial_A is None), nodes[0])
     nodes = [on_original(node) for node in nodes]
     largest = max(node.rank for node in nodes)
@@ -202,28 +180,15 @@ def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | 
     layers = common_layers(nodes)
     base = on_original(untouched).base
     alike = [
-        with_norm(with_rank(spread(dataclasses.replace(node, base=base), layers), rank or largest))
+        with_rank(spread(dataclasses.replace(node, base=base), layers), rank or largest)
         for node in nodes
     ]
-    frozen = {node.frozen for node in nodes}
-    null = without_change(alike[0])
-    numbers: dict[str, Any] = {
-        name: _filled_up([numbers_of(node)[name] for node in alike], array, capacity)
-        for name, array in null.items()
-    }
-    return dataclasses.replace(alike[0], **numbers, frozen=frozen.pop() if len(frozen) == 1 else ())
-
-
-def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
-    """Returns the arrays as one, of the dtype that holds all, with `empty` in the other slots."""
-    dtype = common_dtype(*(array.dtype for array in arrays))
-    rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
-    return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])
+    return bank_of(alike, capacity)
 
 
 def _occupying(bank: Any) -> list[list[Any]]:
     """Returns the numbers of each weight of which one is not zero where there is an adapter."""
-    return [[node.lora_A, node.lora_B, node.scale] for _, node in lora_nodes(bank)]
+    return [[node.lora_A, node.lora_B, node.scale] for node in NodeIndex.of(bank).banks.values()]
 
 
 @jax.jit

@@ -11,9 +11,10 @@ from jaxtyping import Array
 
 from lora_jax import transform
 from lora_jax._compat import is_tracer
-from lora_jax._weight import LoRAWeight
-from lora_jax.arithmetic._alike import map_lora_weights
-from lora_jax.serving._bank import check_bank, check_known, slot
+from lora_jax._nodes import NodeIndex
+from lora_jax._weight import LoRABank, LoRAWeight
+from lora_jax.serving._bank import check_bank, check_known
+from lora_jax.serving._slots import slot_of, without_norm
 from lora_jax.transform._report import OnMaterialize
 
 InAxes = int | None | Sequence[int | None]
@@ -71,13 +72,14 @@ def adapt(
         leaves, structure = jax.tree.flatten(args)
         axes = _leaf_axes(args, in_axes)
         _check_sizes(args, axes, ids.shape[0])
+        index = NodeIndex.of(bank)
         mapped = {place: axis for place, axis in enumerate(axes) if axis is not None}
 
         def one(adapter_id: Array, *examples: Array) -> Any:
             single = list(leaves)
             for (place, axis), example in zip(mapped.items(), examples, strict=True):
                 single[place] = jnp.expand_dims(example, axis)
-            wrapped = map_lora_weights(lambda node: _served(slot(node, adapter_id)), bank)
+            wrapped = index.mapped(lambda _, node: _served(node, adapter_id))
             outputs = adapted(wrapped, *jax.tree.unflatten(structure, single), **kwargs)
             return jax.tree.map(lambda output: _without_batch_axis(output, out_axes), outputs)
 
@@ -87,12 +89,13 @@ def adapt(
     return batched
 
 
-def _served(node: LoRAWeight) -> LoRAWeight:
-    """Returns the weight; where its norm is kept, with factors that don't train beside it."""
-    if node.norm is None:
-        return node
-    factors = {"lora_A": node.lora_A, "lora_B": node.lora_B, "scale": node.scale}
-    return dataclasses.replace(node, **_fixed(factors))
+def _served(bank: LoRABank, adapter_id: Array) -> LoRAWeight:
+    """Returns an adapter of a weight; where its norm is kept, with factors that don't train."""
+    weight = slot_of(bank, adapter_id)
+    if bank.norm is None:
+        return without_norm(weight)
+    factors = {"lora_A": weight.lora_A, "lora_B": weight.lora_B, "scale": weight.scale}
+    return dataclasses.replace(weight, **_fixed(factors))
 
 
 @jax.custom_jvp

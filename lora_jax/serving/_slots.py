@@ -1,192 +1,120 @@
-"""Changing which adapters a bank holds, without changing a shape."""
+"""The slots of one weight's bank: an adapter into one, out of one, and what an empty one holds."""
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import on_original, with_norm
-from lora_jax._compat import is_tracer
+from lora_jax._algebra import fixed_norms
 from lora_jax._dtypes import common_dtype
-from lora_jax._weight import LoRAWeight
-from lora_jax.arithmetic._alike import (
-    check_adapter,
-    check_same_model,
-    common_layers,
-    map_lora_weights,
-    map_together,
-    numbers_of,
-    spread,
-    with_rank,
-    without_change,
-)
-from lora_jax.serving._bank import (
-    capacity_of,
-    check_bank,
-    check_known,
-    checked_id,
-    ids,
-)
+from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight
+
+# What each slot has of its own.
+_NUMBERS = ("lora_A", "lora_B", "scale", "magnitude", "norm")
 
 
-def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
-    """Returns the bank with one more adapter, and the id that it got: the first free one.
-
-    Args:
-      bank: what `serving.bank([...], capacity=...)` returned.
-      wrapped: an adapter of the same params and targets, of at most the bank's rank.
-
-    Returns:
-      bank: the bank, of the same shapes.
-      adapter_id: the adapter's slot.
-
-    Raises:
-      ValueError: the bank is full, or the adapter does not fit it.
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
-      >>> bank = lora_jax.serving.bank([wrapped], capacity=3)
-      >>> bank, adapter_id = lora_jax.serving.add(bank, wrapped)
-      >>> adapter_id
-      1
-    """
-    taken = set(ids(bank))
-    capacity = capacity_of(bank)
-    free = next((slot for slot in range(capacity) if slot not in taken), None)
-    if free is None:
-        raise ValueError(
-            f"`bank` is full: all of its {capacity} slots hold adapters. "
-            "serving.remove(bank, id) frees one, and serving.bank([...], capacity=...) makes a "
-            "larger bank."
-        )
-    return replace(bank, wrapped, adapter_id=free), free
-
-
-def replace(bank: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
-    """Returns the bank with an adapter in place of whatever a slot held.
-
-    Args:
-      bank: what `serving.bank([...], capacity=...)` returned.
-      wrapped: an adapter of the same params and targets, of at most the bank's rank.
-      adapter_id: the slot, from 0 to below the capacity. Under `jax.jit` it may be traced, which
-        with the bank donated overwrites it where it is; one out of range then changes nothing.
-
-    Returns:
-      The bank, of the same shapes.
-
-    Raises:
-      ValueError: there is no such slot, or the adapter does not fit the bank.
-      TypeError: `adapter_id` is not an integer.
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> bank = lora_jax.serving.bank([lora_jax.wrap(params, "kernel", rank=2)], capacity=3)
-      >>> other = lora_jax.wrap(params, "kernel", rank=1)
-      >>> lora_jax.serving.ids(lora_jax.serving.replace(bank, other, adapter_id=2))
-      (0, 2)
-    """
-    check_bank(bank)
-    if not is_tracer(adapter_id):
-        _check_slot(bank, checked_id(adapter_id))
-    check_adapter("`wrapped`", wrapped)
-    check_same_model("`wrapped`", wrapped, "`bank`", bank)
-
-    def replaced(path: str, nodes: list[LoRAWeight]) -> LoRAWeight:
-        bank, node = nodes
-        return _with(bank, _fitting(path, node, bank), adapter_id)
-
-    return map_together(replaced, [bank, wrapped])
-
-
-def remove(bank: Any, adapter_id: int) -> Any:
-    """Returns the bank with a slot emptied; whoever still asks for it gets the base model.
-
-    Args:
-      bank: what `serving.bank([...], capacity=...)` returned.
-      adapter_id: the slot.
-
-    Returns:
-      The bank, of the same shapes.
-
-    Raises:
-      ValueError: there is no such adapter.
-      TypeError: `adapter_id` is not an integer.
-
-    Examples:
-      >>> import jax.numpy as jnp, lora_jax
-      >>> params = {"kernel": jnp.ones((4, 3))}
-      >>> wrapped = lora_jax.wrap(params, "kernel", rank=2)
-      >>> bank = lora_jax.serving.bank([wrapped, wrapped])
-      >>> lora_jax.serving.ids(lora_jax.serving.remove(bank, 0))
-      (1,)
-    """
-    check_bank(bank)
-    slot = checked_id(adapter_id)
-    _check_slot(bank, slot)
-    check_known(bank, [slot])
-
-    def removed(node: LoRAWeight) -> LoRAWeight:
-        first = {name: array[0] for name, array in numbers_of(node).items()}
-        single = dataclasses.replace(node, **first)
-        return _with(node, dataclasses.replace(single, **without_change(single)), slot)
-
-    return map_lora_weights(removed, bank)
-
-
-def _fitting(path: str, node: LoRAWeight, bank: LoRAWeight) -> LoRAWeight:
-    """Returns the weight with the shapes and dtypes that the bank has room for."""
-    node = on_original(node)
-    if node.rank > bank.rank:
-        raise ValueError(
-            f"`wrapped` has the rank {node.rank} at '{path}', and `bank` has room for "
-            f"{bank.rank}; expected at most that. serving.bank([...], rank={node.rank}) "
-            f"makes a bank with room for it, and arithmetic.resize(wrapped, {bank.rank}) the best "
-            "approximation of it."
-        )
-    if common_layers([node, bank]) != bank.layers:
-        raise ValueError(
-            f"`wrapped` adapts the layers {node.layers or 'all'} at '{path}', and `bank` has "
-            f"room for {bank.layers}; expected some of them. Give both to serving.bank([...])."
-        )
-    node = dataclasses.replace(node, base=bank.base)
-    node = with_rank(spread(node, bank.layers), bank.rank)
-    if bank.norm is not None:
-        node = with_norm(node)
-    for name, array in numbers_of(node).items():
-        dtype = getattr(bank, name).dtype
-        if common_dtype(array.dtype, dtype) != dtype:
-            raise ValueError(
-                f"`wrapped` has the dtype {array.dtype} at '{path}/{name}', and `bank` {dtype}, "
-                "which does not hold it; give both to serving.bank([...])."
-            )
-    return node
-
-
-def _with(bank: LoRAWeight, node: LoRAWeight, slot: int | Array) -> LoRAWeight:
-    """Returns a weight's bank with other numbers in one slot."""
-    index = jnp.asarray(slot, jnp.int32)
-    numbers = {
-        name: _written(getattr(bank, name), array, index)
-        for name, array in numbers_of(node).items()
+def bank_of(adapters: Sequence[LoRAWeight], capacity: int) -> LoRABank:
+    """Returns a bank of adapters of one weight, of equal shapes and layers, in the first slots."""
+    first = adapters[0]
+    numbers = [numbers_of(adapter) for adapter in adapters]
+    slots: dict[str, Any] = {
+        name: _filled_up([each[name] for each in numbers], empty, capacity)
+        for name, empty in empty_numbers(first).items()
     }
-    return dataclasses.replace(bank, **numbers)
+    frozen = {adapter.frozen for adapter in adapters}
+    return LoRABank(
+        base=first.base,
+        axes=first.axes,
+        squared_norm=first.squared_norm,
+        layers=first.layers,
+        frozen=frozen.pop() if len(frozen) == 1 else (),
+        **slots,
+    )
 
 
-@jax.jit
-def _written(bank: Array, array: Array, index: Array) -> Array:
-    row = array.astype(bank.dtype)
-    return bank.at[index].set(row, mode="drop", wrap_negative_indices=False)
+def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
+    """Returns one adapter of a weight's bank; one that changes nothing where there is no slot.
+
+    Args:
+      bank: the bank.
+      adapter_id: the slot, which may be traced.
+    """
+    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
+    is_known = (adapter_id >= 0) & (adapter_id < bank.capacity)
+    slot = jnp.clip(adapter_id, 0, bank.capacity - 1)
+    held = {
+        name: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
+        for name, array in slot_arrays(bank).items()
+    }
+    # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
+    chosen: dict[str, Any] = {
+        name: jnp.where(is_known, held[name], empty)
+        for name, empty in _empty(held, bank.squared_norm).items()
+    }
+    return FixedLoRAWeight(
+        base=bank.base,
+        axes=bank.axes,
+        squared_norm=bank.squared_norm,
+        layers=bank.layers,
+        frozen=bank.frozen,
+        **chosen,
+    )
 
 
-def _check_slot(bank: Any, slot: int) -> None:
-    capacity = capacity_of(bank)
-    if not 0 <= slot < capacity:
-        raise ValueError(
-            f"`adapter_id` is {slot}; expected a slot from 0 to {capacity - 1}, of which "
-            "`bank` has that many. serving.bank([...], capacity=...) makes a larger bank."
-        )
+def without_norm(weight: FixedLoRAWeight) -> LoRAWeight:
+    """Returns the weight as one whose factors may change."""
+    return LoRAWeight(
+        base=weight.base,
+        lora_A=weight.lora_A,
+        lora_B=weight.lora_B,
+        scale=weight.scale,
+        axes=weight.axes,
+        magnitude=weight.magnitude,
+        squared_norm=weight.squared_norm,
+        layers=weight.layers,
+        frozen=weight.frozen,
+    )
+
+
+def slot_arrays(bank: LoRABank) -> dict[str, Array]:
+    """Returns what each slot has of its own, of all slots, by name."""
+    arrays = {name: getattr(bank, name) for name in _NUMBERS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def numbers_of(adapter: LoRAWeight) -> dict[str, Any]:
+    """Returns what an adapter puts into its slot, by name; with a magnitude, its norm too."""
+    numbers = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, "scale": adapter.scale}
+    if adapter.magnitude is None:
+        return numbers
+    return {**numbers, "magnitude": adapter.magnitude, "norm": fixed_norms(adapter)}
+
+
+def empty_numbers(adapter: LoRAWeight) -> dict[str, Any]:
+    """Returns what an empty slot holds in the place of this adapter: the weight is the base there.
+
+    Its magnitude is its norm, so that what it multiplies by is 1.
+    """
+    like = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, "scale": adapter.scale}
+    if adapter.magnitude is not None:
+        like |= {"magnitude": adapter.magnitude, "norm": adapter.squared_norm}
+    return _empty(like, adapter.squared_norm)
+
+
+def _empty(like: dict[str, Any], squared_norm: Any) -> dict[str, Any]:
+    norm = None if squared_norm is None else jnp.sqrt(squared_norm)
+    return {
+        name: jnp.zeros_like(array)
+        if norm is None or name not in ("magnitude", "norm")
+        else norm.astype(array.dtype)
+        for name, array in like.items()
+    }
+
+
+def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
+    """Returns the arrays as one, of the dtype that holds all, with `empty` in the other slots."""
+    dtype = common_dtype(*(array.dtype for array in arrays))
+    rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
+    return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])

@@ -12,8 +12,9 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, evaluate
+from lora_jax._nodes import map_nodes, not_single
 from lora_jax._paths import path_strings
-from lora_jax._weight import FullWeight, is_lora_weight, map_adapter_nodes
+from lora_jax._weight import FullWeight, has_factors, innermost_base, is_bank
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._dropout import Dropout, NoDropout
 from lora_jax.transform._factored import Factored, factored_weight
@@ -119,7 +120,7 @@ def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
 
 
 def _holds_adapter(tree: Any) -> bool:
-    return any(is_lora_weight(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_lora_weight))
+    return any(map(has_factors, jax.tree.leaves(tree, is_leaf=has_factors)))
 
 
 def _with_bound(fn: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,15 +232,15 @@ def rewrite(
       recorder: what is told of each equation that an adapted weight reaches.
       dropout: LoRA dropout.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
+    flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=has_factors)
     leaves = [leaf for _, leaf in flat]
     paths = weight_paths(flat)
-    plain = [leaf.base if is_lora_weight(leaf) else leaf for leaf in leaves]
+    plain = [innermost_base(leaf) for leaf in leaves]
     traced = traced_function(fn, structure, plain)
     reporter = Reporter(recorder)
     interpreter = Interpreter(with_factors(), SharedFunctions(), reporter, dropout)
     values = [
-        factored_weight(leaf, path) if is_lora_weight(leaf) else leaf
+        _symbolic(path, leaf) if has_factors(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
     ]
     outputs = [
@@ -249,6 +250,12 @@ def rewrite(
         for value in interpreter.run(traced.closed_jaxpr, values)
     ]
     return jax.tree.unflatten(traced.output_structure, outputs)
+
+
+def _symbolic(path: str, node: Any) -> Factored:
+    if is_bank(node):
+        raise not_single(path, node)
+    return factored_weight(node, path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +284,7 @@ def weight_paths(flat: Sequence[tuple[Any, Any]]) -> list[str]:
     key_paths = [key_path for key_path, _ in flat]
     within, whole = path_strings(key_paths, skip=2), path_strings(key_paths, skip=1)
     adapted = collections.Counter(
-        path for path, (_, leaf) in zip(within, flat, strict=True) if is_lora_weight(leaf)
+        path for path, (_, leaf) in zip(within, flat, strict=True) if has_factors(leaf)
     )
     return [
         longer if adapted[path] > 1 else path for path, longer in zip(within, whole, strict=True)
@@ -286,6 +293,4 @@ def weight_paths(flat: Sequence[tuple[Any, Any]]) -> list[str]:
 
 def with_trained_values(tree: Any) -> Any:
     """Returns the tree with the trained copy in place of each weight that trains in full."""
-    return map_adapter_nodes(
-        lambda node: node.value if isinstance(node, FullWeight) else node, tree
-    )
+    return map_nodes(lambda node: node.value if isinstance(node, FullWeight) else node, tree)

@@ -149,7 +149,7 @@ def _with_norm(path: str, node: LoRAWeight, uses: tuple[Use, ...]) -> tuple[Use,
 
     The norm takes the products WᵀA, G = AᵀA and GB, and the sums of B ∘ WᵀA and B ∘ GB over r.
     """
-    if not uses or node.magnitude is None or node.norm is not None:
+    if not uses or node.magnitude is None:
         return uses
     shape = layers_shape(node.shape, node.axes, node.layers)
     size, rank = math.prod(shape), node.rank

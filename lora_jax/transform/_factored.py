@@ -12,7 +12,7 @@ from jaxtyping import Array
 from lora_jax._algebra import gain
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Places, Size, factor_places, magnitude_places, spread_layers
-from lora_jax._weight import LoRAWeight, check_single
+from lora_jax._weight import LoRAWeight, is_lora_weight
 from lora_jax.transform._product import product, without_unit_axes
 from lora_jax.transform._terms import Factor, Term, block_shape, padded, without_windows
 
@@ -102,32 +102,42 @@ class Factored:
 
 
 def factored_weight(weight: LoRAWeight, path: str) -> Factored:
-    """Returns the symbolic value of an adapted weight; nothing frozen receives a gradient."""
-    check_single(path, weight)
-    weight = _with_gradients_stopped(weight)
-    A_places, B_places = factor_places(weight.axes)
-    term = Term(
-        factor_A=_factor(weight, weight.lora_A, A_places),
-        factor_B=_factor(weight, weight.lora_B, B_places),
-        scale=weight.scale,
-        window=(None,) * len(weight.axes),
-        origin=path,
-    )
+    """Returns the symbolic value of an adapted weight; nothing frozen receives a gradient.
+
+    Where the base is a node itself, its terms come first. A gain multiplies what it was made for,
+    so that a base with a gain is built.
+    """
+    stopped = {
+        name: jax.lax.stop_gradient(getattr(weight, name)) for name in ("scale", *weight.frozen)
+    }
+    weight = dataclasses.replace(weight, **stopped)
+    base, terms = _base_and_terms(weight.base, path)
     return Factored(
-        base=weight.base,
-        terms=(term,),
+        base=base,
+        terms=(*terms, _term(weight, path)),
         gain=None
         if weight.magnitude is None
         else _factor(weight, gain(weight), magnitude_places(weight.axes), elsewhere=1),
     )
 
 
-def _with_gradients_stopped(weight: LoRAWeight) -> LoRAWeight:
-    stopped = {
-        name: jax.lax.stop_gradient(getattr(weight, name))
-        for name in ("base", "scale", *weight.frozen)
-    }
-    return dataclasses.replace(weight, **stopped)
+def _base_and_terms(base: Any, path: str) -> tuple[Array, tuple[Term, ...]]:
+    """Returns the array that a base stands on, and the terms that it adds itself."""
+    if not is_lora_weight(base):
+        return jax.lax.stop_gradient(base), ()
+    value = factored_weight(base, path)
+    return (value.base, value.terms) if value.gain is None else (dense_value(value), ())
+
+
+def _term(weight: LoRAWeight, path: str) -> Term:
+    A_places, B_places = factor_places(weight.axes)
+    return Term(
+        factor_A=_factor(weight, weight.lora_A, A_places),
+        factor_B=_factor(weight, weight.lora_B, B_places),
+        scale=weight.scale,
+        window=(None,) * len(weight.axes),
+        origin=path,
+    )
 
 
 def _factor(weight: LoRAWeight, array: Array, places: Places, *, elsewhere: int = 0) -> Factor:

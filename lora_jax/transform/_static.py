@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax._compat import Jaxpr, Var, inner_jaxprs
 from lora_jax._identity import Same, is_hashable
-from lora_jax._weight import is_lora_weight
+from lora_jax._weight import has_factors
 
 
 class NotComparableError(TypeError):
@@ -56,13 +56,13 @@ def with_static(tree: Any, *, comparable: bool = False, trace_floats: bool = Fal
     """
 
     def array_or_static(leaf: Any) -> Any:
-        if is_lora_weight(leaf):
+        if has_factors(leaf):
             return jax.tree.map(lambda each: each if is_array(each) else jnp.asarray(each), leaf)
         if is_array(leaf) or (trace_floats and is_number(leaf)):
             return leaf
         return Static(leaf, _identity(leaf) if comparable else None)
 
-    return jax.tree.map(array_or_static, tree, is_leaf=is_lora_weight)
+    return jax.tree.map(array_or_static, tree, is_leaf=has_factors)
 
 
 def without_static(tree: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax._paths import listed
 from lora_jax._train import labels
-from lora_jax._weight import is_lora_weight
+from lora_jax._weight import has_factors
 
 
 def check_positive(argument: str, value: Any) -> None:
@@ -54,7 +54,7 @@ def check_fits(transformation: str, params: Any, trained: Collection[str]) -> No
     """
     if is_placeholder(params):
         return
-    if not any(is_lora_weight(node) for node in jax.tree.leaves(params, is_leaf=is_lora_weight)):
+    if not any(map(has_factors, jax.tree.leaves(params, is_leaf=has_factors))):
         raise ValueError(
             "`params` has no LoRAWeight; expected what `wrap` returned, or its trainable half from "
             "split(wrapped)."

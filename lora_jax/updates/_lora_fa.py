@@ -8,9 +8,8 @@ import optax
 from jaxtyping import Array
 
 from lora_jax._train import TRAINABLE
-from lora_jax._weight import LoRAWeight
 from lora_jax.updates._checks import check_fits, check_positive, check_transformation
-from lora_jax.updates._nodes import KnownWeight, map_lora_weights, map_with_weights
+from lora_jax.updates._nodes import KnownWeight, Node, map_factors, map_with_weights
 from lora_jax.updates._parts import Transformation, is_absent, on_part
 from lora_jax.updates._preconditioning import preconditioned
 
@@ -62,7 +61,7 @@ def lora_fa(
     check_positive("damping", damping)
     inner = on_part(tx, lambda label: label != "lora_A")
 
-    def projected(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
+    def projected(update: Node, weight: KnownWeight) -> Node:
         if is_absent(update.lora_B):
             return update
         lora_B = preconditioned(
@@ -85,12 +84,12 @@ def lora_fa(
             projected, updates, params=params, wrapped=extra_args["wrapped"], name="lora_fa"
         )
         updates, state = inner.update(scaled, state, params, **extra_args)
-        return map_lora_weights(_with_zero_A, updates), state
+        return map_factors(_with_zero_A, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _with_zero_A(path: str, update: LoRAWeight) -> LoRAWeight:
+def _with_zero_A(path: str, update: Node) -> Node:
     del path
     lora_A = update.lora_A if is_absent(update.lora_A) else -jnp.zeros_like(update.lora_A)
     return dataclasses.replace(update, lora_A=lora_A)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lora_jax._weight import LoRAWeight
 from lora_jax.updates._checks import check_fits, check_positive
-from lora_jax.updates._nodes import map_lora_weights
+from lora_jax.updates._nodes import Node, map_factors
 from lora_jax.updates._parts import is_absent
 
 
@@ -47,7 +46,7 @@ def lora_plus(ratio: float | Array = 16.0) -> optax.GradientTransformation:
     """
     check_positive("ratio", ratio)
 
-    def multiplied(path: str, update: LoRAWeight) -> LoRAWeight:
+    def multiplied(path: str, update: Node) -> Node:
         del path
         if is_absent(update.lora_B):
             return update
@@ -62,6 +61,6 @@ def lora_plus(ratio: float | Array = 16.0) -> optax.GradientTransformation:
         updates: Any, state: optax.OptState, params: Any = None
     ) -> tuple[Any, optax.OptState]:
         del params
-        return map_lora_weights(multiplied, updates), state
+        return map_factors(multiplied, updates), state
 
     return optax.GradientTransformation(init, update)

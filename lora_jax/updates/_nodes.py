@@ -13,8 +13,10 @@ from typing import Any
 import jax
 
 from lora_jax._paths import leaves_with_paths
-from lora_jax._weight import LoRAWeight, is_adapter_node, is_lora_weight
+from lora_jax._weight import LoRABank, LoRAWeight, has_factors, is_adapter_node
 from lora_jax.updates._parts import is_absent
+
+Node = LoRAWeight | LoRABank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class KnownWeight:
 
     path: str
     transformation: str
-    nodes: tuple[LoRAWeight, ...]
+    nodes: tuple[Node, ...]
 
     def leaf(self, name: str) -> jax.Array:
         """Returns a leaf from the first tree that has it; raises if none has."""
@@ -38,21 +40,21 @@ class KnownWeight:
         )
 
 
-def map_lora_weights(function: Callable[..., LoRAWeight], updates: Any, /, **trees: Any) -> Any:
-    """Returns `updates` with `function(path, node, *nodes)` for each `LoRAWeight`.
+def map_factors(function: Callable[..., Node], updates: Any, /, **trees: Any) -> Any:
+    """Returns `updates` with `function(path, node, *nodes)` for each node with factors.
 
     Args:
       function: what to do to a node; it also gets the node's path and the nodes of `trees` there.
-      updates: a tree in any of the three forms; what is not a `LoRAWeight` is kept.
-      trees: further trees by the argument's name, with a `LoRAWeight` wherever `updates` has one.
+      updates: a tree in any of the three forms; what has no factors is kept.
+      trees: further trees by the argument's name, with such a node wherever `updates` has one.
 
     Raises:
-      ValueError: there is no `LoRAWeight`, so that a transformation would silently do nothing; or
+      ValueError: there is no such node, so that a transformation would silently do nothing; or
         one of `trees` doesn't match.
     """
     structure: Any = jax.tree.structure(updates, is_leaf=_is_place)
     places = leaves_with_paths(updates, is_leaf=_is_place)
-    if not any(is_lora_weight(node) for _, node in places):
+    if not any(has_factors(node) for _, node in places):
         raise ValueError(
             "`updates` has no LoRAWeight; expected the gradient of what `wrap` returned, or of its "
             "trainable half from split(wrapped)."
@@ -61,21 +63,21 @@ def map_lora_weights(function: Callable[..., LoRAWeight], updates: Any, /, **tre
     return jax.tree.unflatten(
         structure,
         [
-            function(path, node, *nodes) if is_lora_weight(node) else node
+            _mapped(function, path, node, nodes) if has_factors(node) else node
             for (path, node), *nodes in zip(places, *others, strict=True)
         ],
     )
 
 
 def map_with_weights(
-    function: Callable[[LoRAWeight, KnownWeight], LoRAWeight],
+    function: Callable[[Node, KnownWeight], Node],
     updates: Any,
     *,
     params: Any,
     wrapped: Any,
     name: str,
 ) -> Any:
-    """Returns `updates` with `function(update, weight)` for each `LoRAWeight`.
+    """Returns `updates` with `function(update, weight)` for each node with factors.
 
     Args:
       function: what to do to a node; `weight` has the leaves of `params`, and those of `wrapped`
@@ -95,11 +97,20 @@ def map_with_weights(
             f"`params` is None, and `{name}` computes with the factors; call "
             "tx.update(gradients, state, params)."
         )
-    return map_lora_weights(
+    return map_factors(
         lambda path, update, *nodes: function(update, KnownWeight(path, name, nodes)),
         updates,
         **given,
     )
+
+
+def _mapped(function: Callable[..., Node], path: str, update: Node, nodes: Sequence[Node]) -> Node:
+    """Returns the mapped node, on a base that is mapped too where that is a node itself."""
+    mapped = function(path, update, *nodes)
+    if not has_factors(update.base):
+        return mapped
+    inner = _mapped(function, f"{path}/base", update.base, [node.base for node in nodes])
+    return dataclasses.replace(mapped, base=inner)
 
 
 def _is_place(node: Any) -> bool:
@@ -118,7 +129,7 @@ def _nodes_at(
             f"gradient they are. {error}"
         ) from error
     for (path, update), node in zip(places, nodes, strict=True):
-        if is_lora_weight(update) and not is_lora_weight(node):
+        if has_factors(update) and not has_factors(node):
             raise ValueError(
                 f"`{argument}` has a {type(node).__name__} at '{path}', where the updates have a "
                 "LoRAWeight; expected the tree whose gradient they are."

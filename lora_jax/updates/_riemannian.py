@@ -6,9 +6,8 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
-from lora_jax._weight import LoRAWeight
 from lora_jax.updates._checks import check_fits, check_positive
-from lora_jax.updates._nodes import KnownWeight, map_with_weights
+from lora_jax.updates._nodes import KnownWeight, Node, map_with_weights
 from lora_jax.updates._parts import is_absent
 from lora_jax.updates._preconditioning import preconditioned
 
@@ -52,7 +51,7 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
     """
     check_positive("damping", damping)
 
-    def natural(update: LoRAWeight, weight: KnownWeight) -> LoRAWeight:
+    def natural(update: Node, weight: KnownWeight) -> Node:
         lora_A, lora_B, axes = update.lora_A, update.lora_B, update.axes
         if not is_absent(lora_A):
             lora_A = preconditioned(lora_A, weight.leaf("lora_B"), axes, "out", damping=damping)

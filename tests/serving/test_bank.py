@@ -23,8 +23,8 @@ def test_ranks_are_filled_up_and_scales_are_kept() -> None:
     assert not np.any(node.lora_A[0, :, 1:])
     assert not np.any(node.lora_B[0, 1:])
     assert node.base is HEADS.params["W1"]
-    assert node.is_stacked
-    assert not wrappeds[0]["W1"].is_stacked
+    assert isinstance(node, lora_jax.LoRABank)
+    assert node.capacity == len(wrappeds)
 
 
 def test_a_bank_has_room_for_more() -> None:
@@ -52,9 +52,8 @@ def test_selected_adapters_compute_what_they_did(model: Model, options: dict[str
         selected = lora_jax.serving.select(bank, adapter_id)
         for name, leaf in lora_jax.merge(selected).items():
             assert_agree(leaf, lora_jax.merge(wrapped)[name])
-            assert not isinstance(selected[name], lora_jax.LoRAWeight) or (
-                selected[name].norm is None
-            )
+            # Not one whose norm is fixed: it may train.
+            assert not hasattr(selected[name], "norm")
 
 
 def test_a_selected_adapter_trains_like_an_ordinary_one() -> None:

@@ -144,25 +144,31 @@ def test_an_argument_that_all_examples_share() -> None:
 
 
 def stacked_shapes(model: Any, count: int) -> Any:
-    """Returns the shapes of a stack of adapters of a model of which there are shapes only."""
-    wrapped = wrapped_params(model)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
-            if getattr(path[-1], "name", "") in ("lora_A", "lora_B", "scale")
-            else leaf
-        ),
-        wrapped,
+    """Returns the shapes of a bank of adapters of a model of which there are shapes only."""
+
+    def in_slots(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+
+    def bank_of(node: Any) -> Any:
+        if not isinstance(node, lora_jax.LoRAWeight):
+            return node
+        numbers = {name: in_slots(getattr(node, name)) for name in ("lora_A", "lora_B", "scale")}
+        return lora_jax.LoRABank(base=node.base, axes=node.axes, **numbers)
+
+    return jax.tree.map(
+        bank_of,
+        wrapped_params(model),
+        is_leaf=lambda node: isinstance(node, lora_jax.LoRAWeight),
     )
 
 
 def factor_flops(bank: Any, examples: int, uses: int) -> float:
     """Returns the operations on factors when each is applied to `uses` rows of each example."""
-    nodes = jax.tree.leaves(bank, is_leaf=lambda node: isinstance(node, lora_jax.LoRAWeight))
+    nodes = jax.tree.leaves(bank, is_leaf=lambda node: isinstance(node, lora_jax.LoRABank))
     sizes = [
         node.lora_A.size / node.scale.size + node.lora_B.size / node.scale.size
         for node in nodes
-        if isinstance(node, lora_jax.LoRAWeight)
+        if isinstance(node, lora_jax.LoRABank)
     ]
     return 2.0 * examples * uses * sum(sizes)
 

@@ -117,7 +117,7 @@ class TestBesideKeptNorms:
 
         def of_magnitudes(magnitudes: Any, bank: Any) -> jax.Array:
             nodes = {
-                name: lora_jax.LoRAWeight(**{**vars(bank[name]), "magnitude": magnitude})
+                name: lora_jax.LoRABank(**{**vars(bank[name]), "magnitude": magnitude})
                 for name, magnitude in magnitudes.items()
             }
             return of_inputs(DENSE.x, {**bank, **nodes})

@@ -13,10 +13,10 @@ from jaxtyping import PyTree
 from lora_jax._algebra import lora_weight
 from lora_jax._dtypes import common_dtype
 from lora_jax._folders import CheckpointError
+from lora_jax._nodes import check_plain
 from lora_jax._paths import map_with_paths
 from lora_jax._settings import checked_freeze
 from lora_jax._tables import table
-from lora_jax._trees import check_plain
 from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.exchange.peft._files import Tensors, read_adapter
 from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, named_tree

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._folders import CheckpointError, check_destination, complete_folder
+from lora_jax._nodes import adapter_nodes, check_whole
 from lora_jax._paths import listed
-from lora_jax._trees import adapter_nodes, check_whole
-from lora_jax._weight import is_lora_weight
+from lora_jax._weight import is_adapter_node, is_bank
 from lora_jax.exchange.peft._export import (
     Adapter,
     Adapters,
@@ -127,11 +127,17 @@ def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
     nodes = adapter_nodes(wrapped)
     for path, node in nodes.items():
         check_whole(path, node)
-    stacked = [path for path, node in nodes.items() if is_lora_weight(node) and node.is_stacked]
-    if stacked:
+    banks = [path for path, node in nodes.items() if is_bank(node)]
+    if banks:
         raise CheckpointError(
-            f"`wrapped` holds several adapters at {listed(stacked)}; expected one, as a file does: "
+            f"`wrapped` holds several adapters at {listed(banks)}; expected one, as a file does: "
             "save(path, serving.select(bank, id), ...)."
+        )
+    nested = [path for path, node in nodes.items() if is_adapter_node(node.base)]
+    if nested:
+        raise CheckpointError(
+            f"`wrapped` has an adapter on another one at {listed(nested)}; expected one for each "
+            "weight, as a file has: merge the inner one into its weight before."
         )
     nameless = [path for path in nodes if all(rule.fields_of(path) is None for rule in names)]
     if nameless:

@@ -1,0 +1,139 @@
+"""The nodes of a wrapped tree, by their paths."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from lora_jax._folders import CheckpointError
+from lora_jax._paths import PathIndex, listed
+from lora_jax._weight import (
+    AdapterNode,
+    LoRABank,
+    LoRAWeight,
+    has_factors,
+    is_adapter_node,
+    is_bank,
+    is_lora_weight,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeIndex:
+    """The leaves of a tree by their paths, where a node that `wrap` made is one leaf.
+
+    Attributes:
+      tree: the paths, the leaves and the structure.
+    """
+
+    tree: PathIndex
+
+    @classmethod
+    def of(cls, wrapped: Any) -> "NodeIndex":
+        """Returns the index of a tree, wrapped or plain.
+
+        Raises:
+          ValueError: two leaves have the same path.
+        """
+        return cls(PathIndex.of(wrapped, is_adapter_node))
+
+    @property
+    def structure(self) -> Any:
+        """The structure of the tree, a node of it being a leaf."""
+        return self.tree.structure
+
+    @functools.cached_property
+    def nodes(self) -> Mapping[str, AdapterNode]:
+        """The nodes."""
+        return {path: leaf for path, leaf in self.tree.items() if is_adapter_node(leaf)}
+
+    @property
+    def levels(self) -> Mapping[str, AdapterNode]:
+        """The nodes, and at `path/base` each node that another one stands on."""
+        return {each: node for path, top in self.nodes.items() for each, node in _levels(path, top)}
+
+    @property
+    def adapted(self) -> Mapping[str, LoRAWeight | LoRABank]:
+        """The nodes with factors, of one adapter or several."""
+        return {path: node for path, node in self.nodes.items() if has_factors(node)}
+
+    @property
+    def weights(self) -> Mapping[str, LoRAWeight]:
+        """The nodes with one adapter."""
+        return {path: node for path, node in self.nodes.items() if is_lora_weight(node)}
+
+    @property
+    def banks(self) -> Mapping[str, LoRABank]:
+        """The nodes with a bank of adapters."""
+        return {path: node for path, node in self.nodes.items() if is_bank(node)}
+
+    def mapped(self, function: Callable[[str, Any], Any]) -> Any:
+        """Returns the tree with `function(path, node)` in place of each node; the rest is kept."""
+        return self.tree.mapped(
+            lambda path, leaf: function(path, leaf) if is_adapter_node(leaf) else leaf
+        )
+
+    def check_single(self) -> None:
+        """Raises if a node holds a bank of adapters."""
+        for path, node in self.banks.items():
+            raise not_single(path, node)
+
+
+def _levels(path: str, node: AdapterNode) -> Iterator[tuple[str, AdapterNode]]:
+    yield path, node
+    if is_adapter_node(node.base):
+        yield from _levels(f"{path}/base", node.base)
+
+
+def adapter_nodes(wrapped: Any, argument: str = "wrapped") -> Mapping[str, AdapterNode]:
+    """Returns the nodes of a tree at all levels by path, for saving.
+
+    Args:
+      wrapped: a wrapped tree.
+      argument: what errors call it.
+
+    Raises:
+      CheckpointError: there are none.
+    """
+    nodes = NodeIndex.of(wrapped).levels
+    if not nodes:
+        raise CheckpointError(
+            f"`{argument}` has no adapters; expected what wrap(params, targets) returned."
+        )
+    return nodes
+
+
+def check_whole(path: str, node: AdapterNode) -> None:
+    """Raises a `CheckpointError` if `node` belongs to one half of a tree."""
+    for field in dataclasses.fields(node):
+        if field.default is dataclasses.MISSING and getattr(node, field.name) is None:
+            raise CheckpointError(
+                f"`wrapped` has no `{field.name}` at '{path}'; expected a whole tree, such as "
+                "combine(adapters, frozen)."
+            )
+
+
+def check_plain(params: Any, remedy: str, error: type[ValueError] = CheckpointError) -> None:
+    """Raises an `error` that ends with `remedy` if `params` holds a node that `wrap` made."""
+    wrapped = list(NodeIndex.of(params).nodes)
+    if wrapped:
+        raise error(f"`params` is wrapped already at {listed(wrapped)}; {remedy}")
+
+
+def not_single(path: str, node: LoRABank) -> ValueError:
+    """Returns the error for a bank where one adapter is expected."""
+    return ValueError(
+        f"'{path}' holds {node.capacity} adapters; expected one. serving.adapt(fn) computes with "
+        "them all, and serving.select(bank, id) gives one of them."
+    )
+
+
+def map_nodes(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns `tree` with `function` applied to each node; the rest is kept."""
+    return jax.tree.map(
+        lambda node: function(node) if is_adapter_node(node) else node,
+        tree,
+        is_leaf=is_adapter_node,
+    )

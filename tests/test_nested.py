@@ -1,0 +1,155 @@
+"""A weight with several changes: an adapter on a base that is an adapted weight itself."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax
+from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
+from lora_jax.exchange import peft
+from tests.agreement import assert_agree
+from tests.arrays import random
+from tests.trained import as_if_trained
+
+# What the inner adapter and the outer one are.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora on lora": ({}, {}),
+    "lora on dora": ({"dora": True}, {}),
+    "dora on lora": ({}, {"dora": True}),
+    "dora on dora": ({"dora": True}, {"dora": True}),
+    "lora on frozen": ({"freeze": "lora_A"}, {}),
+    "lora on pissa": ({"init": "pissa"}, {}),
+    "another rank and scale": ({"rank": 3, "alpha": 5.0}, {"rank": 1}),
+}
+PARAMS = {"W": random(6, 4), "b": random(4, seed=1)}
+X = random(5, 6, seed=2)
+
+
+def nested(outer: Any, inner: Any) -> Any:
+    """Returns the adapters of one tree on the adapted weights of another."""
+    return {**outer, "W": dataclasses.replace(outer["W"], base=inner["W"])}
+
+
+def wrapped_of(kind: str) -> Any:
+    inner, outer = (
+        as_if_trained(
+            lora_jax.wrap(PARAMS, "W", key=jax.random.key(n), **{"rank": 2, **options}), n
+        )
+        for n, options in enumerate(KINDS[kind])
+    )
+    if outer["W"].magnitude is not None:
+        # The norm that was cached is that of the plain weight.
+        norm = jnp.linalg.norm(dense(inner["W"]), axis=0)
+        outer = {**outer, "W": dataclasses.replace(outer["W"], squared_norm=norm**2)}
+    return nested(outer, inner)
+
+
+def dense(weight: Any) -> Any:
+    """Returns what a weight stands for, by the formula."""
+    if not isinstance(weight, lora_jax.LoRAWeight):
+        return weight
+    value = dense(weight.base) + weight.scale * weight.lora_A @ weight.lora_B
+    if weight.magnitude is None:
+        return value
+    norm = jax.lax.stop_gradient(jnp.linalg.norm(value, axis=0))
+    return (weight.magnitude / norm)[None] * value
+
+
+def apply(params: Any, x: Any) -> Any:
+    return jnp.sin(x @ params["W"] + params["b"][None])
+
+
+def loss(fn: Any) -> Any:
+    return lambda adapters, frozen: jnp.sum(fn(lora_jax.combine(adapters, frozen), X) ** 2)
+
+
+def reference(wrapped: Any, x: Any) -> Any:
+    return apply({**wrapped, "W": dense(wrapped["W"])}, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryKind:
+    def test_outputs_and_gradients(self, kind: str) -> None:
+        wrapped = wrapped_of(kind)
+        adapted = lora_jax.adapt(apply, on_materialize="error")
+        assert_agree(adapted(wrapped, X), reference(wrapped, X))
+        halves = lora_jax.split(wrapped)
+        assert_agree(jax.jit(jax.grad(loss(adapted)))(*halves), jax.grad(loss(reference))(*halves))
+
+    def test_all_levels_train_but_what_is_frozen(self, kind: str) -> None:
+        weight = lora_jax.labels(wrapped_of(kind))["W"]
+        assert weight.base.base == weight.base.scale == weight.scale == "frozen"
+        assert weight.lora_A == "lora_A"
+        assert weight.base.lora_A == ("frozen" if kind == "lora on frozen" else "lora_A")
+
+    def test_merge_and_unmerge(self, kind: str) -> None:
+        wrapped = wrapped_of(kind)
+        merged = lora_jax.merge(wrapped)
+        assert_agree(merged["W"], dense(wrapped["W"]))
+        if "dora" in kind:
+            with pytest.raises(ValueError, match="'W' has a magnitude"):
+                lora_jax.unmerge(merged, wrapped)
+        else:
+            back = lora_jax.unmerge(merged, wrapped)
+            assert jax.tree.structure(back) == jax.tree.structure(wrapped)
+            assert_agree(back["W"].base.base, wrapped["W"].base.base, size=1.0)
+
+    def test_unwrap(self, kind: str) -> None:
+        plain = lora_jax.unwrap(wrapped_of(kind))
+        assert jax.tree.structure(plain) == jax.tree.structure(PARAMS)
+        assert_agree(plain["W"], PARAMS["W"])
+
+    def test_checkpoints(self, kind: str, tmp_path: Path) -> None:
+        wrapped = wrapped_of(kind)
+        lora_jax.save(tmp_path / "adapters", wrapped)
+        restored = lora_jax.restore(tmp_path / "adapters", PARAMS)
+        assert jax.tree.structure(restored) == jax.tree.structure(wrapped)
+        saved, read = (lora_jax.split(tree)[0] for tree in (wrapped, restored))
+        jax.tree.map(np.testing.assert_array_equal, saved, read)
+        other = jax.tree.map(lambda leaf: leaf, wrapped)
+        with TrainingCheckpoints(tmp_path / "run") as checkpoints:
+            checkpoints.save(1, wrapped, 0)
+            read = checkpoints.restore(other, 0).wrapped
+        jax.tree.map(np.testing.assert_array_equal, wrapped, read)
+
+    def test_summary_and_counts(self, kind: str) -> None:
+        wrapped = wrapped_of(kind)
+        counts = lora_jax.count_parameters(wrapped)
+        leaves = jax.tree.leaves(lora_jax.split(wrapped)[0])
+        assert counts.trainable == sum(leaf.size for leaf in leaves)
+        assert counts.original == 6 * 4 + 4
+        rows = lora_jax.summary(wrapped).splitlines()[2:4]
+        assert [row.split()[0] for row in rows] == ["W/base", "W"]
+
+    def test_explain(self, kind: str) -> None:
+        report = lora_jax.explain(apply, wrapped_of(kind), X)
+        assert not report.materialized
+        assert report.targets[0].path == "W"
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), lora_jax.updates.riemannian()], ids=["sgd", "r"])
+def test_an_optimizer_updates_each_level_as_it_does_alone(tx: Any) -> None:
+    wrapped = wrapped_of("lora on lora")
+    gradient = jax.tree.map(lambda leaf: leaf * 0.5 + 1, wrapped)
+    tx = lora_jax.optimizer(tx)
+    updates, _ = tx.update(gradient, tx.init(wrapped), wrapped)
+    for level in (lambda tree: tree["W"], lambda tree: tree["W"].base):
+        own, own_gradient = (
+            {"W": dataclasses.replace(level(tree), base=PARAMS["W"])}
+            for tree in (wrapped, gradient)
+        )
+        expected, _ = tx.update(own_gradient, tx.init(own), own)
+        for name in ("lora_A", "lora_B"):
+            assert_agree(getattr(level(updates), name), getattr(expected["W"], name))
+
+
+def test_a_file_of_peft_holds_one_adapter(tmp_path: Path) -> None:
+    names = [peft.Rule("module.weight", "W"), peft.Rule("module.bias", "b")]
+    with pytest.raises(CheckpointError, match="an adapter on another one at 'W'"):
+        peft.save(tmp_path, wrapped_of("lora on lora"), names=names)
