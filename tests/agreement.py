@@ -61,7 +61,13 @@ def assert_identical(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-        assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes()
+        assert bits(got) == bits(wanted)
+
+
+def bits(leaf: Any) -> bytes:
+    """Returns the bits of an array, or of the data of random keys."""
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray, size: float) -> float:

@@ -16,6 +16,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax
+from tests.agreement import assert_identical
 
 
 def array(*shape: int, seed: int) -> jax.Array:
@@ -57,13 +58,6 @@ def wrapped(request: pytest.FixtureRequest) -> Any:
     return wrapped_params(**request.param)
 
 
-def assert_same(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
 # --- exported functions ------------------------------------------------------------------------
 
 
@@ -87,7 +81,7 @@ def test_an_exported_step_for_any_batch_returns_a_wrapped_tree() -> None:
     batch = jax.ShapeDtypeStruct((size, 6), jnp.float32)
     exported = jax.export.export(jax.jit(step))(wrapped, batch)
     read = jax.export.deserialize(exported.serialize())
-    assert_same(read.call(wrapped, X), exported.call(wrapped, X))
+    assert_identical(read.call(wrapped, X), exported.call(wrapped, X))
 
 
 # --- Flax ---------------------------------------------------------------------------------------
@@ -96,7 +90,7 @@ def test_an_exported_step_for_any_batch_returns_a_wrapped_tree() -> None:
 def test_flax_reads_the_bytes_that_it_wrote(wrapped: Any) -> None:
     written = flax.serialization.to_bytes(wrapped)
     target = jax.tree.map(jnp.zeros_like, wrapped)
-    assert_same(flax.serialization.from_bytes(target, written), wrapped)
+    assert_identical(flax.serialization.from_bytes(target, written), wrapped)
 
 
 def test_flax_names_the_leaves_as_their_paths_do() -> None:
@@ -108,7 +102,7 @@ def test_flax_names_the_leaves_as_their_paths_do() -> None:
 def test_either_half_by_itself() -> None:
     for half in lora_jax.split(wrapped_params()):
         written = flax.serialization.to_bytes(half)
-        assert_same(
+        assert_identical(
             flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, half), written), half
         )
 
@@ -119,7 +113,7 @@ def test_a_train_state() -> None:
     state = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
     target = TrainState.create(apply_fn=state.apply_fn, params=wrapped_params(), tx=tx)
     read = flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
-    assert_same((read.params, read.opt_state), (state.params, state.opt_state))
+    assert_identical((read.params, read.opt_state), (state.params, state.opt_state))
 
 
 def test_a_target_of_other_settings_raises() -> None:
@@ -149,10 +143,10 @@ def test_moments_of_inputs() -> None:
     moments = lora_jax.init.input_moments(apply, PARAMS, [X], targets="kernel")
     target = jax.tree.map(jnp.zeros_like, moments)
     written = flax.serialization.to_bytes(moments)
-    assert_same(flax.serialization.from_bytes(target, written), moments)
+    assert_identical(flax.serialization.from_bytes(target, written), moments)
     doubled = jax.jit(lambda moments: jax.tree.map(lambda x: 2 * x, moments))
     read = jax.export.deserialize(jax.export.export(doubled)(moments).serialize())
-    assert_same(read.call(moments), doubled(moments))
+    assert_identical(read.call(moments), doubled(moments))
 
 
 # --- Orbax --------------------------------------------------------------------------------------
@@ -164,4 +158,4 @@ def test_orbax_keeps_a_whole_tree(wrapped: Any, tmp_path: Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "tree", wrapped)
         checkpointer.wait_until_finished()
-        assert_same(checkpointer.restore(tmp_path / "tree", abstract), wrapped)
+        assert_identical(checkpointer.restore(tmp_path / "tree", abstract), wrapped)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 import pytest
 
 import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.exchange import peft
-from tests.agreement import assert_agree
+from tests.agreement import assert_agree, assert_identical
 from tests.serving.models import DENSE, SCANNED, Model
 
 KINDS: dict[str, tuple[Model, dict[str, Any]]] = {
@@ -38,12 +37,6 @@ def bank_of(kind: str) -> Any:
 
 def names_of(model: Model) -> list[peft.Rule]:
     return [peft.Rule(f"module.{name}", name, axes=model.axes.get(name)) for name in model.params]
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for leaf, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(leaf, other)
 
 
 def assert_each_is(bank: Any, adapters: list[Any]) -> None:
@@ -101,10 +94,10 @@ def test_what_takes_one_adapter_refuses(kind: str, function: str, tmp_path: Path
 @pytest.mark.parametrize("kind", KINDS)
 class TestTakesABank:
     def test_unwrap(self, kind: str) -> None:
-        assert_same(lora_jax.unwrap(bank_of(kind)), dict(KINDS[kind][0].params))
+        assert_identical(lora_jax.unwrap(bank_of(kind)), dict(KINDS[kind][0].params))
 
     def test_on_original_base(self, kind: str) -> None:
-        assert_same(lora_jax.arithmetic.on_original_base(bank_of(kind)), bank_of(kind))
+        assert_identical(lora_jax.arithmetic.on_original_base(bank_of(kind)), bank_of(kind))
 
     @pytest.mark.parametrize("rank", [1, 4])
     def test_resize(self, kind: str, rank: int) -> None:
@@ -119,13 +112,13 @@ class TestTakesABank:
 
     def test_save_and_restore(self, kind: str, tmp_path: Path) -> None:
         lora_jax.save(tmp_path / "bank", bank_of(kind))
-        assert_same(lora_jax.restore(tmp_path / "bank", KINDS[kind][0].params), bank_of(kind))
+        assert_identical(lora_jax.restore(tmp_path / "bank", KINDS[kind][0].params), bank_of(kind))
 
     def test_training_checkpoints(self, kind: str, tmp_path: Path) -> None:
         other = lora_jax.serving.bank(adapters_of(kind, 7), capacity=CAPACITY)
         with TrainingCheckpoints(tmp_path) as checkpoints:
             checkpoints.save(1, bank_of(kind), 0)
-            assert_same(checkpoints.restore(other, 0).wrapped, bank_of(kind))
+            assert_identical(checkpoints.restore(other, 0).wrapped, bank_of(kind))
 
     def test_summary_and_counts(self, kind: str) -> None:
         bank, same_rank = bank_of(kind), lora_jax.serving.select(bank_of(kind), 0)

@@ -200,7 +200,7 @@ class TestSaveRefuses:
     def test_stacked_adapters(self, tmp_path):
         stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), lora_jax.split(wrapped())[0])
         tree = lora_jax.combine(stacked, lora_jax.split(wrapped())[1])
-        self.refused(tmp_path, "Of stacked adapters, save one at a time", tree)
+        self.refused(tmp_path, "Of a bank, save one adapter at a time", tree)
 
     def test_magnitudes_in_some_places(self, tmp_path):
         tree = {"b": jnp.ones((3, 3)), "c": jnp.ones((3, 3))}
