@@ -22,7 +22,7 @@ from benchmarks.programs import (
     program_text,
     programs,
 )
-from experiments.command import Parser, positive_int
+from experiments.common.options import Parser, positive_int
 from lora_jax._tables import table
 
 TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 
 import lora_jax
-from experiments.command import Parser, positive_int
-from experiments.data import Split, epoch_batches
-from experiments.mnist_task import LAYERS, NETWORK, initial_params
-from experiments.models import normalised
-from experiments.timing import in_turns
-from experiments.training import Training
+from experiments.common.options import Parser, positive_int
+from experiments.common.timing import in_turns
+from experiments.common.training import Training
+from experiments.data.batches import epoch_batches
+from experiments.data.dataset import Split
+from experiments.mnist.network import LAYERS, NETWORK, initial_params, normalised
 
 _BATCH_SIZE = 10
 

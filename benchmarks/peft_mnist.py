@@ -19,11 +19,11 @@ import numpy as np
 
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
-from experiments.command import Parser, exit_code, positive_int
-from experiments.console import Console
-from experiments.optional import check_installed
-from experiments.output import write_json
-from experiments.timing import in_turns
+from experiments.common.console import Console
+from experiments.common.errors import check_installed, exit_code
+from experiments.common.files import write_json
+from experiments.common.options import Parser, positive_int
+from experiments.common.timing import in_turns
 
 OURS = "lora_jax"
 _TORCH = "benchmarks.peers.mnist_torch"

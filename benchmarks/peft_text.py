@@ -18,12 +18,11 @@ from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
 from benchmarks.peers.text_contender import Contender, Exchange
 from benchmarks.peers.text_report import OURS, PEFT, Findings, present
-from experiments.command import Parser, exit_code, positive_int
-from experiments.console import Console
-from experiments.errors import InputError
-from experiments.optional import check_installed
+from experiments.common.console import Console
+from experiments.common.errors import InputError, check_installed, exit_code
+from experiments.common.options import Parser, positive_int
+from experiments.common.timing import in_turns
 from experiments.text.options import parsed
-from experiments.timing import in_turns
 
 _CLASSES = {
     OURS: "benchmarks.peers.text_jax:LoraJax",

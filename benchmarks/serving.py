@@ -21,8 +21,8 @@ import numpy as np
 import lora_jax
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
-from experiments.command import Parser, positive_int
-from experiments.timing import in_turns
+from experiments.common.options import Parser, positive_int
+from experiments.common.timing import in_turns
 from lora_jax._tables import table
 
 BATCH = 64

@@ -1,39 +1,52 @@
-"""The same training loop, twice: all of a network, then adapters and one layer of a copy."""
+"""One training loop, used twice: for a whole network, then for adapters and one layer of a copy.
 
-import argparse
+The smallest study: copy this file to begin another one.
+"""
+
 import functools
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import optax
 
 import lora_jax
-from experiments.command import (
-    Parser,
-    exit_code,
-    positive_float,
-    positive_int,
-    seed,
+from experiments.common.console import Console, device_name
+from experiments.common.errors import exit_code
+from experiments.common.evaluation import evaluate
+from experiments.common.options import Option, parsed_as
+from experiments.common.run import Run
+from experiments.common.shared_options import (
+    AdapterOptions,
+    BatchSize,
+    Epochs,
+    LearningRate,
+    OutputOptions,
+    Seed,
 )
-from experiments.console import Console, device_line, device_name
-from experiments.data import Dataset, Split, epoch_batches
-from experiments.errors import as_input_error
-from experiments.evaluation import evaluate
-from experiments.models import MLP
-from experiments.training import ApplyFn, train
+from experiments.common.training import ApplyFn, train
+from experiments.data.batches import epoch_batches
+from experiments.data.dataset import Dataset, Split
+from experiments.models.mlp import MLP
 
 _DESCRIPTION = """\
 LoRA needs no second training loop.
 
 A plain network with wide hidden layers learns two classes of random data: whether
-20 numbers add up to more than zero. It is trained in full; then a copy, from the
-same start, gets adapters on chosen layers and one layer that is trained in full
-beside them. Both go through the same train function: only the apply function, the
+20 numbers add up to more than zero. It is trained in full; then a copy with the same
+initial weights gets adapters on some layers, and one layer that is trained in full
+beside them. The same train function trains both: only the apply function, the
 parameters and the optimiser that it is given differ.
+"""
+
+_EXAMPLES = """\
+examples:
+  python -m experiments.mlp_lora
+  python -m experiments.mlp_lora --rank 2 --targets hidden_2 --train hidden_1 output
+  python -m experiments.mlp_lora --json | jq .accuracy
 """
 
 NETWORK = MLP(hidden=(1000, 1000), classes=2)
@@ -43,27 +56,51 @@ _TRAIN_COUNT = 4000
 _TEST_COUNT = 1000
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the caller chose; `--help` says what each means."""
+
+    adapters: AdapterOptions = AdapterOptions(rank=8, targets=("hidden_1", "hidden_2"))
+    train: Annotated[
+        tuple[str, ...],
+        Option(
+            "the layers trained in full beside the adapters", several=True, metavar="EXPRESSION"
+        ),
+    ] = ("output",)
+    epochs: Epochs = 5
+    batch_size: BatchSize = 64
+    learning_rate: LearningRate = 1e-3
+    seed: Seed = 0
+    output: OutputOptions = OutputOptions()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study with these arguments and returns the exit code of the process."""
-    return exit_code(lambda: study(_parser().parse_args(argv)))
+    return exit_code(lambda: study(parsed(argv)))
 
 
-def study(options: argparse.Namespace) -> None:
+def parsed(arguments: Sequence[str] | None) -> Options:
+    """Returns the options on the command line; exits, as argparse does, if one is wrong."""
+    return parsed_as(
+        Options, arguments, command="mlp_lora", description=_DESCRIPTION, examples=_EXAMPLES
+    )
+
+
+def study(options: Options) -> None:
     """Trains the network in full, then a wrapped copy of it, and compares the two."""
-    console = Console(to_stderr=options.json)
-    console.note(device_line())
+    run = Run(options.output)
     dataset = random_data(np.random.default_rng(options.seed))
     params = NETWORK.init(jax.random.key(options.seed), dataset.train.inputs[:1])["params"]
-    wrapped = with_adapters(params, options)
-    console.rule("What trains in the wrapped copy")
-    console.table(["parameter", "shape", "trains as", "numbers"], parameter_rows(wrapped))
+    wrapped = options.adapters.wrapped(params, seed=options.seed, train=options.train)
+    run.console.rule("What trains in the wrapped copy")
+    run.console.table(["parameter", "shape", "trains as", "numbers"], parameter_rows(wrapped))
 
     adam = optax.adam(options.learning_rate)
     accuracy = functools.partial(
-        trained_accuracy, dataset=dataset, options=options, console=console
+        trained_accuracy, dataset=dataset, options=options, console=run.console
     )
     counts = lora_jax.count_parameters(wrapped)
-    metrics = {
+    results = {
         "device": device_name(),
         "seed": options.seed,
         "trainable": {"full": counts.original, "lora": counts.trainable},
@@ -74,16 +111,15 @@ def study(options: argparse.Namespace) -> None:
             ),
         },
     }
-    console.rule("The two trainings")
-    console.table(
+    run.console.rule("The two trainings")
+    run.console.table(
         ["training", "trainable numbers", "test accuracy"],
         [
-            [name, f"{metrics['trainable'][name]:,}", f"{metrics['accuracy'][name]:.3f}"]
+            [name, f"{results['trainable'][name]:,}", f"{results['accuracy'][name]:.3f}"]
             for name in ("full", "lora")
         ],
     )
-    if options.json:
-        print(json.dumps(metrics, indent=2))
+    run.finish(results)
 
 
 def random_data(random: np.random.Generator) -> Dataset:
@@ -97,21 +133,8 @@ def random_data(random: np.random.Generator) -> Dataset:
     )
 
 
-def with_adapters(params: Any, options: argparse.Namespace) -> Any:
-    """Returns `params` with adapters on the targets, and with one layer to train in full."""
-    with as_input_error():
-        return lora_jax.wrap(
-            params,
-            options.targets,
-            rank=options.rank,
-            alpha=options.alpha,
-            key=jax.random.key(options.seed),
-            train=options.train,
-        )
-
-
 def parameter_rows(wrapped: Any) -> list[list[str]]:
-    """Returns a row for each array: its path, shape, what it trains as, and how many numbers."""
+    """Returns a row for each array: its path, its shape, what it trains as, its size."""
     labels = jax.tree.leaves(lora_jax.labels(wrapped))
     arrays, _ = jax.tree_util.tree_flatten_with_path(wrapped)
     return [
@@ -132,10 +155,10 @@ def trained_accuracy(
     tx: optax.GradientTransformation,
     *,
     dataset: Dataset,
-    options: argparse.Namespace,
+    options: Options,
     console: Console,
 ) -> float:
-    """Returns the test accuracy after training; full training and adapters both come here."""
+    """Returns the test accuracy after training, be it in full or of adapters."""
     batches = epoch_batches(
         dataset.train,
         batch_size=options.batch_size,
@@ -146,36 +169,6 @@ def trained_accuracy(
     return evaluate(
         apply_fn, trained.params, dataset.test, console=console, description=f"Testing, {name}"
     ).accuracy
-
-
-def _parser() -> Parser:
-    options = Parser(
-        prog="python -m experiments.mlp_lora",
-        description=_DESCRIPTION,
-    )
-    add = options.add_argument
-    add("--rank", type=int, default=8, help="r: columns of lora_A and rows of lora_B")
-    add("--alpha", type=float, help="the adapters count alpha/rank times (default: rank, so once)")
-    add(
-        "--targets",
-        nargs="+",
-        default=["hidden_1", "hidden_2"],
-        metavar="EXPRESSION",
-        help="the layers that get adapters",
-    )
-    add(
-        "--train",
-        nargs="+",
-        default=["output"],
-        metavar="EXPRESSION",
-        help="the layers trained in full beside them",
-    )
-    add("--epochs", type=positive_int, default=5, help="passes over the training data")
-    add("--batch-size", type=positive_int, default=64, help="rows in a step")
-    add("--learning-rate", type=positive_float, default=1e-3, help="Adam's, in both trainings")
-    add("--seed", type=seed, default=0, help="decides every random number")
-    add("--json", action="store_true", help="print the results as JSON and nothing else")
-    return options
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained network on the digit that it knows least, and checks what LoRA claims."""
+"""Fine-tunes a pretrained network on the digit it knows least, and checks what LoRA claims."""
 
 import functools
 import sys
@@ -10,27 +10,20 @@ import numpy as np
 import optax
 
 import lora_jax
-from experiments.base_checkpoint import BaseCheckpoint
-from experiments.claims import frozen_unchanged, max_weight_error
-from experiments.command import exit_code
-from experiments.console import Console, device_line
-from experiments.data import Dataset, load
-from experiments.errors import as_input_error
-from experiments.evaluation import evaluate
-from experiments.mnist_options import Options, parsed
-from experiments.mnist_report import Findings, present
-from experiments.mnist_task import (
-    ADAPTED_APPLY,
-    NETWORK,
-    base_settings,
-    check_adapters_fit,
-    digit_to_tune,
-    finetuned,
-    pretrained,
-)
-from experiments.output import bytes_in, writable_folder
-from experiments.timing import Stopwatch, milliseconds
-from experiments.training import ApplyFn
+from experiments.common.claims import frozen_unchanged, max_weight_error
+from experiments.common.console import Console
+from experiments.common.errors import exit_code
+from experiments.common.evaluation import evaluate
+from experiments.common.files import bytes_in
+from experiments.common.run import Run
+from experiments.common.stores import BaseCheckpoint
+from experiments.common.timing import milliseconds
+from experiments.common.training import ApplyFn
+from experiments.data.dataset import Dataset
+from experiments.mnist.network import ADAPTED_APPLY, NETWORK, check_adapters_fit
+from experiments.mnist.options import Options, parsed
+from experiments.mnist.report import Findings, present
+from experiments.mnist.task import base_settings, digit_to_tune, finetuned, pretrained
 
 _STANDARD_NORMAL = functools.partial(lora_jax.init.gaussian, standard_deviation=1.0)
 _INFERENCE_BATCH = 100
@@ -44,40 +37,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(options: Options) -> None:
     """Pretrains a network, fine-tunes adapters on one digit, and reports on every claim."""
-    console = Console(to_stderr=options.json)
-    console.note(device_line())
-    out = writable_folder(options.out, "--out")
-    watch = Stopwatch()
+    run = Run(options.output)
+    console, training, out = run.console, options.training, options.output.out
     check_adapters_fit(functools.partial(with_adapters, options=options))
-    dataset = load(options.data, options.data_dir, options.mnist_dir, console)
-    watch.phase_ended("data")
+    dataset = options.data.loaded(console)
+    run.phase_ended("data")
 
-    base_checkpoint = BaseCheckpoint(out / "base_checkpoint", base_settings(options, dataset))
-    base = pretrained(dataset, base_checkpoint, options, console)
-    watch.phase_ended("pretraining")
+    base_checkpoint = BaseCheckpoint(out / "base_checkpoint", base_settings(training, dataset))
+    base = pretrained(dataset, base_checkpoint, training, console)
+    run.phase_ended("pretraining")
 
-    test = functools.partial(evaluate, split=dataset.test, console=console)
+    test = functools.partial(evaluate, examples=dataset.test, console=console)
     before = test(NETWORK.apply, base.params, description="Testing the base")
-    digit = digit_to_tune(before, options, console)
-    watch.phase_ended("testing")
+    digit = digit_to_tune(before, training, console)
+    run.phase_ended("testing")
 
     clone = jax.tree.map(np.array, base.params)
     tuned = finetuned(
         with_adapters(base.params, options),
-        lora_jax.optimizer(optax.adam(options.learning_rate)),
+        lora_jax.optimizer(optax.adam(training.learning_rate)),
         digit,
         dataset,
-        options,
-        random=np.random.default_rng((options.seed, 1)),
+        training,
+        random=np.random.default_rng((training.seed, 1)),
         console=console,
     )
     merged = lora_jax.merge(tuned.params)
-    watch.phase_ended("finetuning")
+    run.phase_ended("finetuning")
 
     adapter_folder = out / "adapter_checkpoint"
     lora_jax.save(adapter_folder, tuned.params, overwrite=True)
     restored = lora_jax.restore(adapter_folder, base_checkpoint.read().params)
-    watch.phase_ended("checkpoints")
+    run.phase_ended("checkpoints")
 
     networks: dict[str, tuple[ApplyFn, Any]] = {
         "adapted": (ADAPTED_APPLY, tuned.params),
@@ -89,11 +80,11 @@ def study(options: Options) -> None:
         name: test(apply_fn, params, description=f"Testing {name}")
         for name, (apply_fn, params) in networks.items()
     }
-    watch.phase_ended("testing")
+    run.phase_ended("testing")
     times = _inference_milliseconds(
         {"base": (NETWORK.apply, base.params), **networks}, dataset, console
     )
-    watch.phase_ended("timing")
+    run.phase_ended("timing")
 
     findings = Findings(
         dataset=dataset.name,
@@ -106,20 +97,12 @@ def study(options: Options) -> None:
         milliseconds=times,
         losses={"pretraining": base.losses, "fine-tuning": tuned.losses},
     )
-    present(findings, options, watch, console)
+    present(findings, options, run)
 
 
 def with_adapters(params: Any, options: Options) -> Any:
     """Returns `params` wrapped as this study does it: lora_A from N(0, 1), lora_B zero."""
-    with as_input_error():
-        return lora_jax.wrap(
-            params,
-            options.targets,
-            rank=options.rank,
-            alpha=options.alpha,
-            key=jax.random.key(options.seed),
-            init=_STANDARD_NORMAL,
-        )
+    return options.adapters.wrapped(params, seed=options.training.seed, init=_STANDARD_NORMAL)
 
 
 def _inference_milliseconds(

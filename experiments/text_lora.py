@@ -1,17 +1,15 @@
-"""Fine-tunes a BERT encoder on sentences with adapters, and predicts with what came of it."""
+"""Fine-tunes a BERT encoder on sentences with adapters, and predicts with the result."""
 
 import sys
 from collections.abc import Sequence
 
-from experiments.command import exit_code
-from experiments.console import Console, device_line
-from experiments.memory import keep_freed_memory
-from experiments.output import writable_folder
+from experiments.common.errors import exit_code
+from experiments.common.memory import keep_freed_memory
+from experiments.common.run import Run
 from experiments.text.comparison import compare
 from experiments.text.options import Options, parsed
-from experiments.text.prediction import predict
-from experiments.text.prediction_options import parsed_for_prediction
-from experiments.text.single import run_once
+from experiments.text.prediction import parsed_for_prediction, predict
+from experiments.text.single import train_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,10 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(options: Options) -> None:
     """Trains once and reports on it, or compares methods over seeds."""
-    console = Console(to_stderr=options.json)
-    console.note(device_line())
-    writable_folder(options.out, "--out")
-    (compare if options.compares else run_once)(options, console)
+    run = Run(options.output)
+    (compare if options.what_trains.compares else train_once)(options, run)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
 """One encoder and several tasks: the adapters of all of them in one batch."""
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.command import Parser, exit_code
-from experiments.console import Console
-from experiments.output import bytes_in
+from experiments.common.claims import Claim
+from experiments.common.console import Console
+from experiments.common.errors import exit_code
+from experiments.common.files import bytes_in
+from experiments.common.options import Option, parsed_as
+from experiments.common.run import Run
+from experiments.common.shared_options import OutputOptions
+from experiments.common.timing import timed
+from experiments.models.bert import Encoder
 from experiments.text.adapter_folder import AdapterFolder
-from experiments.text.prediction import sentences_of
-from experiments.text.prediction_options import add_sentence_options
+from experiments.text.prediction import Model, Sentences, sentences_of
 from experiments.text.served import ServedTasks, Task, common_model
-from experiments.text.task import Encoder
 
 _DESCRIPTION = """\
 Serves several tasks with one encoder, all of them in one batch.
 
-Every sentence is classified for every task: the encoder's weights are multiplied once for
-the whole batch, and each row takes the factors and the head of its own task. The answers are
-compared with those of each adapter alone. Beside them stands what it takes to go from one
-task to another: an adapter is read, and the encoder, and what was compiled, stay.
+Every sentence is classified for every task: one multiplication by the encoder's weights
+serves the whole batch, and each row uses the factors and the head of its own task. The
+answers are compared with those of each adapter alone. The study also shows what it takes to
+add a task: an adapter is read, while the encoder and the compiled program stay.
 """
 
 _EXAMPLES = """\
@@ -43,21 +44,46 @@ _REPEATS = 10
 _TOLERANCE = 1e-4
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the caller chose; `--help` says what each means."""
+
+    adapter: Annotated[
+        tuple[Path, ...],
+        Option(
+            "the folders `adapter` in the --out of several trainings, of the same --rank or not",
+            Path,
+            several=True,
+            metavar="DIR",
+        ),
+    ]
+    text: Sentences = None
+    model: Model = None
+    output: OutputOptions = OutputOptions()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the example with these arguments and returns the exit code of the process."""
-    return exit_code(lambda: serve(_parser().parse_args(argv)))
+    """Runs the study with these arguments and returns the exit code of the process."""
+    return exit_code(lambda: study(parsed(argv)))
 
 
-def serve(options: argparse.Namespace) -> None:
-    """Classifies every sentence for every task in one batch, and prints what that takes."""
-    console = Console(to_stderr=options.json)
+def parsed(arguments: Sequence[str] | None) -> Options:
+    """Returns the options on the command line; exits, as argparse does, if one is wrong."""
+    return parsed_as(
+        Options, arguments, command="two_tasks", description=_DESCRIPTION, examples=_EXAMPLES
+    )
+
+
+def study(options: Options) -> None:
+    """Classifies every sentence for every task in one batch, and shows what that takes."""
+    run = Run(options.output)
     sentences = sentences_of(options.text)
     folders = [AdapterFolder(path) for path in options.adapter]
     model = common_model([folder.read_card() for folder in folders])
-    encoder_seconds, encoder = _timed(lambda: Encoder.read(options.model or _path(model)))
-    # Once before, so that what is timed is the adapter and not the libraries that read it.
+    encoder_seconds, encoder = timed(lambda: Encoder.read(options.model or model))
+    # Read once before, so that the time is that of the adapter and not of importing libraries.
     Task.read(folders[0], encoder)
-    read = [_timed(lambda folder=folder: Task.read(folder, encoder)) for folder in folders]
+    read = [timed(lambda folder=folder: Task.read(folder, encoder)) for folder in folders]
     tasks = [task for _, task in read]
     served = ServedTasks(tasks, encoder)
     batch, ids = served.rows(sentences), served.ids(sentences)
@@ -80,11 +106,13 @@ def serve(options: argparse.Namespace) -> None:
         "programs": served.programs,
         "greatest_difference": difference,
     }
-    _print(results, options.adapter, console)
-    if options.json:
-        print(json.dumps(results, indent=2))
-    if not difference < _TOLERANCE:
-        raise RuntimeError(f"in one batch the log-probabilities differ by {difference:.1e}")
+    _print(results, options.adapter, run.console)
+    alike = Claim(
+        "a batch of all tasks answers as each adapter alone",
+        difference < _TOLERANCE,
+        f"log-probabilities differ by {difference:.1e}",
+    )
+    run.finish(results, claims=[alike])
 
 
 def _greatest_difference(
@@ -122,58 +150,25 @@ def _print(results: dict[str, Any], folders: Sequence[Path], console: Console) -
             for answer in answers
         ],
     )
-    console.rule("What is moved, and how long it takes")
-    moved = [("the encoder, once", results["encoder"])]
-    moved += [(f"a task: {found['folder']}", found) for found in results["adapters"]]
+    console.rule("What is read, and how long it takes")
+    read = [("the encoder, once", results["encoder"])]
+    read += [(f"a task: {found['folder']}", found) for found in results["adapters"]]
     console.table(
         ["", "bytes", "seconds"],
-        [[name, f"{found['bytes']:,}", f"{found['seconds']:.3f}"] for name, found in moved],
+        [[name, f"{found['bytes']:,}", f"{found['seconds']:.3f}"] for name, found in read],
     )
     seconds = results["batch_seconds"]
     console.note(
-        f"A batch takes {1e3 * seconds['one task']:.1f} ms where all rows have one task, and "
-        f"{1e3 * seconds['all tasks']:.1f} ms where they have all; compiled programs: "
+        f"A batch takes {1e3 * seconds['one task']:.1f} ms if all rows have the same task, and "
+        f"{1e3 * seconds['all tasks']:.1f} ms if they have all of them; compiled programs: "
         f"{results['programs']}\n"
         "Each adapter alone gives the same answers: log-probabilities differ by at most "
         f"{results['greatest_difference']:.1e}"
     )
 
 
-def _timed(computation: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = computation()
-    return time.perf_counter() - start, result
-
-
 def _median_seconds(computation: Callable[[], Any]) -> float:
-    return float(
-        np.median(
-            [_timed(lambda: jax.block_until_ready(computation()))[0] for _ in range(_REPEATS)]
-        )
-    )
-
-
-def _path(model: str | None) -> Path | None:
-    return Path(model) if model else None
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m experiments.two_tasks",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="the folders `adapter` of several trainings' --out, with the same --rank or others",
-    )
-    add_sentence_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    return parser
+    return float(np.median([timed(computation)[0] for _ in range(_REPEATS)]))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,19 @@ OWN_FILES = sorted(
     for file in (ROOT / folder).rglob("*.py")
 )
 LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
+STUDY_FILES = sorted((ROOT / "experiments").rglob("*.py"))
+
+# What is in `experiments/` imports from itself and from the layers before it. A new study adds its
+# package to the fourth layer, and its command to the last.
+STUDY_LAYERS = (
+    {"common"},
+    {"data"},
+    {"models"},
+    {"mnist", "text"},
+    {"ranks"},
+    {"__init__", "mlp_lora", "mnist_lora", "rank_study", "text_lora", "two_tasks"},
+)
+STUDY_LAYER_OF = {part: level for level, parts in enumerate(STUDY_LAYERS) for part in parts}
 
 
 def module_name(file):
@@ -61,8 +74,8 @@ def module_name(file):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def part_of_library(module):
-    """Returns what stands right below `lora_jax` in a module's name: a row of LAYERS."""
+def part_of_package(module):
+    """Returns what stands right below `lora_jax` or `experiments` in a module's name."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -104,20 +117,32 @@ def relative(file):
 
 @pytest.mark.parametrize("file", LIBRARY_FILES, ids=relative)
 def test_imports_point_one_way(file):
-    own = part_of_library(module_name(file))
+    own = part_of_package(module_name(file))
     assert own in LAYER_OF, f"{own} has no place in LAYERS"
     for module in imported_modules(ast.walk(parse(file))):
         if module.split(".")[0] == "lora_jax":
-            other = part_of_library(module)
+            other = part_of_package(module)
             assert LAYER_OF[other] <= LAYER_OF[own], f"{relative(file)} imports {module}"
 
 
 def test_no_import_leads_back():
     graph = {
         module_name(file): set(imported_modules(parse(file).body)) - {module_name(file)}
-        for file in LIBRARY_FILES
+        for file in [*LIBRARY_FILES, *STUDY_FILES]
     }
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("file", STUDY_FILES, ids=relative)
+def test_imports_of_studies_point_one_way(file):
+    own = part_of_package(module_name(file))
+    assert own in STUDY_LAYER_OF, f"{own} has no place in STUDY_LAYERS"
+    for module in imported_modules(ast.walk(parse(file))):
+        package = module.split(".")[0]
+        assert package not in {"benchmarks", "tests"}, f"{relative(file)} imports {module}"
+        if package == "experiments" and (other := part_of_package(module)) != own:
+            is_below = STUDY_LAYER_OF[other] < STUDY_LAYER_OF[own]
+            assert is_below, f"{relative(file)} imports {module}"
 
 
 @pytest.mark.parametrize("file", OWN_FILES, ids=relative)

@@ -11,8 +11,8 @@ import optax
 
 import lora_jax
 from benchmarks.peers.batches import read_batches, write_batches
-from experiments.mnist_task import ADAPTED_APPLY, LAYERS, initial_params
-from experiments.training import Training
+from experiments.common.training import Training
+from experiments.mnist.network import ADAPTED_APPLY, LAYERS, initial_params
 from lora_jax.exchange import peft
 
 _NAMES = [peft.Rule(f"{layer}.weight", f"{layer}/kernel") for layer in LAYERS]

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from benchmarks.peers.batches import read_batches
 
-_MEAN, _DEVIATION = 0.1307, 0.3081  # as in experiments.models
+_MEAN, _DEVIATION = 0.1307, 0.3081  # as in experiments.mnist.network
 _LAYERS = ("hidden_1", "hidden_2", "output")
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from experiments.command import Parser, positive_int
+from experiments.common.options import Parser, positive_int
 
 
 def comparison_parser(name: str, description: str | None) -> Parser:

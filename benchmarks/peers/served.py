@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
-from experiments.memory import host_peak_bytes
+from experiments.common.memory import host_peak_bytes
 
 
 def main(target: str, threads: int) -> None:

@@ -12,13 +12,13 @@ import numpy as np
 import lora_jax
 from benchmarks.peers.batches import read_batches
 from benchmarks.peers.text_start import peft_names
-from experiments.bert import with_new_head
+from experiments.common.memory import keep_freed_memory, return_freed_memory
 from experiments.data.tokens import TokenBatch, in_order
-from experiments.memory import keep_freed_memory, return_freed_memory
+from experiments.models.bert import Encoder, with_new_head
 from experiments.text.evaluation import log_probabilities
 from experiments.text.options import parsed
-from experiments.text.task import Encoder, adapted_apply, classifier_apply
-from experiments.text.training import CompiledSteps, optimizer
+from experiments.text.step import CompiledSteps, optimizer
+from experiments.text.task import adapted_apply, classifier_apply
 from lora_jax.exchange import peft
 
 

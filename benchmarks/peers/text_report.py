@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.text_contender import Contender, Exchange
-from experiments.console import Console
-from experiments.output import write_json
+from experiments.common.console import Console
+from experiments.common.files import write_json
 
 OURS, PEFT = "lora_jax", "PEFT"
 GREATEST_LOSS_DIFFERENCE = 1e-3
@@ -138,7 +138,7 @@ def _save_plot(findings: Findings, path: Path) -> None:
     """Draws both loss curves on top of each other, and how far they are apart."""
     from matplotlib.figure import Figure
 
-    from experiments.plots import COLOURS, save_figure
+    from experiments.common.plots import COLOURS, save_figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)

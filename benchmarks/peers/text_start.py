@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 
 from benchmarks.peers.batches import write_batches
-from experiments.bert import BertConfig, huggingface_modules
-from experiments.console import Console
+from experiments.common.console import Console
 from experiments.data.tokens import TrainingBatches, lengths_up_to
+from experiments.models.bert import BertConfig, Encoder, huggingface_modules
 from experiments.text.evaluation import batches_of
 from experiments.text.options import Options, parsed
-from experiments.text.task import Encoder, TextTask, loaded_texts, text_task
-from experiments.text.training import GREATEST_GRADIENT, learning_rates
+from experiments.text.step import GREATEST_GRADIENT, learning_rates
+from experiments.text.task import TextTask, loaded_texts, text_task
 from lora_jax.exchange import peft
 
 

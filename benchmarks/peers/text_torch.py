@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.peers.batches import read_batches
-from experiments.memory import keep_freed_memory
+from experiments.common.memory import keep_freed_memory
 
 
 class Classifier(nn.Module):

@@ -1,12 +1,12 @@
-"""Batches gathered on the host, in an order that the seed alone decides."""
+"""Batches of a split, gathered on the host, in an order that only the seed decides."""
 
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.common.errors import InputError
 from experiments.data.dataset import Labels, Split
-from experiments.errors import InputError
 
 Batch = tuple[NDArray[np.generic], Labels]
 
@@ -30,7 +30,7 @@ class Batches:
 def epoch_batches(
     split: Split, *, batch_size: int, epochs: int, random: np.random.Generator
 ) -> Batches:
-    """Returns `epochs` passes over the split, each in its own order, without the partial batch."""
+    """Returns `epochs` passes over the split, each in its own order, without a partial batch."""
     per_epoch = len(split) // batch_size
     if per_epoch == 0:
         raise InputError(
@@ -49,7 +49,7 @@ def digit_batches(
     replay: float,
     random: np.random.Generator,
 ) -> Batches:
-    """Returns batches of one digit, with a fraction `replay` of the rows from all the others."""
+    """Returns batches of one digit, with a fraction `replay` of rows of all other digits."""
     is_digit = split.labels == digit
     count = batches * batch_size
     others = round(count * replay)
@@ -63,7 +63,7 @@ def digit_batches(
 
 
 def _drawn(rows: NDArray[np.int64], count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Returns `count` of the rows, none a second time before all were taken once."""
+    """Returns `count` of the rows; none is repeated before all have been taken."""
     passes = -(-count // len(rows))
     orders = [random.permutation(rows) for _ in range(passes)]
     return np.concatenate([rows[:0], *orders])[:count]

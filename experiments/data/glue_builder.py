@@ -13,20 +13,20 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.text.glue import Glue
 
-from experiments.console import Console
+from experiments.common.console import Console
+from experiments.data.dataset import TextDataset, Texts
 from experiments.data.prepared import (
     builder_in,
     examples,
     is_prepared,
     prepare_from_network,
 )
-from experiments.data.text import TextDataset, Texts
 
 NAME = "glue/sst2"
 
 
 class SST2(Glue, skip_registration=True):
-    """TFDS's GLUE, its archive unpacked by Python."""
+    """TFDS's GLUE, with an archive that Python unpacks."""
 
     name = Glue.name
     VERSION = Glue.VERSION
@@ -46,10 +46,10 @@ class SST2(Glue, skip_registration=True):
 
 
 def sst2(data_dir: Path, console: Console) -> TextDataset:
-    """Returns SST-2; what is tested on is GLUE's validation set, whose labels are public.
+    """Returns SST-2; its test set is GLUE's validation set, whose labels are public.
 
     Raises:
-      OSError: it is not prepared in this folder and can't be downloaded.
+      OSError: it is neither prepared in this folder nor can it be downloaded.
     """
     builder = builder_in(functools.partial(SST2, config="sst2"), data_dir)
     if not is_prepared(builder):

@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets prepares and reads, without TensorFlow.
+"""Data sets that TensorFlow Datasets prepares and reads without TensorFlow.
 
 Importing this module takes a second.
 """
@@ -14,18 +14,21 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from experiments.console import Console
-from experiments.data.tfrecord import tfrecords
-from experiments.errors import InputError
+from experiments.common.console import Console
+from experiments.common.errors import InputError
 
 _PROBE_SECONDS = 5
 
 # How many records are read at once.
 _RECORDS = 1024
 
+# Of the fields of a TFRecord file.
+_LENGTH_BYTES = 8
+_CHECKSUM_BYTES = 4
+
 
 def builder_in(make: Callable[..., Any], data_dir: Path) -> Any:
-    """Returns the builder of what is prepared in this folder, in whatever format, or of a new one.
+    """Returns the builder of the data set in this folder, in any file format, or of a new one.
 
     Args:
       make: the builder's class, its other arguments bound.
@@ -38,7 +41,7 @@ def builder_in(make: Callable[..., Any], data_dir: Path) -> Any:
 
 
 def is_prepared(builder: Any) -> bool:
-    """Says whether a data set is there, without TFDS's warning where it is not."""
+    """Says whether a data set is there, without TFDS's warning if it is not."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -49,8 +52,12 @@ def is_prepared(builder: Any) -> bool:
 
 
 def prepare_from_network(builder: Any, url: str, console: Console) -> None:
-    """Downloads and prepares; raises OSError within seconds where `url` can't be reached."""
-    # TFDS itself waits without a limit for a server that doesn't answer.
+    """Downloads and prepares a data set.
+
+    Raises:
+      OSError: `url` can't be reached, which is found out within seconds, or the download failed.
+    """
+    # TFDS itself waits forever for a server that doesn't answer.
     probe = urllib.request.Request(url, method="HEAD")
     urllib.request.urlopen(probe, timeout=_PROBE_SECONDS).close()
     try:
@@ -60,7 +67,7 @@ def prepare_from_network(builder: Any, url: str, console: Console) -> None:
 
 
 def prepare(builder: Any, manual_dir: Path | None, source: str, console: Console) -> None:
-    """Prepares a data set from the files in a folder, or from the network."""
+    """Prepares a data set from the files in a folder, or from the network if it is None."""
     console.note(f"Preparing {builder.name}, once, from {source} in {builder.data_dir}")
     if not console.is_terminal:
         tfds.disable_progress_bar()
@@ -87,3 +94,17 @@ def examples(builder: Any, split: str, decoders: Any = None) -> Iterator[Any]:
         # Reading records one by one takes six times as long.
         for first in range(0, len(source), _RECORDS):
             yield from source.__getitems__(range(first, min(first + _RECORDS, len(source))))
+
+
+def tfrecords(path: Path) -> Iterator[bytes]:
+    """Yields the records of a TFRecord file, TFDS's default format.
+
+    Each is a length, the checksum of that, so many bytes, and their checksum.
+    """
+    with path.open("rb") as file:
+        while header := file.read(_LENGTH_BYTES + _CHECKSUM_BYTES):
+            length = int.from_bytes(header[:_LENGTH_BYTES], "little")
+            record = file.read(length)
+            if len(record) != length or len(file.read(_CHECKSUM_BYTES)) != _CHECKSUM_BYTES:
+                raise ValueError(f"{path} ends in the middle of a record")
+            yield record

@@ -1,7 +1,7 @@
-"""Batches of sentences of like length, so that few shapes are compiled and little is padding.
+"""Batches of sentences of similar length, so that few shapes are compiled and little is padding.
 
-A sentence goes to the shortest of a few lengths that holds it. What does not fill a batch of its
-length goes on to the next, so that at most one batch is not full, whatever the lengths.
+A sentence is padded to the shortest of a few lengths that holds it. Sentences that do not fill a
+batch of their length move on to the next length, so that at most one batch is not full.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 from numpy.typing import NDArray
 
+from experiments.common.errors import InputError
 from experiments.data.dataset import Labels
-from experiments.errors import InputError
 
 _SHORTEST = 8
 
@@ -22,13 +22,13 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """The tokens of each sentence, its class, and what fills up a batch.
+    """The tokens of each sentence, its class, and the token for padding.
 
     Attributes:
-      token_ids: for each sentence its tokens, those at the beginning and the end among them.
+      token_ids: the tokens of each sentence, including those that mark its beginning and end.
       labels: the number of each sentence's class.
-      padding_id: the token that stands behind the end of a sentence.
-      truncated: how many of the sentences were longer and were cut off.
+      padding_id: the token that follows the end of a sentence.
+      truncated: how many of the sentences were longer and have been cut off.
     """
 
     token_ids: tuple[NDArray[np.int32], ...]
@@ -41,13 +41,13 @@ class TokenizedTexts:
 
 
 class TokenBatch(NamedTuple):
-    """Sentences of like length; a pytree, so that a compiled step takes it as it is.
+    """Sentences of similar length; a pytree, so that a compiled step takes it as it is.
 
     Attributes:
-      token_ids: the tokens, filled up to one length.
+      token_ids: the tokens, padded to one length.
       mask: which of them are tokens of the sentence.
       labels: the number of each sentence's class.
-      weights: 1 for a sentence, 0 for a row that only fills the batch: those of a loss's mean.
+      weights: those of a loss's mean: 1 for a sentence, 0 for a row that only fills the batch.
       rows: which sentence of the texts each row is; -1 for a row that only fills the batch.
     """
 
@@ -60,7 +60,7 @@ class TokenBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: epochs that are done, and batches of the one begun; fit for JSON."""
+    """How far training has come: finished epochs, and finished batches of the current one."""
 
     seed: int
     epoch: int
@@ -68,10 +68,10 @@ class Position:
 
 
 class TrainingBatches:
-    """Every epoch shows the sentences in another order, which the seed and its number decide.
+    """Epochs of batches, each in an order of its own that the seed and its number decide.
 
-    All batches are full. Where the sentences are not a multiple of the batch size, each epoch
-    leaves out the remainder, drawn anew.
+    All batches are full. If the batch size does not divide the number of sentences, each epoch
+    leaves out a remainder of its own.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainingBatches:
         seed: int,
         lengths: Sequence[int],
     ) -> None:
-        """Takes the texts, and the lengths to which they are filled up; see `lengths_up_to`."""
+        """Takes the texts, and the lengths that they are padded to; see `lengths_up_to`."""
         if batch_size > len(texts):
             raise InputError(
                 f"--batch-size {batch_size} is more than the {len(texts)} training examples"
@@ -106,20 +106,20 @@ class TrainingBatches:
         return self.starting_at(self.position(0))
 
     def position(self, done: int) -> Position:
-        """Returns where training stands after so many batches."""
+        """Returns the position after so many batches."""
         return Position(self._seed, *divmod(done, self.per_epoch))
 
     def starting_at(self, position: Position) -> Iterator[TokenBatch]:
-        """Yields the batches that follow; with those before, they are those of a run in one go."""
+        """Yields the batches from there on: the same as in a run without interruption."""
         if position.seed != self._seed:
             raise InputError(
-                f"--seed is {self._seed}, but training was begun with {position.seed}; pass that"
+                f"--seed is {self._seed}, but training began with {position.seed}; pass that one"
             )
         if position.index >= self.per_epoch:
             raise InputError(
-                f"training was left at batch {position.index} of an epoch, but with these data and "
-                f"--batch-size {self._batch_size} an epoch has {self.per_epoch}; pass those that "
-                "it was begun with"
+                f"training stopped at batch {position.index} of an epoch, but with this data and "
+                f"--batch-size {self._batch_size} an epoch has {self.per_epoch}; pass the data and "
+                "the batch size that it began with"
             )
         return self._from(position.epoch, position.index)
 
@@ -147,7 +147,7 @@ def evaluation_batches(
 ) -> list[TokenBatch]:
     """Returns batches with every sentence once; `in_order` undoes the sorting by length.
 
-    All have the same number of rows: the last one is filled up with rows of weight 0.
+    All have the same number of rows: the last one is completed with rows of weight 0.
     """
     order = np.arange(len(texts))
     plan = _plan(order, _places(texts, lengths), lengths, batch_size)
@@ -155,7 +155,7 @@ def evaluation_batches(
 
 
 def in_order(batches: Sequence[TokenBatch], outputs: Sequence[Any]) -> NDArray[Any]:
-    """Returns, from what came of each row of each batch, what came of each sentence."""
+    """Returns the output for each sentence, from the outputs for each row of each batch."""
     rows = np.concatenate([batch.rows for batch in batches])
     values = np.concatenate([np.asarray(output) for output in outputs])
     ordered = np.empty((int(rows.max()) + 1, *values.shape[1:]), values.dtype)
@@ -164,7 +164,7 @@ def in_order(batches: Sequence[TokenBatch], outputs: Sequence[Any]) -> NDArray[A
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:
-    """Returns the lengths to which sentences are filled up: 8, 16, 32, ... and the longest."""
+    """Returns the lengths that sentences are padded to: 8, 16, 32, ... and the longest."""
     lengths, length = [], _SHORTEST
     while length < longest:
         lengths.append(length)
@@ -173,13 +173,13 @@ def lengths_up_to(longest: int) -> tuple[int, ...]:
 
 
 def padding_share(batches: Sequence[TokenBatch]) -> float:
-    """Returns which share of the places in these batches is filled with padding."""
+    """Returns the share of these batches that is padding."""
     tokens = sum(int(batch.mask.sum()) for batch in batches)
     return 1 - tokens / sum(batch.mask.size for batch in batches)
 
 
 def _places(texts: TokenizedTexts, lengths: Sequence[int]) -> NDArray[np.int64]:
-    """Returns which of the lengths each sentence is filled up to."""
+    """Returns the index of the length that each sentence is padded to."""
     counts = np.array([len(ids) for ids in texts.token_ids], np.int64)
     if counts.max(initial=0) > max(lengths):
         raise ValueError(f"a sentence has {counts.max()} tokens, more than {max(lengths)}")

@@ -1,1 +1,1 @@
-"""The parts of the study on texts: what trains, how, and what came of it."""
+"""The study on sentences: what trains, how, and what came of it."""

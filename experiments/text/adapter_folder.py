@@ -1,4 +1,4 @@
-"""The best adapter on disk, and all that is needed to predict with it but the encoder itself."""
+"""The best adapter on disk, with everything that predicting needs besides the encoder."""
 
 import dataclasses
 import hashlib
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax
-from experiments.errors import InputError, as_input_error
-from experiments.output import write_json
-from experiments.text.task import Encoder
+from experiments.common.errors import InputError, as_input_error
+from experiments.common.files import write_json
+from experiments.models.bert import Encoder
 
 _WEIGHTS = "weights"
 _CARD = "task.json"
@@ -34,17 +34,22 @@ class Card:
     model_sha256: str
     method: str
 
+    @property
+    def model_folder(self) -> Path | None:
+        return Path(self.model) if self.model else None
+
     def check_encoder(self, encoder: Encoder) -> None:
         if file_hash(encoder.weights_file) != self.model_sha256:
             raise InputError(
                 f"the weights in {encoder.folder} are not those that the adapter was trained "
-                f"beside; pass --model with the folder of those (it was {self.model or 'none'})"
+                "beside; pass --model DIR with the folder of those "
+                f"(it was {self.model or 'that of the installed package'})"
             )
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder for an adapter, with its head, and for its card."""
+    """A folder for an adapter with its head, and for its card."""
 
     folder: Path
 

@@ -1,33 +1,33 @@
 """Methods and ranks side by side, each trained with several seeds."""
 
-import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lora_jax
-from experiments.cell_store import CellStore, Result
-from experiments.console import Console, device_name
-from experiments.data.text import TextDataset
-from experiments.output import write_json
+from experiments.common.console import Console, device_name
+from experiments.common.memory import MEGABYTE
+from experiments.common.run import Run
+from experiments.common.stores import CellStore, Result
+from experiments.data.dataset import TextDataset
+from experiments.models.bert import Encoder
 from experiments.text.adapter_folder import file_hash
 from experiments.text.evaluation import Examination
 from experiments.text.methods import Method
 from experiments.text.options import Options
-from experiments.text.task import Encoder, TextTask, adapted_apply, loaded_texts, text_task
-from experiments.text.training import CompiledSteps, Training
-from experiments.timing import Stopwatch
-
-_MEGABYTE = 1e6
+from experiments.text.step import CompiledSteps
+from experiments.text.task import TextTask, adapted_apply, loaded_texts, text_task
+from experiments.text.training import Training
 
 
-def compare(options: Options, console: Console) -> None:
-    """Trains every method with every seed, and reports means; finished cells are not redone."""
-    watch = Stopwatch()
+def compare(options: Options, run: Run) -> None:
+    """Trains every method with every seed, and reports means; finished cells are reused."""
+    console = run.console
     encoder = Encoder.read(options.data.model)
     dataset = loaded_texts(options.data, console)
     tasks = {seed: text_task(dataset, encoder, options.data, seed=seed) for seed in options.seeds}
-    store = CellStore(options.out / "cells", console)
+    store = CellStore(options.output.out / "cells", console)
     model_hash = file_hash(encoder.weights_file)
     found: dict[Method, list[Result]] = {}
     for method in options.methods:
@@ -43,14 +43,14 @@ def compare(options: Options, console: Console) -> None:
                 result = _result(training, task, console)
                 store.save(settings, result)
             found[method].append(result)
-    watch.phase_ended("training")
-    _present(found, tasks[options.seeds[0]], options, watch, console)
+    run.phase_ended("training")
+    _present(found, tasks[options.seeds[0]], options, run)
 
 
 def _settings(
     method: Method, seed: int, options: Options, dataset: TextDataset, model_hash: str
 ) -> dict[str, Any]:
-    """Returns all that decides the numbers of one cell."""
+    """Returns everything that decides the numbers of one cell."""
     return {
         "dataset": dataset.name,
         "sentences": [len(dataset.train), len(dataset.test)],
@@ -67,7 +67,7 @@ def _settings(
 
 
 def _result(training: Training, task: TextTask, console: Console) -> dict[str, Any]:
-    """Trains; returns how well the best of it does on the test sentences, and what it cost."""
+    """Trains; returns how well the best adapter does on the test sentences, and what it cost."""
     training.compile(console)
     examine = Examination(task.validation, max_length=task.max_length)
     adapted = adapted_apply(task.apply)
@@ -90,8 +90,7 @@ def _present(
     found: dict[Method, list[Result]],
     task: TextTask,
     options: Options,
-    watch: Stopwatch,
-    console: Console,
+    run: Run,
 ) -> None:
     metrics = {
         "dataset": task.dataset,
@@ -105,20 +104,19 @@ def _present(
         },
         "methods": [_row(method, results) for method, results in found.items()],
     }
-    console.rule(
+    run.console.rule(
         f"Accuracy on {len(task.test):,} test sentences after {len(task.train):,} training "
         f"sentences, {options.training.epochs} epochs; seeds: {len(options.seeds)}"
     )
-    console.table(
+    run.console.table(
         ["method", "trainable", "accuracy", "memory of a step", "steps per second"],
         [_cells(row) for row in metrics["methods"]],
     )
-    if not options.no_plots:
-        _save_plot(found, task, options)
-    write_json(options.out / "comparison.json", {**metrics, "seconds": watch.seconds()})
-    console.note(f"Results are in {options.out} ({watch.seconds()['total']:.0f} seconds)")
-    if options.json:
-        print(json.dumps(metrics, indent=2))
+    run.finish(
+        metrics,
+        draw=lambda folder: _save_plot(found, task, options, folder),
+        file="comparison.json",
+    )
 
 
 def _row(method: Method, results: Sequence[Result]) -> dict[str, Any]:
@@ -140,16 +138,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["method"],
         f"{row['trainable']:,}",
         f"{row['mean']:.4f}{deviation}",
-        f"{row['step_bytes'] / _MEGABYTE:,.0f} MB",
+        f"{row['step_bytes'] / MEGABYTE:,.0f} MB",
         f"{row['steps_per_second']:.2f}",
     ]
 
 
-def _save_plot(found: dict[Method, list[Result]], task: TextTask, options: Options) -> None:
+def _save_plot(
+    found: dict[Method, list[Result]], task: TextTask, options: Options, folder: Path
+) -> None:
+    # Matplotlib takes half a second to import, which --no-plots saves.
     from experiments.text.plots import save_comparison
 
     save_comparison(
-        options.out / "comparison.png",
+        folder / "comparison.png",
         {str(method): [result["accuracy"] for result in found[method]] for method in found},
         title=f"{len(task.train):,} sentences of {task.dataset}, {options.training.epochs} epochs",
     )

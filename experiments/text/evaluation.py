@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from experiments.common.evaluation import Evaluation
+from experiments.common.training import ApplyFn
 from experiments.data.tokens import (
     TokenBatch,
     TokenizedTexts,
@@ -16,21 +18,19 @@ from experiments.data.tokens import (
     in_order,
     lengths_up_to,
 )
-from experiments.evaluation import Evaluation
-from experiments.training import ApplyFn
 
 _BATCH_SIZE = 32
 
 
 class Examination:
-    """Sentences whose classes are known, in batches that are made once."""
+    """Sentences with known classes, in batches that are made once."""
 
     def __init__(self, texts: TokenizedTexts, *, max_length: int) -> None:
         self._labels = texts.labels
         self._batches = batches_of(texts, max_length=max_length)
 
     def __call__(self, apply_fn: ApplyFn, params: Any) -> Evaluation:
-        """Returns what the classifier says of each sentence."""
+        """Returns the classifier's prediction for each sentence."""
         logs = log_probabilities(apply_fn, params, self._batches)
         loss = -logs[np.arange(len(logs)), self._labels].mean()
         return Evaluation(logs.argmax(axis=-1).astype(np.int32), self._labels, float(loss))
@@ -43,7 +43,7 @@ def batches_of(texts: TokenizedTexts, *, max_length: int) -> list[TokenBatch]:
 def log_probabilities(
     apply_fn: ApplyFn, params: Any, batches: Sequence[TokenBatch]
 ) -> NDArray[np.float32]:
-    """Returns, for each sentence, the logarithm of each class's probability."""
+    """Returns the logarithm of each class's probability, for each sentence."""
     return in_order(
         batches, [_log_probabilities(apply_fn, params, *batch[:2]) for batch in batches]
     )

@@ -1,7 +1,7 @@
 """Which weights train: adapters and the head, every weight, or the head alone.
 
 All methods give a tree of the same kind, so that one training loop, one checkpoint and one file
-format serve them all: what trains in full is a `FullWeight`, beside adapters or without any.
+format serve them all: a weight that trains in full is a `FullWeight`, with or without adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 import lora_jax
-from experiments.errors import as_input_error
+from experiments.common.errors import as_input_error
 
 METHODS = ("lora", "dora", "full", "head")
 
@@ -25,7 +25,7 @@ _LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4, "head": 1e-2}
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune; the rank is that of the adapters, or None where there are none."""
+    """A way to fine-tune; the rank is that of the adapters, or None if there are none."""
 
     name: str
     rank: int | None
@@ -36,7 +36,7 @@ class Method:
 
     @property
     def learning_rate(self) -> float:
-        """The greatest learning rate, unless one is chosen."""
+        """The greatest learning rate, unless the caller chooses one."""
         return _LEARNING_RATES[self.name]
 
     @property
@@ -52,7 +52,11 @@ class Method:
         alpha: float | None,
         key: PRNGKeyArray,
     ) -> Any:
-        """Returns `params` with what this method trains; raises what `wrap` has against it."""
+        """Returns `params` with what this method trains.
+
+        Raises:
+          InputError: what `lora_jax.wrap` has against the targets or a setting.
+        """
         if self.rank is None:
             return _trained_in_full(params, "" if self.name == "full" else _HEAD)
         is_linear = _ALL_LINEAR in targets
@@ -70,7 +74,7 @@ class Method:
 
 
 def without_adapters(wrapped: Any) -> Any:
-    """Returns plain params with the adapters off and the head as it was trained."""
+    """Returns plain params with the adapters removed and the trained head."""
     return {**lora_jax.unwrap(wrapped), _HEAD: lora_jax.merge(wrapped)[_HEAD]}
 
 

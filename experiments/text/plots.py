@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from experiments.plots import COLOURS, save_figure
+from experiments.common.plots import COLOURS, draw_losses, save_figure
 
 _WINDOW = 10
 _CONFUSION_SIZE = 1.2
@@ -19,14 +19,12 @@ def save_curves(
     evaluations: Sequence[tuple[int, float, float]],
     title: str,
 ) -> None:
-    """Draws the loss of each step and of what is held out, and the accuracy on that."""
+    """Draws the loss in training and on held-out sentences, and the accuracy on the latter."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     window = min(_WINDOW, len(losses))
-    average = np.convolve(losses, np.ones(window) / window, mode="valid")
-    numbers = np.arange(1, len(losses) + 1)
-    left.plot(numbers, losses, ".", color=COLOURS[0], alpha=0.3, markersize=3)
-    left.plot(numbers[window - 1 :], average, color=COLOURS[0], label=f"mean of {window} steps")
+    label = f"mean of {window} steps"
+    draw_losses(left, losses, window=window, colour=COLOURS[0], size=3, label=label)
     steps, accuracies, held_out = zip(*evaluations, strict=True)
     left.plot(steps, held_out, "o-", color=COLOURS[1], label="held-out sentences")
     left.set(xlabel="step", ylabel="cross-entropy", title="loss")
@@ -51,7 +49,7 @@ def save_curves(
 def save_confusion(
     path: Path, counts: NDArray[np.int64], classes: Sequence[str], title: str
 ) -> None:
-    """Draws how often each class was taken for each."""
+    """Draws how often each class was taken for each other."""
     side = 2.5 + _CONFUSION_SIZE * len(classes)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -69,7 +67,7 @@ def save_confusion(
 
 
 def save_comparison(path: Path, accuracies: Mapping[str, Sequence[float]], title: str) -> None:
-    """Draws every accuracy as a point, and a line for each method's mean."""
+    """Draws every accuracy as a point, and the mean of each method as a line."""
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(accuracies)), layout="constrained")
     axes = figure.subplots()
     for place, (name, found) in enumerate(reversed(accuracies.items())):

@@ -1,6 +1,5 @@
 """What one training on sentences came to: as metrics, as tables, as pictures."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,34 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lora_jax
-from experiments.console import Console, device_name
-from experiments.evaluation import Evaluation
-from experiments.output import write_json
+from experiments.common.claims import ALIKE, Claim, predictions_claim, weights_claim
+from experiments.common.console import Console, device_name
+from experiments.common.evaluation import Evaluation
+from experiments.common.memory import MEGABYTE
+from experiments.common.run import Run
 from experiments.text.methods import Method
 from experiments.text.options import Options
 from experiments.text.task import TextTask
 from experiments.text.training import History
-from experiments.timing import Stopwatch
-
-_MEGABYTE = 1e6
-# Two ways of adding the same numbers may tip a sentence that lies between two classes.
-_ALIKE = 0.999
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that one training was measured by.
+    """Everything that was measured of one training.
 
     Attributes:
       task: what was to be learned.
-      method: how it was.
-      wrapped: the best adapter, as it came back from disk.
-      evaluations: on the test sentences: with adapters on, off and merged.
+      method: how it was learned.
+      wrapped: the best adapter, as restored from disk.
+      evaluations: those on the test sentences: with adapters on, off and merged.
       history: that of the training.
       bytes: the sizes of the adapter's folder and of the model's file.
-      peak_bytes: the most memory that the process used.
-      step_bytes: what the longest step has in memory.
-      merge_seconds: what folding the adapters into the weights takes.
+      peak_bytes: the peak memory of the process.
+      step_bytes: the memory of the step with the longest sentences.
+      merge_seconds: the time to fold the adapters into the weights.
       frozen_unchanged: whether the frozen weights are bit for bit those of the model's file.
     """
 
@@ -57,8 +53,16 @@ class Findings:
         on, merged = (self.evaluations[name].predictions for name in ("on", "merged"))
         return float(np.mean(on == merged))
 
-    def metrics(self, options: Options, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """Returns what metrics.json holds."""
+    def claims(self) -> list[Claim]:
+        """Returns what LoRA claims, and whether it holds here."""
+        on, merged = (self.evaluations[name] for name in ("on", "merged"))
+        return [
+            weights_claim(self.frozen_unchanged),
+            predictions_claim("merged weights predict as the adapters do", merged, on, ALIKE),
+        ]
+
+    def metrics(self, options: Options) -> dict[str, Any]:
+        """Returns what metrics.json holds, besides the seconds of each phase."""
         counts = lora_jax.count_parameters(self.wrapped)
         history, best = self.history, self.history.best
         return {
@@ -94,34 +98,24 @@ class Findings:
             "evaluations": [list(evaluation) for evaluation in history.evaluations],
             "confusion": confusion(self.evaluations["on"], len(self.task.classes)).tolist(),
             "classes": list(self.task.classes),
-            "seconds": dict(seconds),
         }
 
 
 def confusion(evaluation: Evaluation, classes: int) -> NDArray[np.int64]:
-    """Returns how often each class, by rows, was taken for each, by columns."""
+    """Returns how often each class (rows) was taken for each class (columns)."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (evaluation.labels, evaluation.predictions), 1)
     return counts
 
 
-def present(findings: Findings, options: Options, watch: Stopwatch, console: Console) -> None:
-    """Prints the tables, writes the files, and raises if a claim did not hold."""
-    _print_tables(findings, console)
-    if not options.no_plots:
-        _save_plots(findings, options.out)
-        watch.phase_ended("plots")
-    metrics = findings.metrics(options, watch.seconds())
-    write_json(options.out / "metrics.json", metrics)
-    console.note(f"Results are in {options.out} ({watch.seconds()['total']:.0f} seconds)")
-    if options.json:
-        print(json.dumps(metrics, indent=2))
-    if not findings.frozen_unchanged:
-        raise RuntimeError("the frozen weights changed")
-    if findings.merged_alike < _ALIKE:
-        raise RuntimeError(
-            f"merged weights predict otherwise: {findings.merged_alike:.2%} are alike"
-        )
+def present(findings: Findings, options: Options, run: Run) -> None:
+    """Prints the tables and finishes the run."""
+    _print_tables(findings, run.console)
+    run.finish(
+        findings.metrics(options),
+        claims=findings.claims(),
+        draw=lambda folder: _save_plots(findings, folder),
+    )
 
 
 def _print_tables(findings: Findings, console: Console) -> None:
@@ -162,24 +156,24 @@ _DESCRIPTIONS = {
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / _MEGABYTE:,.2f} MB"
+    return f"{size / MEGABYTE:,.2f} MB"
 
 
-def _save_plots(findings: Findings, out: Path) -> None:
-    # Matplotlib takes half a second to import, which --no-plots spares.
+def _save_plots(findings: Findings, folder: Path) -> None:
+    # Matplotlib takes half a second to import, which --no-plots saves.
     from experiments.text.plots import save_confusion, save_curves
 
     task, history = findings.task, findings.history
     data = f"{len(task.train):,} sentences of {task.dataset}"
     save_curves(
-        out / "curves.png",
+        folder / "curves.png",
         history.losses,
         history.evaluations,
         title=f"{findings.method}, {data}",
     )
     on = findings.evaluations["on"]
     save_confusion(
-        out / "confusion.png",
+        folder / "confusion.png",
         confusion(on, len(task.classes)),
         task.classes,
         title=f"{findings.method}: accuracy {on.accuracy:.3f}\non {len(task.test):,} sentences",

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import NDArray
 
 import lora_jax
-from experiments.bert import BertConfig, BertEncoder, mean_pooled, with_new_head
+from experiments.common.errors import InputError, as_input_error
 from experiments.data.tokens import TokenBatch, evaluation_batches, lengths_up_to
-from experiments.errors import InputError, as_input_error
+from experiments.models.bert import BertConfig, BertEncoder, Encoder, mean_pooled, with_new_head
 from experiments.text.adapter_folder import AdapterFolder, Card
 from experiments.text.evaluation import batches_of, log_probabilities
-from experiments.text.task import Encoder, adapted_apply, classifier_apply
+from experiments.text.task import adapted_apply, classifier_apply
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task:
         return cls(card, folder.restore(params))
 
     def log_probabilities(self, sentences: Sequence[str], encoder: Encoder) -> NDArray[np.float32]:
-        """Returns what this adapter says where it is alone: for each sentence, of each class."""
+        """Returns each class's log-probability for each sentence, with this adapter alone."""
         texts = encoder.tokenizer(self.card.max_length).unlabelled(sentences)
         batches = batches_of(texts, max_length=self.card.max_length)
         apply_fn = classifier_apply(encoder.config, len(self.card.classes))
@@ -44,10 +45,14 @@ class Task:
 
 
 class ServedTasks:
-    """A compiled function of a batch in which each row has a task of its own."""
+    """A compiled function of a batch in which each row has its own task."""
 
     def __init__(self, tasks: Sequence[Task], encoder: Encoder) -> None:
-        """Stacks the adapters; raises, naming what differs, where they don't fit together."""
+        """Puts the adapters into a bank.
+
+        Raises:
+          InputError: they don't fit together; what differs is named.
+        """
         self._tasks = tasks
         self._encoder = encoder
         self._max_length = min(task.card.max_length for task in tasks)
@@ -58,7 +63,7 @@ class ServedTasks:
         self._serve = jax.jit(lora_jax.serving.adapt(fn))
 
     def rows(self, sentences: Sequence[str]) -> TokenBatch:
-        """Returns the sentences once for every task: those of the first task come first."""
+        """Returns all sentences for the first task, then all of them for the second, and so on."""
         tokenizer = self._encoder.tokenizer(self._max_length)
         texts = tokenizer.unlabelled([*sentences] * len(self._tasks))
         (batch,) = evaluation_batches(
@@ -98,7 +103,7 @@ def _log_probabilities(
 def _stacked_heads(
     tasks: Sequence[Task],
 ) -> tuple[Float[Array, "tasks width classes"], Float[Array, "tasks classes"]]:
-    """Returns every head, with as many classes as the largest has: the others are impossible."""
+    """Returns every head with as many classes as the largest has; added classes are impossible."""
     heads = [lora_jax.merge(task.wrapped)["classifier"] for task in tasks]
     most = max(len(task.card.classes) for task in tasks)
     kernels, biases = [], []
@@ -109,8 +114,12 @@ def _stacked_heads(
     return jnp.stack(kernels), jnp.stack(biases)
 
 
-def common_model(cards: Sequence[Card]) -> str | None:
-    """Returns where the encoder of all is; raises if they are for different ones."""
+def common_model(cards: Sequence[Card]) -> Path | None:
+    """Returns the folder of the encoder that all adapters are for, None for the packaged one.
+
+    Raises:
+      InputError: they are for different encoders.
+    """
     if len({card.model_sha256 for card in cards}) > 1:
         raise InputError("--adapter: these adapters were trained beside different encoders")
-    return cards[0].model
+    return cards[0].model_folder

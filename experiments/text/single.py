@@ -1,23 +1,21 @@
-"""One training on sentences, tested in every way."""
-
-import time
-from collections.abc import Callable
-from typing import Any
+"""One training on sentences, and the tests of what it gives."""
 
 import jax
 
 import lora_jax
-from experiments.claims import frozen_unchanged
-from experiments.console import Console
-from experiments.memory import peak_bytes
-from experiments.output import bytes_in
+from experiments.common.claims import frozen_unchanged
+from experiments.common.console import Console
+from experiments.common.files import bytes_in
+from experiments.common.memory import peak_bytes
+from experiments.common.run import Run
+from experiments.common.timing import timed
+from experiments.models.bert import Encoder
 from experiments.text.adapter_folder import AdapterFolder, Card, file_hash
 from experiments.text.evaluation import Examination
 from experiments.text.methods import without_adapters
 from experiments.text.options import Options
 from experiments.text.report import Findings, present
 from experiments.text.task import (
-    Encoder,
     TextTask,
     adapted_apply,
     describe,
@@ -26,35 +24,35 @@ from experiments.text.task import (
     text_task,
 )
 from experiments.text.training import Training
-from experiments.timing import Stopwatch
 from lora_jax.checkpoint import TrainingCheckpoints
 
 _CHECKPOINTS = "checkpoints"
 _ADAPTER = "adapter"
 
 
-def run_once(options: Options, console: Console) -> None:
+def train_once(options: Options, run: Run) -> None:
     """Trains, keeps the best adapter, tests it and reports."""
-    watch = Stopwatch()
+    console, out = run.console, options.output.out
     seed, method = options.seeds[0], options.methods[0]
     encoder = Encoder.read(options.data.model)
     task = text_task(loaded_texts(options.data, console), encoder, options.data, seed=seed)
     describe(task, console)
     params = task.initial_params(seed)
     training = Training(task, method, options.training, seed=seed)
-    watch.phase_ended("data")
+    run.phase_ended("data")
 
-    folder = AdapterFolder(options.out / _ADAPTER)
-    _train(training, task, folder, options, watch, console)
+    folder = AdapterFolder(out / _ADAPTER)
+    _train(training, task, folder, options, run)
     best = folder.restore(params)
-    merge_seconds, merged = _timed(lambda: lora_jax.merge(best))
+    jax.block_until_ready(lora_jax.merge(best))  # compiled now, so that the time is the merge's
+    merge_seconds, merged = timed(lambda: lora_jax.merge(best))
     test = Examination(task.test, max_length=task.max_length)
     evaluations = {
         "on": test(adapted_apply(task.apply), best),
         "off": test(task.apply, without_adapters(best)),
         "merged": test(task.apply, merged),
     }
-    watch.phase_ended("testing")
+    run.phase_ended("testing")
     sizes = {"adapter": bytes_in(folder.weights), "model": encoder.weights_file.stat().st_size}
     findings = Findings(
         task=task,
@@ -68,24 +66,20 @@ def run_once(options: Options, console: Console) -> None:
         merge_seconds=merge_seconds,
         frozen_unchanged=frozen_unchanged(params, training.wrapped),
     )
-    present(findings, options, watch, console)
+    present(findings, options, run)
 
 
 def _train(
-    training: Training,
-    task: TextTask,
-    folder: AdapterFolder,
-    options: Options,
-    watch: Stopwatch,
-    console: Console,
+    training: Training, task: TextTask, folder: AdapterFolder, options: Options, run: Run
 ) -> None:
     """Takes the steps that are left, and puts the best adapter into the folder."""
-    with TrainingCheckpoints(options.out / _CHECKPOINTS, keep=1) as checkpoints:
+    console = run.console
+    with TrainingCheckpoints(options.output.out / _CHECKPOINTS, keep=1) as checkpoints:
         _begin(training, checkpoints, options, console)
         console.note(lora_jax.summary(training.wrapped))
         console.note(shapes_line(training.shapes(), options.training.batch_size))
         training.compile(console)
-        watch.phase_ended("compiling")
+        run.phase_ended("compiling")
         card = Card(
             classes=task.classes,
             max_length=task.max_length,
@@ -101,24 +95,16 @@ def _train(
             console=console,
             checkpoints=checkpoints,
         )
-    watch.phase_ended("training")
+    run.phase_ended("training")
 
 
 def _begin(
     training: Training, checkpoints: TrainingCheckpoints, options: Options, console: Console
 ) -> None:
-    """Takes up the training that was left, or makes way for a new one."""
+    """Resumes the training that was interrupted, or makes way for a new one."""
     if options.resume:
         training.resume(checkpoints)
-        console.note(f"Going on from step {training.step}")
+        console.note(f"Continuing from step {training.step}")
     elif checkpoints.latest_step is not None:
-        console.note(f"Training anew: the checkpoint of step {checkpoints.latest_step} goes")
+        console.note(f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted")
         checkpoints.delete_after(-1)
-
-
-def _timed(computation: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the seconds of a computation that is compiled already, and its result."""
-    jax.block_until_ready(computation())
-    start = time.perf_counter()
-    result = jax.block_until_ready(computation())
-    return time.perf_counter() - start, result

@@ -1,67 +1,36 @@
-"""What is to be learned: sentences as tokens, and the encoder that learns."""
+"""What is to be learned: sentences as tokens, with the encoder that learns them."""
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import lora_jax
-from experiments.bert import (
-    BertClassifier,
-    BertConfig,
-    TextTokenizer,
-    encoder_params,
-    model_folder,
-    with_new_head,
-)
-from experiments.bert.config import read_config
-from experiments.bert.folder import CONFIG, TOKENIZER, WEIGHTS
-from experiments.console import Console
-from experiments.data.text import TextDataset, divided, subset
-from experiments.data.text_load import load_texts
+from experiments.common.console import Console
+from experiments.common.errors import InputError
+from experiments.common.training import ApplyFn
+from experiments.data.dataset import TextDataset, divided, subset
+from experiments.data.texts import load_texts
 from experiments.data.tokens import TokenizedTexts
-from experiments.text.options import DataOptions, renamed
-from experiments.training import ApplyFn
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A pretrained encoder, on JAX's default device."""
-
-    folder: Path
-    config: BertConfig
-    params: Any
-
-    @classmethod
-    def read(cls, chosen: Path | None) -> "Encoder":
-        folder = model_folder(chosen)
-        config = read_config(folder / CONFIG)
-        return cls(folder, config, jax.device_put(encoder_params(folder / WEIGHTS, config)))
-
-    @property
-    def weights_file(self) -> Path:
-        return self.folder / WEIGHTS
-
-    def tokenizer(self, max_length: int) -> TextTokenizer:
-        return TextTokenizer(self.folder / TOKENIZER, self.config, max_length=max_length)
+from experiments.models.bert import BertClassifier, BertConfig, Encoder, with_new_head
+from experiments.text.options import DataOptions
 
 
 @dataclass(frozen=True)
 class TextTask:
-    """Sentences to train on, to choose the best adapter by, and to test it on.
+    """Sentences to train on, to choose the best adapter with, and to test it on.
 
     Attributes:
       dataset: the name of the data.
       encoder: what the classifier is built on.
-      classes: their names.
+      classes: the names of the classes.
       max_length: how many tokens of a sentence are kept.
-      train: what is trained on.
+      train: the sentences to train on.
       validation: other sentences of the same file.
-      test: those of the evaluation file.
+      test: the sentences of the evaluation file.
     """
 
     dataset: str
@@ -86,14 +55,14 @@ def classifier_apply(config: BertConfig, classes: int) -> ApplyFn:
     return BertClassifier(config, classes).apply
 
 
-# The same function adapted anew is compiled anew.
+# A function that is adapted again is compiled again.
 @lru_cache(maxsize=8)
 def adapted_apply(apply_fn: ApplyFn, dropout: float = 0.0) -> ApplyFn:
     return lora_jax.adapt(apply_fn, dropout=dropout)
 
 
 def loaded_texts(options: DataOptions, console: Console) -> TextDataset:
-    """Returns the sentences, their classes by the names that were chosen."""
+    """Returns the sentences, with the class names that were chosen."""
     dataset = load_texts(
         train_file=options.train_file,
         eval_file=options.eval_file,
@@ -101,15 +70,27 @@ def loaded_texts(options: DataOptions, console: Console) -> TextDataset:
         data_dir=options.data_dir,
         console=console,
     )
-    names = renamed(dataset.classes, options.class_names)
+    names = _renamed(dataset.classes, options.class_names)
     train, test = (
         dataclasses.replace(texts, classes=names) for texts in (dataset.train, dataset.test)
     )
     return TextDataset(_name(options, dataset), train, test)
 
 
+def _renamed(classes: tuple[str, ...], names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns what to call the classes; raises unless there is one name for each."""
+    if names is None:
+        return classes
+    if len(names) != len(classes) or len(set(names)) != len(names):
+        raise InputError(
+            f"--class-names are {', '.join(names)}; expected {len(classes)} different names, for "
+            f"the labels {', '.join(classes)}"
+        )
+    return names
+
+
 def _name(options: DataOptions, dataset: TextDataset) -> str:
-    """Returns the data's name; that of a file says little without its folder's."""
+    """Returns the data's name, with that of the folder if it is a file: `sst2/train`."""
     file = options.train_file
     return dataset.name if file is None else f"{file.resolve().parent.name}/{dataset.name}"
 
@@ -117,7 +98,7 @@ def _name(options: DataOptions, dataset: TextDataset) -> str:
 def text_task(
     dataset: TextDataset, encoder: Encoder, options: DataOptions, *, seed: int
 ) -> TextTask:
-    """Returns the task with the sentences that the seed draws."""
+    """Returns the task, with the sentences that the seed draws."""
     validation, rest = divided(
         dataset.train, options.validation_examples, seed=seed, option="--validation-examples"
     )
@@ -135,7 +116,7 @@ def text_task(
 
 
 def describe(task: TextTask, console: Console) -> None:
-    """Tells what there is to learn from."""
+    """Shows how many sentences there are, and which classes."""
     parts = {"training": task.train, "validation": task.validation, "test": task.test}
     counts = ", ".join(f"{len(texts):,} for {name}" for name, texts in parts.items())
     console.note(f"{task.dataset}, sentences: {counts}; classes: {', '.join(task.classes)}")
@@ -145,4 +126,4 @@ def describe(task: TextTask, console: Console) -> None:
 
 def shapes_line(shapes: Sequence[tuple[int, int]], batch_size: int) -> str:
     listed = ", ".join(f"{batch_size}×{length} ({count})" for length, count in shapes)
-    return f"Shapes that are compiled, and batches of each in an epoch: {listed}"
+    return f"Compiled shapes (and how many batches an epoch has of each): {listed}"

@@ -1,4 +1,4 @@
-"""Training on sentences: the step, and a run that can be left and taken up again to the bit."""
+"""A training on sentences that can be interrupted and resumed without a difference in any bit."""
 
 import dataclasses
 import time
@@ -8,22 +8,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jaxtyping import Array, PRNGKeyArray
 
 import lora_jax
-from experiments.console import Console, Steps
+from experiments.common.console import Console, Steps
+from experiments.common.errors import InputError, as_input_error
+from experiments.common.evaluation import Evaluation
+from experiments.common.memory import return_freed_memory
 from experiments.data.tokens import Position, TokenBatch, TrainingBatches, lengths_up_to
-from experiments.errors import InputError, as_input_error
-from experiments.evaluation import Evaluation
-from experiments.memory import return_freed_memory
 from experiments.text.methods import Method
 from experiments.text.options import TrainingOptions
-from experiments.text.task import TextTask, adapted_apply
-from experiments.training import ApplyFn, cross_entropy
+from experiments.text.step import CompiledSteps, optimizer
+from experiments.text.task import TextTask
 from lora_jax.checkpoint import TrainingCheckpoints
 
-GREATEST_GRADIENT = 1.0
 _RECENT = 20
 
 Keep = Callable[[Any], None]
@@ -32,13 +29,13 @@ Examine = Callable[[Any], Evaluation]
 
 @dataclass
 class History:
-    """What a run has seen so far; all of it goes into checkpoints.
+    """What a run has seen so far; all of it is saved in checkpoints.
 
     Attributes:
-      losses: each step's.
-      accuracies: each step's, on its own batch.
-      seconds: what each step took.
-      evaluations: step, accuracy and loss of each test on what is held out.
+      losses: the loss of each step.
+      accuracies: the accuracy of each step on its own batch.
+      seconds: the time of each step.
+      evaluations: step, accuracy and loss of each test on the held-out sentences.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -48,7 +45,7 @@ class History:
 
     @property
     def best(self) -> tuple[int, float, float] | None:
-        """The evaluation with the greatest accuracy; of several, that with the least loss."""
+        """The evaluation with the greatest accuracy, and among equals the least loss."""
         return max(self.evaluations, key=_goodness, default=None)
 
     @property
@@ -61,93 +58,14 @@ def _goodness(evaluation: tuple[int, float, float]) -> tuple[float, float]:
     return accuracy, -loss
 
 
-class CompiledSteps:
-    """The training step of one method, compiled once for each length of batches."""
-
-    def __init__(self, apply_fn: ApplyFn, tx: optax.GradientTransformation, dropout: float) -> None:
-        self._step = jax.jit(_training_step(apply_fn, tx, dropout))
-        self._compiled: dict[int, Any] = {}
-
-    def compile(self, length: int, *arguments: Any) -> None:
-        if length not in self._compiled:
-            self._compiled[length] = self._step.lower(*arguments).compile()
-
-    def __call__(self, length: int, *arguments: Any) -> Any:
-        self.compile(length, *arguments)
-        return self._compiled[length](*arguments)
-
-    @property
-    def bytes(self) -> int:
-        """What the step of the longest batches has in memory: arguments, results and between."""
-        found = self._compiled[max(self._compiled)].memory_analysis()
-        sizes = (
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes,
-            found.temp_size_in_bytes,
-            -found.alias_size_in_bytes,
-        )
-        return sum(sizes)
-
-
-def _training_step(
-    apply_fn: ApplyFn, tx: optax.GradientTransformation, dropout: float
-) -> Callable[..., Any]:
-    adapted = adapted_apply(apply_fn, dropout)
-
-    def step(
-        trainable: Any,
-        state: optax.OptState,
-        frozen: Any,
-        batch: TokenBatch,
-        number: Array,
-        key: PRNGKeyArray,
-    ) -> tuple[Any, optax.OptState, Array, Array]:
-        # A key of its own for each step, so that a resumed run draws what an unbroken one does.
-        model_key, adapter_key = jax.random.split(jax.random.fold_in(key, number))
-        of_adapters = {"lora_key": adapter_key} if dropout else {}
-
-        def loss_of(trainable: Any) -> tuple[Array, Array]:
-            logits = adapted(
-                {"params": lora_jax.combine(trainable, frozen)},
-                batch.token_ids,
-                batch.mask,
-                deterministic=False,
-                rngs={"dropout": model_key},
-                **of_adapters,
-            )
-            right = (logits.argmax(axis=-1) == batch.labels).mean()
-            return cross_entropy(logits, batch.labels), right
-
-        (loss, right), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-        updates, state = tx.update(gradients, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss, right
-
-    return step
-
-
-def learning_rates(options: TrainingOptions, method: Method, steps: int) -> optax.Schedule:
-    """Returns the learning rate of each step: it rises from 0 and falls to 0."""
-    warmup = min(max(1, round(options.warmup * steps)), steps - 1) if options.warmup else 0
-    greatest = options.learning_rate or method.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else greatest, greatest, warmup, steps)
-
-
-def optimizer(options: TrainingOptions, method: Method, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with those learning rates, on gradients cut to `GREATEST_GRADIENT`."""
-    return optax.chain(
-        optax.clip_by_global_norm(GREATEST_GRADIENT),
-        optax.adamw(learning_rates(options, method, steps), weight_decay=options.weight_decay),
-    )
-
-
 class Training:
-    """One run: what it has reached, and the steps that are left."""
+    """One training: the state that it has reached, and the steps that are left."""
 
     def __init__(
         self,
         task: TextTask,
         method: Method,
-        options: TrainingOptions,
+        training: TrainingOptions,
         *,
         seed: int,
         steps: CompiledSteps | None = None,
@@ -156,29 +74,29 @@ class Training:
         wrapped = method.wrapped(
             task.initial_params(seed),
             task.apply,
-            targets=options.targets,
-            alpha=options.alpha,
+            targets=training.targets,
+            alpha=training.alpha,
             key=keys[0],
         )
         self.batches = TrainingBatches(
             task.train,
-            batch_size=options.batch_size,
-            epochs=options.epochs,
+            batch_size=training.batch_size,
+            epochs=training.epochs,
             seed=seed,
             lengths=lengths_up_to(task.max_length),
         )
-        tx = optimizer(options, method, len(self.batches))
-        dropout = options.adapter_dropout if method.has_adapters else 0.0
+        tx = optimizer(training, method, len(self.batches))
+        dropout = training.adapter_dropout if method.has_adapters else 0.0
         self.steps = steps or CompiledSteps(task.apply, tx, dropout)
         self.history = History()
-        self._every = options.evaluate_every
-        self._batch_size = options.batch_size
+        self._every = training.evaluate_every
+        self._batch_size = training.batch_size
         self._key = keys[1]
         self._trainable, self._frozen = lora_jax.split(wrapped)
         self._state = tx.init(self._trainable)
         self._step = 0
         self._settings = {
-            **options.as_json(),
+            **training.as_json(),
             "method": str(method),
             "train_examples": len(task.train),
             "validation_examples": len(task.validation),
@@ -218,9 +136,13 @@ class Training:
         console: Console,
         checkpoints: TrainingCheckpoints | None = None,
     ) -> None:
-        """Takes the steps that are left; `keep` gets the wrapped tree whenever it is the best yet.
+        """Takes the steps that are left; an interruption leaves a checkpoint behind.
 
-        Where it is interrupted, a checkpoint of what it has reached is left behind.
+        Args:
+          examine: tests a wrapped tree on the held-out sentences.
+          keep: gets the wrapped tree whenever it is the best so far.
+          console: where progress is shown.
+          checkpoints: where to save; nowhere if None.
         """
         left = self.batches.starting_at(self.batches.position(self._step)) if self._left else ()
         try:
@@ -233,11 +155,13 @@ class Training:
         except KeyboardInterrupt:
             if checkpoints is not None:
                 self.save(checkpoints)
-                console.note(f"A checkpoint of step {self._step} is kept: --resume goes on from it")
+                console.note(
+                    f"A checkpoint of step {self._step} is kept: --resume continues from it"
+                )
             raise
 
     def save(self, checkpoints: TrainingCheckpoints) -> None:
-        """Saves what has been reached, unless that is saved already."""
+        """Saves the state, unless it is saved already."""
         if self._step in (0, checkpoints.latest_step):
             return
         checkpoints.save(
@@ -252,7 +176,11 @@ class Training:
         )
 
     def resume(self, checkpoints: TrainingCheckpoints) -> None:
-        """Takes up a run where its latest checkpoint has it."""
+        """Continues from the latest checkpoint.
+
+        Raises:
+          InputError: there is no checkpoint, or it is that of other settings.
+        """
         if checkpoints.latest_step is None:
             raise InputError("--resume finds no checkpoint in --out; train without it first")
         with as_input_error():
@@ -280,11 +208,11 @@ class Training:
         self.history.losses.append(float(loss))
         self.history.accuracies.append(float(right))
         self.history.seconds.append(time.perf_counter() - start)
-        # One statement: an interruption finds a step taken, or not begun.
+        # One statement, so that an interruption finds a step either taken or not begun.
         self._trainable, self._state, self._step = trainable, state, self._step + 1
 
     def _history_so_far(self) -> dict[str, Any]:
-        """Returns the history, without the traces of a step that was interrupted."""
+        """Returns the history without the traces of an interrupted step."""
         history = dataclasses.asdict(self.history)
         evaluations = history.pop("evaluations")
         return {
@@ -321,7 +249,7 @@ class Training:
         self.history.evaluations.append(evaluation)
         console.note(
             f"Step {self._step} of {len(self.batches)}: held-out accuracy {found.accuracy:.4f}, "
-            f"loss {found.loss:.4f}{', the best yet' if is_best else ''}"
+            f"loss {found.loss:.4f}{', the best so far' if is_best else ''}"
         )
         if checkpoints is not None:
             self.save(checkpoints)
@@ -330,6 +258,6 @@ class Training:
         for name, value in self._settings.items():
             if stored.get(name) != value:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {value}, but the training to go on with has "
-                    f"{stored.get(name)}; pass that, or train anew without --resume"
+                    f"--{name.replace('_', '-')} is {value}, but the training to continue has "
+                    f"{stored.get(name)}; pass that, or leave out --resume to train again"
                 )

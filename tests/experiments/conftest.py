@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.console import Console
-from experiments.data import Split
-from experiments.models import MLP
+from experiments.common.console import Console
+from experiments.data.dataset import Split
+from experiments.models.mlp import MLP
 
 
 @pytest.fixture(autouse=True, scope="module")

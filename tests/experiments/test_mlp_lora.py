@@ -58,7 +58,7 @@ def test_the_classes_are_balanced_and_the_test_rows_are_others():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "0"], "`rank`"),
+        (["--rank", "0"], "argument --rank"),
         (["--rank", "21"], "hidden_1/kernel"),
         (["--targets", "hiden_1"], "hidden_1"),
         (["--train", "outptu"], "output"),

@@ -10,9 +10,9 @@ import pytest
 
 import lora_jax
 from experiments import mnist_lora
+from experiments.mnist.network import initial_params
+from experiments.mnist.options import Options
 from experiments.mnist_lora import main, with_adapters
-from experiments.mnist_options import parsed
-from experiments.mnist_task import initial_params
 
 SMALL = ("--data", "digits", "--batch-size", "50", "--finetune-batches", "6")
 
@@ -143,7 +143,7 @@ def test_options_reach_the_adapters(tmp_path):
 
 
 def test_factors_start_standard_normal_and_zero():
-    kernel = with_adapters(initial_params(seed=0), parsed([]))["hidden_2"]["kernel"]
+    kernel = with_adapters(initial_params(seed=0), Options())["hidden_2"]["kernel"]
     assert np.std(kernel.lora_A) == pytest.approx(1, abs=0.1)
     assert not np.any(kernel.lora_B)
 
@@ -163,11 +163,11 @@ def test_interrupting_keeps_the_finished_base_and_leaves_nothing_half_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank", "0"], "`rank`"),
-        (["--rank", "-1"], "`rank`"),
+        (["--rank", "0"], "argument --rank"),
+        (["--rank", "-1"], "argument --rank"),
         (["--rank", "1.5"], "argument --rank"),
         (["--rank", "11"], "output/kernel"),
-        (["--alpha", "0"], "`alpha`"),
+        (["--alpha", "0"], "argument --alpha"),
         (["--targets", "hiden_1"], "hidden_1"),
         (["--targets", "bias"], "bias"),
         (["--targets", "hidden_("], "hidden_("),

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import rank_cells
-from experiments.cell_store import CellStore
-from experiments.rank_cells import FineTuning, StepTimes, grid
-from experiments.rank_methods import METHODS, optimizer
-from experiments.rank_options import parsed
+from experiments.common.stores import CellStore
 from experiments.rank_study import main
+from experiments.ranks import cells
+from experiments.ranks.cells import FineTuning, StepTimes, cells_of
+from experiments.ranks.methods import METHODS, optimizer
+from experiments.ranks.options import parsed
 
 DIGITS = ("--data", "digits", "--batch-size", "50", "--finetune-batches", "2", "--no-plots")
 GRID = ("--ranks", "1", "12", "--methods", "lora", "lora_plus", "--repeats", "2")
@@ -27,8 +27,8 @@ GRID_CELLS = 2 * 2 * 2 + 2
 @pytest.fixture(autouse=True, scope="module")
 def few_timing_rounds():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rank_cells, "_TIMING_ROUNDS", 1)
-        patched.setattr(rank_cells, "_STEPS_TIMED_AT_ONCE", 1)
+        patched.setattr(cells, "_TIMING_ROUNDS", 1)
+        patched.setattr(cells, "_STEPS_TIMED_AT_ONCE", 1)
         yield
 
 
@@ -71,15 +71,15 @@ def numbers_of(metrics: dict) -> dict:
 @pytest.fixture
 def computed(monkeypatch) -> list:
     """Returns the list of cells that are computed from now on."""
-    cells = []
+    found = []
     for kind in (FineTuning, StepTimes):
 
         def result(cell, task, original=kind.result):
-            cells.append(cell)
+            found.append(cell)
             return original(cell, task)
 
         monkeypatch.setattr(kind, "result", result)
-    return cells
+    return found
 
 
 def test_every_method_gives_all_its_numbers(base):
@@ -241,7 +241,7 @@ def test_the_methods_differ_in_scale_and_in_the_learning_rate_of_lora_b():
 
 def test_the_grid_has_each_rank_once_in_order_and_times_all_methods_together():
     options = parsed(["--ranks", "4", "2", "4", "--methods", "dora", "lora", "--repeats", "1"])
-    assert grid(options) == [
+    assert cells_of(options.grid) == [
         FineTuning(2, "lora", 0),
         FineTuning(2, "dora", 0),
         StepTimes(2, ("lora", "dora")),

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bert import (
+from experiments.models.bert import (
     BertEncoder,
     TextTokenizer,
     encoder_params,
     mean_pooled,
     model_folder,
 )
-from experiments.bert.config import read_config
+from experiments.models.bert.config import read_config
 from tests.agreement import assert_agree
 from tests.tiny_bert import CONFIG, write_model
 

@@ -1,0 +1,102 @@
+"""An error is one line, the exit code says whose fault it was, and no Ctrl-C is lost."""
+
+import contextlib
+import signal
+
+import pytest
+
+from experiments.common.errors import (
+    InputError,
+    check_installed,
+    exit_code,
+    needed_module,
+    raise_if_interrupted,
+)
+
+
+def raising(error):
+    def study():
+        raise error
+
+    return study
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("--rank is\n wrong"), 2),
+        (OSError("disk full"), 1),
+        (ValueError("bad"), 1),
+        (RuntimeError("bad"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_are_one_line_and_have_their_exit_code(error, code, capsys):
+    assert exit_code(raising(error)) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+
+
+def test_success_is_zero_and_bugs_keep_their_traceback():
+    assert exit_code(lambda: None) == 0
+    with pytest.raises(AttributeError):
+        exit_code(raising(AttributeError("a bug")))
+
+
+def test_a_missing_package_is_named_with_the_extra_that_installs_it():
+    with pytest.raises(InputError, match=r"no_such_package .* pip install 'lora-jax\[text\]'"):
+        check_installed("no_such_package", "text")
+    with pytest.raises(InputError, match=r"no_such_package .* pip install 'lora-jax\[text\]'"):
+        needed_module("no_such_package", "text")
+    check_installed("json", "text")
+    assert needed_module("json", "text").loads("1") == 1
+
+
+@pytest.fixture(autouse=True)
+def pythons_own_handler():
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_lost_interrupt_is_raised_at_the_next_step(console, capsys):
+    steps = []
+
+    def study():
+        with console.progress("Training", 3) as progress:
+            for step in range(3):
+                if step == 1:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        signal.raise_signal(signal.SIGINT)
+                steps.append(step)
+                progress.advance()
+
+    assert exit_code(study) == 130
+    assert steps == [0, 1]
+    assert "interrupted; what was finished is kept" in capsys.readouterr().err
+    assert exit_code(raise_if_interrupted) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_not_lost_is_raised_at_once():
+    reached = []
+
+    def study():
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after")
+
+    assert exit_code(study) == 130
+    assert reached == []
+
+
+def test_a_job_that_ignores_interrupts_goes_on_doing_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def study():
+        signal.raise_signal(signal.SIGINT)
+        raise_if_interrupted()
+
+    assert exit_code(study) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
