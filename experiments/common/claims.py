@@ -45,7 +45,7 @@ def check(claims: Iterable[Claim]) -> None:
 
 
 def frozen_unchanged(before: Any, wrapped: Any) -> bool:
-    """Says whether every weight beneath the adapters is bit for bit what it was before."""
+    """Returns whether every weight beneath the adapters is bit for bit what it was before."""
     same = jax.tree.map(
         lambda old, new: np.asarray(old).tobytes() == np.asarray(new).tobytes(),
         before,

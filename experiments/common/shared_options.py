@@ -50,13 +50,13 @@ class AdapterOptions:
 
     rank: Rank = 1
     alpha: Alpha = None
-    targets: Targets = ()
+    targets: Targets
 
     def wrapped(self, params: Any, *, seed: int, **settings: Any) -> Any:
-        """Returns `params` with these adapters; `settings` are further ones of `lora_jax.wrap`.
+        """Returns `params` with these adapters; `settings` go to `lora_jax.wrap` as well.
 
         Raises:
-          InputError: what `lora_jax.wrap` has against a setting, or against one in these params.
+          InputError: `lora_jax.wrap` refuses a setting; its message says why.
         """
         with as_input_error():
             return lora_jax.wrap(

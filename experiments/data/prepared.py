@@ -4,8 +4,8 @@ Importing this module takes a second.
 """
 
 import contextlib
+import io
 import logging
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,14 +41,9 @@ def builder_in(make: Callable[..., Any], data_dir: Path) -> Any:
 
 
 def is_prepared(builder: Any) -> bool:
-    """Says whether a data set is there, without TFDS's warning if it is not."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    """Returns whether a data set is there, without TFDS's warning if it is not."""
+    with _quiet():
         return builder.is_prepared()
-    finally:
-        logger.setLevel(level)
 
 
 def prepare_from_network(builder: Any, url: str, console: Console) -> None:
@@ -72,14 +67,26 @@ def prepare(builder: Any, manual_dir: Path | None, source: str, console: Console
     if not console.is_terminal:
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    # TFDS prints what it does; standard output belongs to the study's results.
-    with contextlib.redirect_stdout(sys.stderr):
+    with _quiet():
         try:
             builder.download_and_prepare(download_config=config)
         except PermissionError as error:
             raise InputError(
                 f"--data-dir {builder.data_dir} can't be written ({error}); pass another folder"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what TFDS prints and warns of; standard output is for the study's results."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def examples(builder: Any, split: str, decoders: Any = None) -> Iterator[Any]:

@@ -33,9 +33,9 @@ def initial_params(seed: int) -> Any:
 
 
 def check_adapters_fit(wrapped: Callable[[Any], Any]) -> None:
-    """Raises what `lora_jax.wrap` has against its arguments before any training, from shapes.
+    """Checks the arguments of `lora_jax.wrap` before any training, from shapes alone.
 
     Args:
-      wrapped: a function from the network's params to wrapped ones.
+      wrapped: a function from the network's params to wrapped ones; what it raises is raised.
     """
     jax.eval_shape(wrapped, jax.eval_shape(initial_params, 0))

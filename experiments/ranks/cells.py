@@ -42,7 +42,7 @@ class Task:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """What the results of all cells depend on; the base stands for how it was trained."""
+        """What all results depend on; a digest of the base covers how it was trained."""
         return {
             "dataset": self.dataset.name,
             "base": _fingerprint(self.base),

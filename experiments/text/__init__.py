@@ -1,1 +1,1 @@
-"""The study on sentences: what trains, how, and what came of it."""
+"""The study on sentences: what trains, how, and how well it does."""

@@ -55,7 +55,7 @@ class Method:
         """Returns `params` with what this method trains.
 
         Raises:
-          InputError: what `lora_jax.wrap` has against the targets or a setting.
+          InputError: `lora_jax.wrap` refuses the targets or a setting; its message says why.
         """
         if self.rank is None:
             return _trained_in_full(params, "" if self.name == "full" else _HEAD)

@@ -1,6 +1,6 @@
 """Small networks and data, and a console that keeps quiet."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -33,3 +33,18 @@ def small_split() -> Split:
     """Sixty rows whose largest of the first three numbers is their class."""
     inputs = np.random.default_rng(0).standard_normal((60, 5), np.float32)
     return Split(inputs, inputs[:, :3].argmax(axis=1).astype(np.int32))
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Returns a function that runs a command with wrong arguments, and returns its error."""
+
+    def error_of(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return error_of

@@ -66,9 +66,5 @@ def test_the_classes_are_balanced_and_the_test_rows_are_others():
         (["--batch-size", "5000"], "--batch-size 5000"),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(arguments, message, capsys):
-    assert main(arguments) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
-    assert message in shown
+def test_bad_input_is_one_line_that_names_it(arguments, message, error_of):
+    assert message in error_of(main, arguments)

@@ -183,20 +183,15 @@ def test_interrupting_keeps_the_finished_base_and_leaves_nothing_half_written(
         (["--no-such-option"], "--no-such-option"),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_that_names_it(arguments, message, tmp_path, monkeypatch, error_of):
     monkeypatch.chdir(tmp_path)
-    assert main(["--data", "digits", "--out", "out", *arguments]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert shown.count("\n") == 1
-    assert message in shown
+    assert message in error_of(main, ["--data", "digits", "--out", "out", *arguments])
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path, error_of):
     (tmp_path / "file").write_text("")
-    assert main(["--data", "digits", "--out", str(tmp_path / "file")]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "--out" in error_of(main, ["--data", "digits", "--out", str(tmp_path / "file")])
 
 
 def test_help_explains_every_option(capsys):

@@ -245,11 +245,8 @@ def test_all_linear_adapts_every_kernel_of_the_encoder(arguments, tmp_path):
         (["--seeds", "2", "--resume"], "--resume goes with a single training"),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(arguments, tmp_path, capsys, options, message):
-    assert main([*arguments, "--out", str(tmp_path / "out"), *options]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+def test_bad_input_is_one_line_that_names_it(arguments, tmp_path, error_of, options, message):
+    assert message in error_of(main, [*arguments, "--out", str(tmp_path / "out"), *options])
 
 
 def test_help_tells_of_both_commands(capsys):

@@ -37,7 +37,7 @@ _TENSOR_OF_LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight",
 # What checkpoints converted from TensorFlow call the weight and the bias of a norm.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _PREFIX = "bert."
-# Parts of Hugging Face's encoder that mean pooling has no use for.
+# Parts of Hugging Face's encoder that mean pooling does not need.
 _UNUSED = ("pooler.", "embeddings.position_ids")
 _NAMES_SHOWN = 3
 

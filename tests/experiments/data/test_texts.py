@@ -192,7 +192,7 @@ def test_without_a_network_two_ways_are_named(load):
         load(data="glue/sst2")
 
 
-def test_sst2_is_prepared_once_from_its_archive(tmp_path, load, monkeypatch):
+def test_sst2_is_prepared_once_from_its_archive(tmp_path, load, monkeypatch, capfd):
     tfds = pytest.importorskip("tensorflow_datasets")
     archive = tmp_path / "archive"
     with zipfile.ZipFile(archive, "w") as file:
@@ -204,6 +204,9 @@ def test_sst2_is_prepared_once_from_its_archive(tmp_path, load, monkeypatch):
     )
     monkeypatch.setattr(tfds.download.DownloadManager, "download", lambda *_: archive)
     dataset = load(data="glue/sst2")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert [line.split(",")[0] for line in shown.err.splitlines()] == ["Preparing glue"]
     assert dataset.name == "glue/sst2"
     assert dataset.classes == ("negative", "positive")
     found = dict(zip(dataset.train.sentences, dataset.train.labels.tolist(), strict=True))

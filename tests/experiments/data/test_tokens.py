@@ -119,7 +119,7 @@ def test_training_goes_on_where_it_was_left(texts, done):
 
 
 def test_a_position_of_another_run_is_refused(texts):
-    with pytest.raises(InputError, match="--seed is 0, but training was begun with 1"):
+    with pytest.raises(InputError, match="--seed is 0, but training began with 1"):
         training(texts).starting_at(Position(seed=1, epoch=0, index=0))
     with pytest.raises(InputError, match=r"batch 9 of an epoch.* --batch-size 8 .* has 9"):
         training(texts).starting_at(Position(seed=0, epoch=0, index=9))

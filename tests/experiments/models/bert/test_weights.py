@@ -76,7 +76,9 @@ def test_another_kind_of_model_is_refused_by_name(tmp_path, changes, message):
         read_config(config_file(tmp_path, **changes))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "is not JSON"), ("[]", "expected a JSON object")]
+)
 def test_a_config_that_is_none_is_refused(tmp_path, content, message):
     path = tmp_path / "config.json"
     path.write_text(content)
