@@ -57,7 +57,7 @@ class ServedTasks:
         self._encoder = encoder
         self._max_length = min(task.card.max_length for task in tasks)
         with as_input_error():
-            self._stacked = lora_jax.serving.bank([task.wrapped["encoder"] for task in tasks])
+            self._bank = lora_jax.serving.bank([task.wrapped["encoder"] for task in tasks])
         self._kernels, self._biases = _stacked_heads(tasks)
         fn = functools.partial(_log_probabilities, encoder.config)
         self._serve = jax.jit(lora_jax.serving.adapt(fn))
@@ -79,7 +79,7 @@ class ServedTasks:
     def __call__(self, batch: TokenBatch, ids: NDArray[np.int32]) -> Float[Array, "batch classes"]:
         """Returns each class's log-probability; it is -inf where a row's task lacks the class."""
         heads = self._kernels[ids], self._biases[ids]
-        return self._serve(self._stacked, ids, batch.token_ids, batch.mask, *heads)
+        return self._serve(self._bank, ids, batch.token_ids, batch.mask, *heads)
 
     @property
     def programs(self) -> int:
