@@ -96,9 +96,14 @@ def _add_options(target: argparse._ActionsContainer, options: type, defaults: An
         default = field.default if defaults is None else getattr(defaults, field.name)
         if get_origin(hint) is Annotated:
             _add_option(target, field.name, hint, default)
-        else:
+        elif dataclasses.is_dataclass(hint):
             group = target.add_argument_group(field.name.replace("_", " "))
             _add_options(group, hint, None if default is MISSING else default)
+        else:
+            raise TypeError(
+                f"{options.__name__}.{field.name} is annotated as {hint}; expected "
+                "Annotated[type, Option(...)], or a dataclass of options"
+            )
 
 
 def _add_option(target: argparse._ActionsContainer, name: str, hint: Any, default: Any) -> None:

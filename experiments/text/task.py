@@ -83,8 +83,8 @@ def _renamed(classes: tuple[str, ...], names: tuple[str, ...] | None) -> tuple[s
         return classes
     if len(names) != len(classes) or len(set(names)) != len(names):
         raise InputError(
-            f"--class-names are {', '.join(names)}; expected {len(classes)} different names, for "
-            f"the labels {', '.join(classes)}"
+            f"--class-names are {', '.join(names)}; expected {len(classes)} names, all different, "
+            f"for the labels {', '.join(classes)}"
         )
     return names
 

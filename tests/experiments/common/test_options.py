@@ -78,6 +78,15 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, capsys
     assert shown.count("\n") == 1
 
 
+def test_a_field_that_is_no_option_is_named():
+    @dataclass(frozen=True)
+    class Forgotten:
+        rank: int = 1
+
+    with pytest.raises(TypeError, match=r"Forgotten\.rank is annotated as .*; expected Annotated"):
+        parsed_as(Forgotten, [], command="study", description="")
+
+
 def test_help_has_the_description_the_groups_the_defaults_and_the_examples(capsys):
     assert exit_code(lambda: chosen("--help")) == 0
     shown = capsys.readouterr().out
