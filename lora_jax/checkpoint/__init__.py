@@ -5,7 +5,6 @@ them. Orbax is imported on first use.
 """
 
 from lora_jax._folders import CheckpointError as CheckpointError
-from lora_jax.checkpoint._adapters import FORMAT_VERSION as FORMAT_VERSION
 from lora_jax.checkpoint._adapters import restore as restore
 from lora_jax.checkpoint._adapters import save as save
 from lora_jax.checkpoint._fingerprints import BaseMismatchWarning as BaseMismatchWarning

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 import lora_jax
-from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError
+from lora_jax.checkpoint import CheckpointError
+from lora_jax.checkpoint._adapters import FORMAT_VERSION
 from tests.agreement import assert_identical
 from tests.checkpoint.trees import a_dict, damage_file, edit_json
 from tests.folders import contents

@@ -11,7 +11,8 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import init as lora_init
-from lora_jax.checkpoint import FORMAT_VERSION, CheckpointError
+from lora_jax.checkpoint import CheckpointError
+from lora_jax.checkpoint._adapters import FORMAT_VERSION
 from tests.agreement import assert_identical
 from tests.arrays import random
 from tests.checkpoint.trees import a_dict, no_new_threads
