@@ -1,17 +1,27 @@
-"""Every public name is documented, with an example where it is a function."""
+"""Every public name is on the API page, and documented with an example."""
 
+import importlib
 import inspect
+import pkgutil
+import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lora_jax
-import lora_jax.serving
-import lora_jax.transform
-import lora_jax.updates
-from lora_jax.checkpoint import TrainingCheckpoints, TrainingState
+from lora_jax.checkpoint import TrainingCheckpoints
+
+API_PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+
+
+def public_modules() -> Iterator[types.ModuleType]:
+    yield lora_jax
+    for module in pkgutil.walk_packages(lora_jax.__path__, "lora_jax."):
+        if "._" not in module.name:
+            yield importlib.import_module(module.name)
 
 
 def public_names(module: types.ModuleType) -> dict[str, Any]:
@@ -22,19 +32,34 @@ def public_names(module: types.ModuleType) -> dict[str, Any]:
     }
 
 
+def listed_names() -> list[str]:
+    return re.findall("^::: (.+)$", API_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def resolved(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
 PUBLIC = {
-    **public_names(lora_jax),
-    **public_names(lora_jax.init),
-    **public_names(lora_jax.updates),
-    **public_names(lora_jax.exchange.peft),
-    **public_names(lora_jax.serving),
-    **public_names(lora_jax.transform),
-    **public_names(lora_jax.updates),
-    "lora_jax.checkpoint.TrainingCheckpoints": TrainingCheckpoints,
-    "lora_jax.checkpoint.TrainingState": TrainingState,
+    name: value for module in public_modules() for name, value in public_names(module).items()
 }
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+
+# Classes that no user makes, and the function or class whose example shows where they come from.
+SHOWN_BY = {
+    "FullWeight": lora_jax.wrap,
+    "InferredAxes": lora_jax.infer_axes,
+    "Initializer": lora_jax.init.initializer,
+    "ParameterCounts": lora_jax.count_parameters,
+    "Preview": lora_jax.exchange.peft.preview,
+    "Report": lora_jax.explain,
+    "TargetReport": lora_jax.explain,
+    "TrainingState": TrainingCheckpoints,
+    "Use": lora_jax.explain,
+    "WeightUse": lora_jax.infer_axes,
+}
 
 CONTRACT = [
     "LoRAWeight",
@@ -65,6 +90,18 @@ def test_everything_public_is_a_function_or_a_class() -> None:
     assert set(PUBLIC) == set(FUNCTIONS) | set(CLASSES)
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_api_page_lists_it_once(name: str) -> None:
+    """By one of its names, if it has several."""
+    listed = [other for other in listed_names() if resolved(other) is PUBLIC[name]]
+    assert len(listed) == 1, f"docs/api.md has {listed or 'no line'} for `::: {name}`"
+
+
+@pytest.mark.parametrize("name", listed_names())
+def test_the_api_page_lists_only_what_is_public(name: str) -> None:
+    assert name in PUBLIC
+
+
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions_are_documented(function: Callable[..., Any]) -> None:
     doc = inspect.getdoc(function) or ""
@@ -91,6 +128,9 @@ def test_classes_are_documented(cls: type) -> None:
     # A dataclass without a docstring gets its signature for one.
     assert cls.__doc__
     assert not cls.__doc__.startswith(f"{cls.__name__}(")
+    # Exceptions and warnings are raised by what documents them.
+    if not issubclass(cls, BaseException):
+        assert ">>> " in (inspect.getdoc(SHOWN_BY.get(cls.__name__, cls)) or "")
     for name, member in vars(cls).items():
         if isinstance(member, property) and not name.startswith("_"):
             assert member.__doc__
