@@ -51,7 +51,9 @@ format: $(VENV)/test.stamp ## Format, and fix what the linter can
 	$(bin)/ruff check --fix .
 
 docs: $(VENV)/docs.stamp ## Build the documentation into site/
-	$(bin)/mkdocs build
+	$(bin)/python -m zensical build --clean
+	@! grep --recursive --extended-regexp --include='*.html' '\$$\\|\\(frac|sqrt|sum)' site/ \
+	  || { echo 'the lines above hold a formula that was not translated: see docs/mathml.py'; exit 1; }
 
 lowest: ## Run the test suite with the lowest versions that pyproject.toml allows
 	mkdir -p $(VENV)-lowest
