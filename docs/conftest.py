@@ -1,6 +1,6 @@
-"""Leaves the site's Markdown extension out of the tests where the site's packages are missing."""
+"""Leaves the Markdown extensions of the site out of the tests where its packages are missing."""
 
 import importlib.util
 
 SITE = ("latex2mathml", "markdown")
-collect_ignore = [] if all(map(importlib.util.find_spec, SITE)) else ["mathml.py"]
+collect_ignore = [] if all(map(importlib.util.find_spec, SITE)) else ["blank_lines.py", "mathml.py"]
