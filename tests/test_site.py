@@ -30,3 +30,13 @@ def test_pictures_and_linked_files_are_there(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_code_that_the_extend_page_shows_is_the_code():
+    page = (DOCS / "extend.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "lora_jax").rglob("*.py"), ROOT / "tests" / "cases.py"]
+    code = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert block in code
