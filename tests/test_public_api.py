@@ -16,11 +16,14 @@ from lora_jax.checkpoint import TrainingCheckpoints
 
 API_PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 
+# For those who work on the library: nobody calls a rule.
+INTERNAL = "lora_jax.transform.rules"
+
 
 def public_modules() -> Iterator[types.ModuleType]:
     yield lora_jax
     for module in pkgutil.walk_packages(lora_jax.__path__, "lora_jax."):
-        if "._" not in module.name:
+        if "._" not in module.name and not module.name.startswith(INTERNAL):
             yield importlib.import_module(module.name)
 
 

@@ -32,6 +32,16 @@ def test_pictures_and_linked_files_are_there(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "page", [*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name
+)
+def test_files_that_are_named_are_there(page):
+    """`experiments/NAME.py` stands for a file to come."""
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:docs|experiments|lora_jax|tests)/[\w./-]+)`", text):
+        assert "NAME" in name or (ROOT / name).exists(), name
+
+
 def test_the_code_that_the_extend_page_shows_is_the_code():
     page = (DOCS / "extend.md").read_text(encoding="utf-8")
     files = [*(ROOT / "lora_jax").rglob("*.py"), ROOT / "tests" / "cases.py"]
