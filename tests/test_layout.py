@@ -25,6 +25,7 @@ LAYERS = (
         "_serialization",
         "_shapes",
         "_tables",
+        "_version",
     },
     {"_algebra", "_nodes", "_weight"},
     {

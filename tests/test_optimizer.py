@@ -281,6 +281,7 @@ def test_gradients_with_none_for_what_has_none() -> None:
     assert changed(wrapped, after) == {"lora_B"}
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="JAX aborts: it donates host memory")
 def test_a_weight_in_the_memory_of_the_host_stays_there() -> None:
     """Nothing is added to it: a device computes with what is in its own memory."""
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
@@ -308,7 +309,9 @@ def test_a_weight_in_the_memory_of_the_host_stays_there() -> None:
 
 @pytest.mark.usefixtures("optimised")
 def test_a_donated_tree_is_not_copied() -> None:
-    wrapped = lora_jax.wrap({"kernel": random(128, 128)}, "kernel", rank=2)
+    # JAX can't donate an array that may share its memory with NumPy.
+    kernel = jax.jit(jnp.copy)(random(128, 128))
+    wrapped = lora_jax.wrap({"kernel": kernel}, "kernel", rank=2)
     state = TX.init(wrapped)
     pointer = wrapped["kernel"].base.unsafe_buffer_pointer()
 

@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jaxtyping
-from beartype import BeartypeConf, beartype
+import optax
+from beartype import BeartypeConf, FrozenDict, beartype
 
-# As PEP 484 has it, an int is a float.
-_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# As PEP 484 has it, an int is a float. Optax's trees refer to themselves by a name that is found in
+# their own module alone.
+_checked = beartype(
+    conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({optax.OptState: Any}))
+)
 
 
 def checked(function: Any) -> Any:

@@ -82,7 +82,7 @@ def test_a_base_that_is_the_same_to_rounding(tmp_path, init, dtype):
     assert not np.array_equal(rounded["stack"], weights["stack"])
     for each in (weights, rounded):
         lora_jax.restore(tmp_path / "adapters", each)
-    finetuned = weights["stack"] * (1 + 64 * jnp.finfo(dtype).eps)
+    finetuned = weights["stack"] * (1 + 64 * float(jnp.finfo(dtype).eps))
     with pytest.raises(CheckpointError, match="another base"):
         lora_jax.restore(tmp_path / "adapters", {**weights, "stack": finetuned})
 
