@@ -44,7 +44,7 @@ def test_files_that_are_named_are_there(page):
 
 def test_the_code_that_the_extend_page_shows_is_the_code():
     page = (DOCS / "extend.md").read_text(encoding="utf-8")
-    files = [*(ROOT / "lora_jax").rglob("*.py"), ROOT / "tests" / "cases.py"]
+    files = [*(ROOT / "lora_jax").rglob("*.py"), *(ROOT / "tests" / "cases").rglob("*.py")]
     code = "\n".join(file.read_text(encoding="utf-8") for file in files)
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert blocks
