@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,11 @@ from jaxtyping import Array, PRNGKeyArray
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._identity import Same, is_hashable
+from lora_jax._keys import own_key
 from lora_jax._partition import cut_as, factor_shardings, uncut
 from lora_jax._settings import Settings
 from lora_jax._shapes import AnyArray, Axes, Layers, factor_shapes, taken_layers, to_matrices
-from lora_jax.init import DataInitializer, Frozen, initializer
+from lora_jax.init import DataInitializer, Frozen
 from lora_jax.init._data import per_matrix
 
 # How many compiled initialisers are kept: one for each set of settings.
@@ -65,7 +65,7 @@ def initial_factors(
       ValueError: the initialiser has no statistics of the weight, returns arrays of other shapes,
         or a base that is neither the weight nor W - s · A · B.
     """
-    init = initializer(settings.init)
+    init = settings.init
     statistics: tuple[Any, ...] = ()
     if isinstance(init, DataInitializer):
         statistics = (init.statistics_of(path, weight.shape, axes),)
@@ -79,9 +79,8 @@ def initial_factors(
         dtype,
         factor_shardings(weight, axes, layers, settings.rank),
     )
-    own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
     try:
-        (lora_A, lora_B, differences), kind = program(own_key, weight, statistics)
+        (lora_A, lora_B, differences), kind = program(own_key(key, path), weight, statistics)
     except _WrongShapesError as error:
         raise ValueError(f"`init` returned {error} for '{path}'.") from None
     _check_base(path, differences, weight.dtype)

@@ -1,7 +1,6 @@
 """The nodes of a wrapped tree, by their paths."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,9 +25,11 @@ class NodeIndex:
 
     Attributes:
       tree: the paths, the leaves and the structure.
+      nodes: the nodes.
     """
 
     tree: PathIndex
+    nodes: Mapping[str, AdapterNode]
 
     @classmethod
     def of(cls, wrapped: Any) -> "NodeIndex":
@@ -37,17 +38,13 @@ class NodeIndex:
         Raises:
           ValueError: two leaves have the same path.
         """
-        return cls(PathIndex.of(wrapped, is_adapter_node))
+        tree = PathIndex.of(wrapped, is_adapter_node)
+        return cls(tree, {path: leaf for path, leaf in tree.items() if is_adapter_node(leaf)})
 
     @property
     def structure(self) -> Any:
         """The structure of the tree, a node of it being a leaf."""
         return self.tree.structure
-
-    @functools.cached_property
-    def nodes(self) -> Mapping[str, AdapterNode]:
-        """The nodes."""
-        return {path: leaf for path, leaf in self.tree.items() if is_adapter_node(leaf)}
 
     @property
     def levels(self) -> Mapping[str, AdapterNode]:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax._paths import listed
-from lora_jax._train import FACTORS, TRAINABLE, labels
-from lora_jax.updates._checks import is_placeholder
+from lora_jax._train import TRAINABLE, labels
+from lora_jax._weight import FACTORS
+from lora_jax.updates._checks import check_transformation, is_placeholder
 from lora_jax.updates._parts import Transformation, is_absent, on_part
 
 
@@ -107,11 +108,7 @@ class NoUpdate:
 
 def _check_transformations(tx: Any) -> None:
     for each in tx.values() if isinstance(tx, Mapping) else [tx]:
-        if not (hasattr(each, "init") and hasattr(each, "update")):
-            raise TypeError(
-                f"`tx` is {tx!r}; expected an optax transformation, such as optax.adam(1e-3), or a "
-                "mapping from label to transformation."
-            )
+        check_transformation("tx", each, or_else="a mapping from label to transformation")
     if isinstance(tx, Mapping) and not set(tx) <= set(TRAINABLE):
         unknown = sorted(set(tx) - set(TRAINABLE))
         raise ValueError(f"`tx` has the labels {listed(unknown)}; expected {listed(TRAINABLE)}.")

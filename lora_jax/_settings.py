@@ -4,101 +4,85 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax._dtypes import is_narrow_float
 from lora_jax._paths import listed
+from lora_jax._shapes import Axes, largest_rank
+from lora_jax._weight import FACTORS
 from lora_jax.init import DataInitializer, Initializer, initializer
 
-FREEZABLE = ("lora_A", "lora_B", "magnitude")
+# A check of a setting: from what errors call it and what was given, to the value as it is used.
+Checked = Callable[[str, Any], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How one weight is adapted; `wrap` says what each means."""
-
-    rank: int
-    alpha: SupportsFloat | None
-    rslora: bool
-    init: str | Initializer | DataInitializer
-    dora: bool
-    layers: Sequence[SupportsIndex] | np.ndarray | None
-    freeze: str | Sequence[str]
-    dtype: Any
-
-    @classmethod
-    def checked(cls, **values: Any) -> "Settings":
-        """Returns the settings that hold for every target."""
-        for name, value in values.items():
-            _CHECKS[name](f"`{name}`", value)
-        return cls(**{**values, "rank": operator.index(values["rank"])})
-
-    def overridden(self, path: str, overrides: Mapping[str, Any]) -> "Settings":
-        """Returns the settings with those of one target in place of the common ones."""
-        for name, value in overrides.items():
-            if name not in _CHECKS:
-                raise ValueError(
-                    f"`targets` overrides {name!r} for '{path}'; expected one of "
-                    f"{listed(tuple(_CHECKS), 20)}."
-                )
-            _CHECKS[name](f"`{name}` of '{path}'", value)
-        rank = operator.index(overrides.get("rank", self.rank))
-        return dataclasses.replace(self, **{**overrides, "rank": rank})
-
-    def scale(self, rank: int) -> float:
-        r"""Returns $\alpha / r$, or $\alpha / \sqrt r$ for rsLoRA."""
-        alpha = float(rank if self.alpha is None else self.alpha)
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """The names of leaves that are not to train."""
-        return checked_freeze("`freeze`", self.freeze)
-
-
-def check_rank(subject: str, rank: Any) -> None:
-    """Raises unless `rank` is a whole number of at least 1."""
+def checked_rank(subject: str, rank: Any) -> int:
+    """Returns a rank as an int, having checked that it is a whole number of at least 1."""
     if isinstance(rank, bool) or not hasattr(rank, "__index__"):
         raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
     if operator.index(rank) < 1:
         raise ValueError(f"{subject} is {rank}; expected a whole number of at least 1.")
+    return operator.index(rank)
+
+
+def check_rank_fits(
+    rank: int, path: str, shape: tuple[int, ...], axes: Axes, *, remedy: str = ""
+) -> None:
+    """Raises if a rank is above a weight's smaller side.
+
+    Args:
+      rank: the rank.
+      path: the weight's path.
+      shape: its shape.
+      axes: the role of each of its axes.
+      remedy: a sentence with the call that fixes it, with `{largest}` for the largest rank.
+    """
+    largest = largest_rank(shape, axes)
+    if rank > largest:
+        raise ValueError(
+            f"`rank` is {rank} for '{path}' of shape {shape} with the axes {axes}; expected at "
+            f"most {largest}, its smaller side.{remedy.format(largest=largest)}"
+        )
 
 
 def checked_freeze(subject: str, freeze: Any) -> tuple[str, ...]:
     """Returns the names of leaves that are not to train, having checked them."""
     names = (freeze,) if isinstance(freeze, str) else freeze
-    if not isinstance(names, tuple | list) or not all(name in FREEZABLE for name in names):
+    if not isinstance(names, tuple | list) or not all(name in FACTORS for name in names):
         raise ValueError(
-            f"{subject} is {freeze!r}; expected one of {listed(FREEZABLE)}, or a list of them."
+            f"{subject} is {freeze!r}; expected one of {listed(FACTORS)}, or a list of them."
         )
     return tuple(names)
 
 
-def _check_alpha(subject: str, alpha: Any) -> None:
+def _checked_alpha(subject: str, alpha: Any) -> float | None:
     if alpha is None:
-        return
+        return None
     if isinstance(alpha, bool | str) or not hasattr(alpha, "__float__") or np.ndim(alpha) != 0:
         raise TypeError(f"{subject} is {alpha!r}; expected a number.")
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{subject} is {alpha}; expected a positive, finite number.")
+    return float(alpha)
 
 
-def _check_flag(subject: str, flag: Any) -> None:
+def _checked_flag(subject: str, flag: Any) -> bool:
     if not isinstance(flag, bool):
         raise TypeError(f"{subject} is {flag!r}; expected True or False.")
+    return flag
 
 
-def _check_init(subject: str, init: Any) -> None:
+def _checked_init(subject: str, init: Any) -> Initializer | DataInitializer:
     del subject
-    initializer(init)
+    return initializer(init)
 
 
-def _check_layers(subject: str, layers: Any) -> None:
+def _checked_layers(subject: str, layers: Any) -> tuple[int, ...] | None:
+    """Returns the places of layers in order."""
     if layers is None:
-        return
+        return None
     is_sequence = isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str)
     if not is_sequence or not all(_is_place(layer) for layer in layers):
         raise TypeError(f"{subject} is {layers!r}; expected whole numbers, such as range(4, 8).")
@@ -107,13 +91,14 @@ def _check_layers(subject: str, layers: Any) -> None:
         raise ValueError(
             f"{subject} is {layers!r}; expected at least one place, counted from 0, each once."
         )
+    return tuple(sorted(places))
 
 
 def _is_place(layer: Any) -> bool:
     return hasattr(layer, "__index__") and not isinstance(layer, bool | np.bool_)
 
 
-def _check_dtype(subject: str, dtype: Any) -> None:
+def _checked_dtype(subject: str, dtype: Any) -> Any:
     try:
         trains = dtype is None or (
             jnp.issubdtype(jnp.dtype(dtype), jnp.floating) and not is_narrow_float(dtype)
@@ -124,15 +109,50 @@ def _check_dtype(subject: str, dtype: Any) -> None:
         raise TypeError(
             f"{subject} is {dtype!r}; expected a floating-point dtype of at least 16 bits, or None."
         )
+    return dtype
 
 
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "rank": check_rank,
-    "alpha": _check_alpha,
-    "rslora": _check_flag,
-    "init": _check_init,
-    "dora": _check_flag,
-    "layers": _check_layers,
-    "freeze": checked_freeze,
-    "dtype": _check_dtype,
-}
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one weight is adapted: what `wrap` can be told of each target, and says the meaning of.
+
+    A setting is one field here, with its check, and one argument of `wrap`.
+    """
+
+    rank: int = dataclasses.field(metadata={"checked": checked_rank})
+    alpha: float | None = dataclasses.field(metadata={"checked": _checked_alpha})
+    rslora: bool = dataclasses.field(metadata={"checked": _checked_flag})
+    init: Initializer | DataInitializer = dataclasses.field(metadata={"checked": _checked_init})
+    dora: bool = dataclasses.field(metadata={"checked": _checked_flag})
+    layers: tuple[int, ...] | None = dataclasses.field(metadata={"checked": _checked_layers})
+    freeze: tuple[str, ...] = dataclasses.field(metadata={"checked": checked_freeze})
+    dtype: Any = dataclasses.field(metadata={"checked": _checked_dtype})
+
+    @classmethod
+    def checked(cls, **values: Any) -> "Settings":
+        """Returns the settings that hold for every target."""
+        checks = cls._checks()
+        return cls(**{name: checks[name](f"`{name}`", value) for name, value in values.items()})
+
+    def overridden(self, path: str, overrides: Mapping[str, Any]) -> "Settings":
+        """Returns the settings with those of one target in place of the common ones."""
+        checks = self._checks()
+        for name in overrides:
+            if name not in checks:
+                raise ValueError(
+                    f"`targets` overrides {name!r} for '{path}'; expected one of "
+                    f"{listed(tuple(checks), 20)}."
+                )
+        checked: dict[str, Any] = {
+            name: checks[name](f"`{name}` of '{path}'", value) for name, value in overrides.items()
+        }
+        return dataclasses.replace(self, **checked)
+
+    def scale(self, rank: int) -> float:
+        r"""Returns $\alpha / r$, or $\alpha / \sqrt r$ for rsLoRA."""
+        alpha = float(rank if self.alpha is None else self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    @classmethod
+    def _checks(cls) -> dict[str, Checked]:
+        return {field.name: field.metadata["checked"] for field in dataclasses.fields(cls)}

@@ -61,6 +61,11 @@ def sizes(shape: tuple[int, ...], axes: Axes, *roles: AxisRole) -> tuple[int, ..
     return tuple(shape[axis] for axis in positions(axes, *roles))
 
 
+def largest_rank(shape: tuple[int, ...], axes: Axes) -> int:
+    """Returns the largest rank that a change of a weight can have: its smaller side."""
+    return min(side_size(shape, axes, role) for role in ("in", "out"))
+
+
 def factor_shapes(
     shape: tuple[int, ...], axes: Axes, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
-from lora_jax._shapes import side_size
+from lora_jax._shapes import largest_rank
 from lora_jax._tables import table
 from lora_jax._train import split
 from lora_jax._weight import (
@@ -189,8 +189,8 @@ def _row(path: str, node: AdapterNode) -> tuple[str, ...]:
 
 
 def _rank_text(node: LoRAWeight | LoRABank) -> str:
-    sides = [side_size(node.shape, node.axes, role) for role in ("in", "out")]
-    return f"{node.rank} (whole side)" if node.rank == min(sides) else str(node.rank)
+    is_whole = node.rank == largest_rank(node.shape, node.axes)
+    return f"{node.rank} (whole side)" if is_whole else str(node.rank)
 
 
 def _scale_text(scale: Any) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 
 from lora_jax._nodes import map_nodes
-from lora_jax._weight import FullWeight, has_factors, is_adapter_node, is_bank
+from lora_jax._weight import FACTORS, FullWeight, has_factors, is_adapter_node, is_bank
 
 _FROZEN = "frozen"
-FACTORS = ("lora_A", "lora_B", "magnitude")
 TRAINABLE = (*FACTORS, "full")
 
 

@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, Inexact
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
 
+# The leaves of a node that train unless they are frozen.
+FACTORS = ("lora_A", "lora_B", "magnitude")
+
 
 @exportable
 @jax.tree_util.register_dataclass

@@ -1,7 +1,6 @@
 """Putting adapters beside the weights of a parameter tree, and taking them out again."""
 
 import dataclasses
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -17,8 +16,8 @@ from lora_jax._initial_factors import initial_factors
 from lora_jax._nodes import map_nodes
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
-from lora_jax._settings import Settings
-from lora_jax._shapes import AnyArray, Axes, Layers, side_size
+from lora_jax._settings import Settings, check_rank_fits
+from lora_jax._shapes import AnyArray, Axes, Layers, largest_rank
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight, innermost_base, is_lora_weight
 from lora_jax.init import DataInitializer, Initializer
@@ -159,7 +158,7 @@ def _wrapped_weight(
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
     wide = common_dtype(dtype, jnp.float32)
     initial = initial_factors(path, leaf, axes, layers, settings, dtype, key)
-    frozen = tuple(dict.fromkeys((*initial.frozen, *settings.frozen)))
+    frozen = tuple(dict.fromkeys((*initial.frozen, *settings.freeze)))
     _check_trains(path, frozen, initial.lora_B, dora=settings.dora)
     scale = jnp.asarray(settings.scale(settings.rank), wide)
     weight = lora_weight(
@@ -200,39 +199,36 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
         )
 
 
-def _fitting_layers(
-    path: str, leaf: AnyArray, axes: Axes, layers: Sequence[SupportsIndex] | np.ndarray | None
-) -> Layers | None:
+def _fitting_layers(path: str, leaf: AnyArray, axes: Axes, layers: Layers | None) -> Layers | None:
     """Returns the adapted places of the first batch axis in order, or None for all of them."""
     if layers is None:
         return None
     if "batch" not in axes:
         raise ValueError(
-            f"`layers` is {layers!r} for '{path}' of shape {leaf.shape}, whose axes are {axes}; "
+            f"`layers` is {layers} for '{path}' of shape {leaf.shape}, whose axes are {axes}; "
             "expected a weight with a batch axis"
             + (f": wrap(..., axes={{'{path}': {('batch', *axes[1:])}}})." if leaf.ndim > 2 else ".")
         )
     count = leaf.shape[axes.index("batch")]
-    places = tuple(sorted(operator.index(layer) for layer in layers))
-    if places[-1] >= count:
+    if layers[-1] >= count:
         raise ValueError(
-            f"`layers` is {layers!r} for '{path}' of shape {leaf.shape}; expected places below "
+            f"`layers` is {layers} for '{path}' of shape {leaf.shape}; expected places below "
             f"{count}, the size of its batch axis."
         )
-    return None if len(places) == count else places
+    return None if len(layers) == count else layers
 
 
 def _fitting_rank(path: str, weight: SelectedWeight, rank: int) -> int:
     """Returns the rank, at most the weight's smaller side where nobody has named the weight."""
     shape, axes = weight.leaf.shape, weight.axes
-    largest = min(side_size(shape, axes, role) for role in ("in", "out"))
-    if rank > largest and not weight.selection.rank_may_shrink:
-        raise ValueError(
-            f"`rank` is {rank} for '{path}' of shape {shape} with the axes {axes}; expected "
-            f"at most {largest}, its smaller side. A mapping gives this target a rank of its own: "
-            f"wrap(..., {{'{path}': dict(rank={largest})}})."
-        )
-    return min(rank, largest)
+    if weight.selection.rank_may_shrink:
+        return min(rank, largest_rank(shape, axes))
+    remedy = (
+        f" A mapping gives this target a rank of its own: wrap(..., {{{{'{path}': "
+        "dict(rank={largest})}})."
+    )
+    check_rank_fits(rank, path, shape, axes, remedy=remedy)
+    return rank
 
 
 def _checked_key(key: Any) -> PRNGKeyArray:

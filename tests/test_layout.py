@@ -19,6 +19,7 @@ LAYERS = (
         "_finite",
         "_folders",
         "_identity",
+        "_keys",
         "_leaf_kinds",
         "_partition",
         "_paths",

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import operator
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,10 +12,11 @@ from jaxtyping import Array, PRNGKeyArray, Real
 
 from lora_jax._algebra import on_original
 from lora_jax._dtypes import common_dtype
+from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
-from lora_jax._settings import check_rank
-from lora_jax._shapes import factor_shapes, layers_shape, side_size
+from lora_jax._settings import check_rank_fits, checked_rank
+from lora_jax._shapes import factor_shapes, largest_rank, layers_shape, side_size
 from lora_jax._weight import LoRAWeight
 from lora_jax.arithmetic._alike import (
     check_no_magnitude,
@@ -135,12 +134,12 @@ def blend(
             density=1.0 if density is None else float(density),
             majority_sign=majority_sign,
         )
-        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        weight_key = own_key(key, path)
         if method.endswith("_svd"):
-            change = merged(factors.changes(), factors.shares, key=own_key)
+            change = merged(factors.changes(), factors.shares, key=weight_key)
             return factors.node(*_leading(change, _fitting_rank(path, factors, rank)))
         _check_equal_ranks(path, method, nodes)
-        return factors.node(*factors.each_merged(merged, own_key))
+        return factors.node(*factors.each_merged(merged, weight_key))
 
     return map_together(combined, trees)
 
@@ -235,15 +234,10 @@ def _leading(change: Array, rank: int) -> tuple[Array, Array]:
 
 def _fitting_rank(path: str, factors: _Factors, rank: int | None) -> int:
     like = factors.like
-    side = min(side_size(like.shape, like.axes, role) for role in ("in", "out"))
     if rank is None:
-        return min(factors.largest_rank, side)
-    if rank > side:
-        raise ValueError(
-            f"`rank` is {rank} for '{path}' of shape {like.shape}; expected at most {side}, its "
-            "smaller side."
-        )
-    return operator.index(rank)
+        return min(factors.largest_rank, largest_rank(like.shape, like.axes))
+    check_rank_fits(rank, path, like.shape, like.axes)
+    return rank
 
 
 def _check_equal_ranks(path: str, method: str, nodes: Sequence[LoRAWeight]) -> None:
@@ -261,7 +255,7 @@ def _check_options(method: Any, rank: Any, density: Any, majority_sign: Any) -> 
     if method not in get_args(Method):
         raise ValueError(f"`method` is {method!r}; expected one of {listed(get_args(Method), 20)}.")
     if rank is not None:
-        check_rank("`rank`", rank)
+        checked_rank("`rank`", rank)
         if not method.endswith("svd"):
             raise ValueError(
                 f"`rank` is {rank}, but the method {method!r} has no choice of a rank; expected "

@@ -1,7 +1,6 @@
 """Adapters made from a model that was fine-tuned in full."""
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
+from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex
 from lora_jax._partition import Partition, base_sharding, cut_as, factor_shardings, uncut
 from lora_jax._paths import leaves_with_paths, listed
@@ -122,7 +122,7 @@ def _extracted(path: str, node: LoRAWeight, tuned: Array, energy: float | None) 
     whole = None if partition is None else uncut(partition.mesh)
     U, S, Vt = cut_as(whole, decomposition, node.base, tuned)
     rank = node.rank if energy is None else _rank_of_energy(S, energy)
-    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
+    key = own_key(jax.random.key(0), path)
 
     def factors(U: Array, S: Array, Vt: Array) -> tuple[Array, Array]:
         lora_A, lora_B = balanced_factors(U[..., :rank], S[:, :rank], Vt[:, :rank], key)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import operator
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, SupportsIndex
 
@@ -13,10 +11,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from lora_jax._algebra import on_original, with_norms
 from lora_jax._dtypes import common_dtype
+from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex
 from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import compile_expression, listed, nearest_paths
-from lora_jax._settings import check_rank
+from lora_jax._settings import check_rank_fits, checked_rank
 from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
 from lora_jax._weight import LoRABank, LoRAWeight, innermost_base, is_bank
 from lora_jax.arithmetic._svd import new_columns, truncated
@@ -71,9 +70,9 @@ def resize(
         if path not in ranks or ranks[path] == node.rank:
             return node
         # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
-        own_key = jax.random.fold_in(key, zlib.crc32(f"{path} beyond {node.rank}".encode()))
+        weight_key = own_key(key, f"{path} beyond {node.rank}")
         resized = _resized_bank if is_bank(node) else _resized
-        return resized(node, ranks[path], own_key)
+        return resized(node, ranks[path], weight_key)
 
     return index.mapped(with_new_rank)
 
@@ -171,7 +170,8 @@ def _ranks(
         raise ValueError("`wrapped` has no adapters; expected what wrap(params, targets) returned.")
     ranks: dict[str, int] = {}
     for expression, each in (rank if isinstance(rank, Mapping) else {".*": rank}).items():
-        check_rank(f"`rank` of '{expression}'" if isinstance(rank, Mapping) else "`rank`", each)
+        subject = f"`rank` of '{expression}'" if isinstance(rank, Mapping) else "`rank`"
+        new_rank = checked_rank(subject, each)
         pattern = compile_expression(expression, "rank")
         matched = [path for path in nodes if pattern.search(path)]
         if not matched:
@@ -180,22 +180,16 @@ def _ranks(
                 f"{listed(nearest_paths(expression, nodes))}."
             )
         for path in matched:
-            ranks.setdefault(path, operator.index(each))
+            ranks.setdefault(path, new_rank)
     for path, each in ranks.items():
-        _check_fits(path, nodes[path], each)
+        remedy = (
+            f" A mapping gives it a rank of its own: arithmetic.resize(..., {{{{'{path}': "
+            "{largest}}})."
+        )
+        check_rank_fits(each, path, nodes[path].shape, nodes[path].axes, remedy=remedy)
         if each > nodes[path].rank and "lora_B" in nodes[path].frozen:
             raise ValueError(
                 f"`rank` is {each} for '{path}', whose lora_B is frozen: new rows of it would stay "
                 f"zero. Expected at most its rank, {nodes[path].rank}."
             )
     return ranks
-
-
-def _check_fits(path: str, node: LoRAWeight | LoRABank, rank: int) -> None:
-    largest = min(side_size(node.shape, node.axes, role) for role in ("in", "out"))
-    if rank > largest:
-        raise ValueError(
-            f"`rank` is {rank} for '{path}' of shape {node.shape}; expected at most {largest}, its "
-            f"smaller side. A mapping gives it a rank of its own: resize(..., {{'{path}': "
-            f"{largest}}})."
-        )

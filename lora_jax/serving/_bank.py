@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool
 from lora_jax._algebra import on_original
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
-from lora_jax._settings import check_rank
+from lora_jax._settings import checked_rank
 from lora_jax._weight import LoRABank, LoRAWeight, is_bank
 from lora_jax.arithmetic._alike import (
     checked_adapters,
@@ -65,7 +65,7 @@ def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | No
     trees = checked_adapters(adapters)
     slots = _checked_capacity(capacity, len(trees))
     if rank is not None:
-        check_rank("`rank`", rank)
+        rank = checked_rank("`rank`", rank)
     return map_together(lambda path, nodes: _bank_of(path, nodes, slots, rank), trees)
 
 

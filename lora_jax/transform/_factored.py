@@ -72,9 +72,9 @@ class Factored:
             self, terms=terms, gain=None if self.gain is None else function(self.gain)
         )
 
-    def copied(self) -> "Factored":
-        """Returns the same value, aligned by the trace that asks for it."""
-        return self.map_factors(Factor.copied)
+    def with_aligned(self) -> "Factored":
+        """Returns the same value with factors that the trace at hand has aligned."""
+        return self.map_factors(Factor.with_aligned)
 
     @property
     def held_by_gain(self) -> frozenset[int]:

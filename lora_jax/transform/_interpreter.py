@@ -56,8 +56,7 @@ class Interpreter:
     ) -> list[Any]:
         """Returns the outputs of a jaxpr for these constants and arguments."""
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
-        own = [value.copied() if isinstance(value, Factored) else value for value in arguments]
-        values.update(zip(jaxpr.invars, own, strict=True))
+        values.update(zip(jaxpr.invars, map(_aligned, arguments), strict=True))
 
         def value_of(atom: Any) -> Any:
             return atom.val if isinstance(atom, Literal) else values[atom]
@@ -65,7 +64,7 @@ class Interpreter:
         for place, equation in enumerate(jaxpr.eqns):
             inputs = [value_of(atom) for atom in equation.invars]
             outputs = self._at(place).evaluate(equation, inputs)
-            values.update(zip(equation.outvars, outputs, strict=True))
+            values.update(zip(equation.outvars, map(_aligned, outputs), strict=True))
         return [value_of(atom) for atom in jaxpr.outvars]
 
     def evaluate(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -105,6 +104,11 @@ class Interpreter:
         """Returns an interpreter for another equation of the same body."""
         dropout = self.dropout.at(place)
         return self if dropout is self.dropout else dataclasses.replace(self, dropout=dropout)
+
+
+def _aligned(value: Any) -> Any:
+    """Returns a value as the equations of one body take it."""
+    return value.with_aligned() if isinstance(value, Factored) else value
 
 
 @contextlib.contextmanager

@@ -15,7 +15,12 @@ from lora_jax._shapes import Places, Size, aligned
 Window = tuple[Size, Size]
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("stored",),
+    meta_fields=("places", "alike_over"),
+    drop_fields=("array",),
+)
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """An array as it is stored, and how it lines up with the weight's axes.
@@ -29,11 +34,13 @@ class Factor:
         is, or None if the factor does not depend on it.
       alike_over: mesh axes along which all devices are known to hold the same array, inside a
         `shard_map` without `check_vma`, where JAX's types do not say it.
+      array: the aligned array, where the trace at hand has one. It does not cross into a body.
     """
 
     stored: Array | Any
-    places: Places = dataclasses.field(metadata={"static": True})
-    alike_over: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
+    places: Places
+    alike_over: frozenset[str] = frozenset()
+    array: Array | None = None
 
     @classmethod
     def of_aligned(cls, array: Array) -> "Factor":
@@ -44,16 +51,18 @@ class Factor:
         """Returns the factor with the elements of its aligned array in other places."""
         return Factor(array, tuple(range(array.ndim)), self.alike_over)
 
-    @functools.cached_property
+    def with_stored(self, stored: Any, places: Places | None = None) -> "Factor":
+        """Returns the factor with another stored array, which lines up as this one unless said."""
+        return Factor(stored, self.places if places is None else places, self.alike_over)
+
+    def with_aligned(self) -> "Factor":
+        """Returns the factor with its aligned array, computed once by the trace at hand."""
+        return dataclasses.replace(self, array=aligned(self.stored, self.places))
+
+    @property
     def aligned(self) -> Array:
         """The array with an axis for each axis of the weight, of size 1 or held, and the rank."""
-        return aligned(self.stored, self.places)
-
-    def copied(self) -> "Factor":
-        """Returns the same factor, aligned by the trace that asks for it."""
-        copy = dataclasses.replace(self)
-        assert copy.aligned.ndim == len(self.places)
-        return copy
+        return aligned(self.stored, self.places) if self.array is None else self.array
 
     @property
     def is_stack(self) -> bool:
@@ -67,21 +76,15 @@ class Factor:
             return self
         order = (first, *(axis for axis in range(self.stored.ndim) if axis != first))
         places = tuple(None if place is None else order.index(place) for place in self.places)
-        return dataclasses.replace(self, stored=self.stored.transpose(order), places=places)
+        return self.with_stored(self.stored.transpose(order), places)
 
     def layer(self, cut: Array | None) -> "Factor":
-        """Returns the factor of one layer: of a cut of `stored`, or the one that all share.
-
-        The body of a loop asks for it, so it aligns nothing here: `aligned` would keep what the
-        body's trace computed, and hand it to what comes after the loop.
-        """
+        """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
         first, *rest = self.places
         if first is None:
-            return dataclasses.replace(self, places=tuple(rest))
+            return self.with_stored(self.stored, tuple(rest))
         places = tuple(None if place is None else place - 1 for place in rest)
-        return dataclasses.replace(
-            self, stored=self.stored[0] if cut is None else cut, places=places
-        )
+        return self.with_stored(self.stored[0] if cut is None else cut, places)
 
     def spec(self, axes: Sequence[Any] | PartitionSpec) -> PartitionSpec:
         """Returns how `stored` is cut where the weight's axes are cut as `axes` says.

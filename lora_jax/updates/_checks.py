@@ -26,12 +26,19 @@ def check_positive(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` is {value}; expected a positive, finite number.")
 
 
-def check_transformation(argument: str, value: Any) -> None:
-    """Raises unless `value` is an optax transformation."""
+def check_transformation(argument: str, value: Any, *, or_else: str | None = None) -> None:
+    """Raises unless `value` is an optax transformation.
+
+    Args:
+      argument: what errors call it.
+      value: what was given.
+      or_else: what else the argument may be, in words.
+    """
     if not (hasattr(value, "init") and hasattr(value, "update")):
+        other = "" if or_else is None else f", or {or_else}"
         raise TypeError(
             f"`{argument}` is {value!r}; expected an optax transformation, such as "
-            "optax.adam(1e-3)."
+            f"optax.adam(1e-3){other}."
         )
 
 

@@ -63,7 +63,7 @@ def placed(
     """
     where = where.sharding if isinstance(where, Format) else where
     moved = value.map_factors(
-        lambda factor: dataclasses.replace(factor, stored=put(factor.stored, _of(factor, where)))
+        lambda factor: factor.with_stored(put(factor.stored, _of(factor, where)))
     )
     scalar = _with_spec(where, PartitionSpec())
     terms = tuple(dataclasses.replace(term, scale=put(term.scale, scalar)) for term in moved.terms)
@@ -86,7 +86,7 @@ def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:
     def cut(factor: Factor) -> Factor:
         spec_of_factor = PartitionSpec(*(_within(axis, explicit) for axis in factor.spec(spec)))
         where = NamedSharding(mesh, spec_of_factor)
-        return dataclasses.replace(factor, stored=jax.sharding.reshard(factor.stored, where))
+        return factor.with_stored(jax.sharding.reshard(factor.stored, where))
 
     return value.map_factors(cut)
 

@@ -85,7 +85,7 @@ def _factored_specs(value: Any, spec: Any) -> Any:
 
     def spec_of(factor: Factor) -> Any:
         of_stored: Any = factor.spec(spec)
-        return dataclasses.replace(factor, stored=of_stored)
+        return factor.with_stored(of_stored)
 
     specs: Any = value.map_factors(spec_of)
     terms = tuple(dataclasses.replace(term, scale=PartitionSpec()) for term in specs.terms)
