@@ -50,8 +50,8 @@ class TestRules:
             (Rule("c.weight", "c"), r"no axes for 'c' of shape \(2, 3, 4\).*infer_axes"),
             (Rule("c.weight", "c", axes=("in", "out")), "expected 'in', 'out' or 'batch' for each"),
             (Rule("c.weight", "c", axes=("batch", "in", "out")), "1 are 'batch'; expected 0"),
-            (Rule("c.weight", "c", kind="conv", axes=("in", "out", "out")), "no 'conv'"),
-            (Rule("c.weight", "c", kind="conv", axes=("in", "out", "in")), "no 'conv'"),
+            (Rule("c.weight", "c", kind="conv", axes=("in", "out", "out")), "not a 'conv'"),
+            (Rule("c.weight", "c", kind="conv", axes=("in", "out", "in")), "not a 'conv'"),
         ],
     )
     def test_whose_axes_do_not_fit(self, tmp_path, rule, match):

@@ -206,7 +206,7 @@ class TestSaveRefuses:
         tree = {"b": jnp.ones((3, 3)), "c": jnp.ones((3, 3))}
         adapted = lora_jax.wrap(tree, {"b": {"dora": True}, "c": {}}, rank=1)
         names = [Rule("{n}.weight", "{n}")]
-        self.refused(tmp_path, r"DoRA\) in some places and none at 'c'", adapted, names)
+        self.refused(tmp_path, r"DoRA\) in some weights and none at 'c'", adapted, names)
 
     def test_magnitudes_of_parameters(self, tmp_path):
         names = [Rule("a.q", "a/q/kernel", kind="parameter")]
