@@ -12,6 +12,9 @@ from experiments.common.errors import InputError
 
 Labels = NDArray[np.int32]
 
+# How many images MNIST has.
+MNIST_COUNTS = {"train": 60_000, "test": 10_000}
+
 
 @dataclass(frozen=True)
 class Split:

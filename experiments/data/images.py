@@ -15,7 +15,7 @@ from PIL import Image
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.common.files import atomic_path
-from experiments.data.dataset import Dataset, Split, default_data_dir
+from experiments.data.dataset import MNIST_COUNTS, Dataset, Split, default_data_dir
 
 Images = NDArray[np.uint8]
 Choice = Literal["auto", "mnist", "digits"]
@@ -24,7 +24,6 @@ CHOICES: tuple[Choice, ...] = ("auto", "mnist", "digits")
 IMAGE_SIDE = 28
 PIXELS = IMAGE_SIDE * IMAGE_SIDE
 CLASSES = 10
-MNIST_COUNTS = {"train": 60_000, "test": 10_000}
 
 _THREE_WAYS = (
     "get it in one of three ways: (1) run where there is a network, and it is downloaded once; "

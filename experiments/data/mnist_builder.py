@@ -20,7 +20,7 @@ from PIL import Image
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.data import prepared
-from experiments.data.images import MNIST_COUNTS
+from experiments.data.dataset import MNIST_COUNTS
 
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TRAIN_LABELS = "train-labels-idx1-ubyte.gz"

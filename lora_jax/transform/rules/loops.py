@@ -12,10 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._compat import ClosedJaxpr, Equation, Jaxpr, Primitive, primitives, scan_counts
+from lora_jax._compat import (
+    ClosedJaxpr,
+    Equation,
+    Jaxpr,
+    Literal,
+    Primitive,
+    called_jaxpr,
+    primitives,
+    scan_counts,
+)
 from lora_jax.transform._building import materialized
 from lora_jax.transform._factored import Factored
-from lora_jax.transform._forwarding import input_behind
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._terms import Factor
 from lora_jax.transform.rules._rule import Rule
@@ -153,8 +161,27 @@ def _returned_stacks(
         for variable, value in zip(body.invars[first:], scanned, strict=True)
         if isinstance(value, Factored)
     }
-    behind = [input_behind(body, output) for output in outputs]
+    behind = [_input_behind(body, output) for output in outputs]
     return [None if each is None else by_input.get(each) for each in behind]
+
+
+def _input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
+    """Returns the input that `atom` is, also through calls that hand it on, or None."""
+    if isinstance(atom, Literal):
+        return None
+    definitions = {output: equation for equation in jaxpr.eqns for output in equation.outvars}
+    while atom in definitions:
+        equation = definitions[atom]
+        body = called_jaxpr(equation)
+        if body is None:
+            return None
+        inner = _input_behind(body, body.outvars[equation.outvars.index(atom)])
+        if inner is None:
+            return None
+        atom = equation.invars[body.invars.index(inner)]
+        if isinstance(atom, Literal):
+            return None
+    return atom if atom in jaxpr.invars else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +206,7 @@ class _Carry:
     ) -> "_Carry":
         carried_in = body.invars[constant_count:][: len(initial)]
         is_handed_on = [
-            isinstance(value, Factored) and input_behind(body, after) is before
+            isinstance(value, Factored) and _input_behind(body, after) is before
             for value, before, after in zip(
                 initial, carried_in, body.outvars[: len(initial)], strict=True
             )
