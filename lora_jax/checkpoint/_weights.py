@@ -86,6 +86,9 @@ class WeightMetadata:
                 "frozen": tuple(entry.get("frozen", ())),
             }
         )
+        if weight.kind == "LoRAWeight" and "scale" in arrays and arrays["scale"].shape:
+            # Earlier versions wrote a bank, of which each slot has a scale, as a LoRAWeight.
+            weight = dataclasses.replace(weight, kind="LoRABank")
         if not weight._is_complete():
             raise ValueError(
                 f"a {weight.kind} of {sorted(arrays)}; expected a LoRAWeight or a LoRABank of "
@@ -98,16 +101,8 @@ class WeightMetadata:
         if self.kind == "FullWeight":
             return FullWeight(base=weight, **arrays)
         assert self.axes is not None
-        made = lora_bank if self._is_bank else lora_weight
+        made = lora_bank if self.kind == "LoRABank" else lora_weight
         return made(weight, **arrays, axes=self.axes, layers=self.layers, frozen=self.frozen)
-
-    @property
-    def _is_bank(self) -> bool:
-        """Whether it holds several adapters, each with a scale of its own.
-
-        Earlier versions called a bank a LoRAWeight.
-        """
-        return len(self.arrays["scale"].shape) > 0
 
     def _is_complete(self) -> bool:
         if self.kind == "FullWeight":

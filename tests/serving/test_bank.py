@@ -1,6 +1,7 @@
-"""`stack` and `select`: what is shared, what is filled up, and what does not belong together."""
+"""`bank` and `select`: what is shared, what is filled up, and what does not belong together."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.agreement import assert_agree
+from lora_jax.checkpoint import TrainingCheckpoints
+from tests.agreement import assert_agree, assert_identical
+from tests.checkpoint.trees import edit_json
 from tests.serving.models import BATCH, DENSE, HEADS, MODELS, SCANNED, Model
 
 
@@ -229,3 +232,26 @@ def test_a_traced_function_may_hold_the_adapters() -> None:
     other = REFUSED["another base"][0]()
     with pytest.raises(ValueError, match="another base"):
         jax.jit(lambda: lora_jax.serving.bank([wrappeds[0], other]))()
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=str)
+def test_a_stack_of_an_earlier_version_is_restored_as_a_bank(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Such versions called it a LoRAWeight."""
+    bank = lora_jax.serving.bank([DENSE.adapter(seed, **options) for seed in range(2)], capacity=3)
+    lora_jax.save(tmp_path / "adapters", bank)
+    edit_json(tmp_path / "adapters" / "adapters.json", _with_earlier_kinds)
+    assert_identical(lora_jax.restore(tmp_path / "adapters", DENSE.params), bank)
+    with TrainingCheckpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(1, bank, 0)
+    (description,) = (tmp_path / "run").rglob("training.json")
+    edit_json(description, _with_earlier_kinds)
+    with TrainingCheckpoints(tmp_path / "run") as checkpoints:
+        assert_identical(checkpoints.restore(bank, 0).wrapped, bank)
+
+
+def _with_earlier_kinds(content: dict[str, Any]) -> None:
+    for weight in content["weights"].values():
+        assert weight["kind"] == "LoRABank"
+        weight["kind"] = "LoRAWeight"
