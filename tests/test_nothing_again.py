@@ -54,6 +54,7 @@ def adapters_of(variant: Variant) -> list[Any]:
     return [problem.trained, problem.wrapped, other]
 
 
+@pytest.mark.usefixtures("promoted_ranks")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_another_adapter(variant: Variant, compiled: bool) -> None:
