@@ -10,6 +10,7 @@ that was not killed.
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import signal
@@ -176,4 +177,6 @@ def main(folder, kills, mode):
 
 
 if __name__ == "__main__":
+    # Orbax warns where saving is slow, as it is on a machine with other work.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -20,7 +20,7 @@ def numbers(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "kills"), [("asynchronous", 24), ("synchronous", 8)])
+@pytest.mark.parametrize(("mode", "kills"), [("asynchronous", 16), ("synchronous", 6)])
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path, mode, kills):
     done = subprocess.run(
         [
