@@ -153,3 +153,34 @@ def test_a_file_of_peft_holds_one_adapter(tmp_path: Path) -> None:
     names = [peft.Rule("module.weight", "W"), peft.Rule("module.bias", "b")]
     with pytest.raises(CheckpointError, match="an adapter on another one at 'W'"):
         peft.save(tmp_path, wrapped_of("lora on lora"), names=names)
+
+
+def test_banks_blends_and_other_ranks_stand_on_the_same_node() -> None:
+    inner = as_if_trained(lora_jax.wrap(PARAMS, "W", rank=2), 1)
+    singles = [nested(as_if_trained(lora_jax.wrap(PARAMS, "W", rank=n), n), inner) for n in (1, 2)]
+    bank = lora_jax.serving.bank(singles)
+    outputs = jax.jit(lora_jax.serving.adapt(apply))(bank, jnp.array([1, 0, -1, 1, 0]), X)
+    expected = [reference(singles[n], X[i : i + 1]) for i, n in ((0, 1), (1, 0), (3, 1), (4, 0))]
+    assert_agree(outputs[np.array([0, 1, 3, 4])], np.concatenate(expected))
+    assert_agree(outputs[2:3], reference(inner, X[2:3]))
+    blended = lora_jax.arithmetic.blend(singles, [0.5, -2.0])
+    change = sum(
+        w * (dense(each["W"]) - dense(inner["W"]))
+        for w, each in zip([0.5, -2], singles, strict=True)
+    )
+    assert_agree(lora_jax.merge(blended)["W"], dense(inner["W"]) + change)
+    active = lora_jax.serving.activate(bank, [0.5, -2.0])
+    assert_agree(lora_jax.merge(active)["W"], lora_jax.merge(blended)["W"])
+    grown = lora_jax.arithmetic.resize(singles[1], 3)
+    assert grown["W"].rank == 3
+    assert grown["W"].base is singles[1]["W"].base
+    assert_agree(lora_jax.merge(grown)["W"], dense(singles[1]["W"]))
+
+
+def test_a_cut_weight_keeps_its_cut_at_each_level() -> None:
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    params = {**PARAMS, "W": jax.device_put(PARAMS["W"], cut)}
+    wrapped = nested(lora_jax.wrap(params, "W", rank=2), lora_jax.wrap(params, "W", rank=1))
+    assert lora_jax.merge(wrapped)["W"].sharding == cut
+    assert_agree(jax.jit(lora_jax.adapt(apply))(wrapped, X), apply(PARAMS, X))
