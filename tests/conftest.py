@@ -29,9 +29,6 @@ if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), *(f"--{f}" for f in flags)]
     )
-# JAX before 0.10.2 logs an error for each program that it reads from the disk, which is none.
-if jax.__version_info__ < (0, 10, 2):
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 # Tracing makes many objects that live long: looking through them less often saves a sixth.
 gc.set_threshold(200_000, 50, 100)

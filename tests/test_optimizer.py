@@ -281,7 +281,6 @@ def test_gradients_with_none_for_what_has_none() -> None:
     assert changed(wrapped, after) == {"lora_B"}
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="JAX aborts: it donates host memory")
 def test_a_weight_in_the_memory_of_the_host_stays_there() -> None:
     """Nothing is added to it: a device computes with what is in its own memory."""
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
