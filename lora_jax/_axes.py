@@ -103,8 +103,8 @@ class InferredAxes(Mapping[str, Axes]):
     def linear(self) -> tuple[str, ...]:
         """What `"all-linear"` means: each weight of a product or convolution, but the head.
 
-        A weight that meets an array on its way, as in `x @ (W * mask)`, is not among them, nor is a
-        head inside of a loop told from other layers. `print` shows what became of every weight.
+        A weight that meets an array on its way, as in `x @ (W * mask)`, is not among them. A head
+        inside of a loop is not told from other layers. `print` shows what became of every weight.
         """
         return tuple(
             path
@@ -216,7 +216,7 @@ def check_axes(axes: Any, params: Any) -> None:
 
 
 def _check_expressions(axes: Mapping[str, Any], paths: Iterable[str]) -> None:
-    """Raises if a key of `axes` is none of `paths`, nor an expression that matches one."""
+    """Raises if a key of `axes` is neither a path nor an expression that matches one."""
     paths = list(paths)
     for expression in axes:
         pattern = compile_expression(expression, "axes")

@@ -69,7 +69,7 @@ def resize(
     def with_new_rank(path: str, node: Any) -> Any:
         if path not in ranks or ranks[path] == node.rank:
             return node
-        # Not the key that `wrap` drew the present columns from, nor that of an earlier growth.
+        # `wrap` and each earlier growth drew the present columns from other keys.
         weight_key = own_key(key, f"{path} beyond {node.rank}")
         resized = _resized_bank if is_bank(node) else _resized
         return resized(node, ranks[path], weight_key)

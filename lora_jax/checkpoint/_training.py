@@ -1,4 +1,4 @@
-"""Checkpoints of a run, from which it goes on as if it had never stopped.
+"""Checkpoints of a run, from which it continues as if it had never stopped.
 
 Each is a folder `<step>` with the arrays, which Orbax writes, and `training.json`, which says what
 they are and holds the checksum of every file. Orbax writes into a temporary folder and renames it,
@@ -36,7 +36,7 @@ class TrainingCheckpoints:
     A checkpoint stores the adapters, weights trained in full, scales, the optimiser's state and the
     data position. It never stores the frozen base, only a fingerprint of it, by which another model
     is refused. A checkpoint appears in the folder when it is complete. A run that is killed, even
-    while it saves, goes on from the last complete one and ends with the same numbers as one that
+    while it saves, continues from the last complete one and ends with the same numbers as one that
     was not.
 
     The folder belongs to one process at a time; others may read it while that one saves. Use it as
@@ -48,7 +48,7 @@ class TrainingCheckpoints:
       best: the name of a metric, whose best checkpoint is kept in addition.
       mode: whether the best metric is the least, `"min"`, or the greatest, `"max"`.
       every: `save` acts only in steps that are multiples of this.
-      asynchronous: whether training goes on while a checkpoint is written. `save` copies all
+      asynchronous: whether training continues while a checkpoint is written. `save` copies all
         arrays before it returns, so that the next step may reuse their memory.
 
     Raises:

@@ -43,7 +43,7 @@ def initializer(init: str | Initializer | DataInitializer) -> Initializer | Data
       The initialiser.
 
     Raises:
-      ValueError: it is none of these, nor the name of an initialiser.
+      ValueError: it is a name that no initialiser has, or not callable.
 
     Examples:
       >>> initializer("kaiming").__name__

@@ -30,13 +30,13 @@ def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | No
 
     Each weight is a `LoRABank`, whose `lora_A`, `lora_B`, `scale` and `magnitude` have an axis of
     slots in front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter
-    i is still $W + s_i A_i B_i$. What an initialiser had moved from the weight into the factors is
+    i is still $W + s_i A_i B_i$. What an initialiser moved from the weight into the factors is
     moved back first, as by `arithmetic.on_original_base`, which doubles that adapter's rank. An
     adapter of some layers gets those of the others too, at which it changes nothing.
 
-    The tree is a bank of slots: `add`, `replace` and `remove` change its numbers and none of its
-    shapes, so that compiled functions of it stay valid. To train an
-    adapter further `select` it; to train all of them in place, `split` the bank.
+    `add`, `replace` and `remove` change the numbers of the slots but no shape, so that compiled
+    functions of the bank stay valid. To train one adapter further, `select` it; to train all of
+    them in place, `split` the bank.
 
     Args:
       adapters: wrapped trees of the same params with the same targets.

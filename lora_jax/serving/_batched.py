@@ -39,7 +39,7 @@ def adapt(
     Args:
       fn: any JAX function `fn(params, *args, **kwargs)`.
       in_axes: the batch axis of each array in the arguments after `ids`: a number, None for what
-        all examples share, or one of these for each argument. Leaves that are no arrays, and
+        all examples share, or one of these for each argument. Leaves that are not arrays, and
         keyword arguments, are shared.
       out_axes: the batch axis of each array that `fn` returns.
       on_materialize: as for `lora_jax.adapt`.

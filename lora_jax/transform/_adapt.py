@@ -228,7 +228,7 @@ def rewrite(
 
     Args:
       fn: the function as its author wrote it.
-      arguments: (args, kwargs), with leaves that are no arrays made static.
+      arguments: (args, kwargs), in which leaves that are not arrays are static.
       recorder: what is told of each equation that an adapted weight reaches.
       dropout: LoRA dropout.
     """

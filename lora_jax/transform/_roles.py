@@ -80,7 +80,7 @@ def note_roles(
       equation: the contraction, convolution or lookup.
       value: the weights.
       roles: the role of each axis of the value.
-      untracked: the role of an axis of a weight that is no axis of the value.
+      untracked: the role of an axis of a weight that is not an axis of the value.
     """
     reporter = interpreter.reporter
     for path, part in value.parts().items():

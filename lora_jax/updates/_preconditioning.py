@@ -35,7 +35,7 @@ def preconditioned(
       axes: the roles of the weight's axes.
       side: what `factor` holds: `"in"` for lora_A, `"out"` for lora_B.
       damping: $\delta$, a positive number.
-      scale: $s$, which a stack of adapters has a stack of; 1 unless given.
+      scale: $s$, one for each slot of a bank; 1 unless given.
     """
     other_side: Side = "out" if side == "in" else "in"
 
@@ -109,7 +109,7 @@ def _rank_last(factor: Array, axes: Axes, side: Side) -> Array:
 
 
 def _rank_axis(axes: Axes, side: Side) -> int:
-    """Returns the rank's axis, counted from the end: further axes may be stacked in front."""
+    """Returns the rank's axis, counted from the end: a bank has an axis of slots in front."""
     return -1 - axes.count("out") if side == "out" else -1
 
 

@@ -67,7 +67,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
-    """Notes a lookup of rows; or goes on with the weights that are picked out of a stack."""
+    """Notes a lookup of rows, or follows the weights that are picked out of a stack."""
     value, _ = inputs
     numbers = equation.params["dimension_numbers"]
     if not isinstance(value, Factored) or numbers.operand_batching_dims:
