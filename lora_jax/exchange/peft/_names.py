@@ -10,9 +10,10 @@ import numpy as np
 
 from lora_jax._axes import given_roles
 from lora_jax._folders import CheckpointError
-from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._nodes import NodeIndex
+from lora_jax._paths import listed
 from lora_jax._shapes import Axes, AxisRole, positions
-from lora_jax._weight import is_adapter_node, is_lora_weight
+from lora_jax._weight import is_lora_weight
 from lora_jax.exchange.peft._layout import Layout
 from lora_jax.exchange.peft._rules import Rule
 
@@ -184,7 +185,7 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
     _check_rules(names)
     found: list[list[NamedLeaf]] = [[] for _ in names]
     without_rule = []
-    for path, leaf in leaves_with_paths(tree, is_leaf=is_adapter_node):
+    for path, leaf in NodeIndex.of(tree).tree.items():
         if not hasattr(leaf, "shape"):
             continue
         matches = [(number, rule.fields_of(path)) for number, rule in enumerate(names)]
