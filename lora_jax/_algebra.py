@@ -1,4 +1,4 @@
-"""What a `LoRAWeight` stands for, in numbers."""
+"""The values that a `LoRAWeight` represents."""
 
 import dataclasses
 import functools
@@ -42,8 +42,8 @@ def lora_weight(
 ) -> LoRAWeight:
     """Returns the node with these leaves on an original weight.
 
-    What follows from the weight is computed here and nowhere else, so that adapters which are
-    restored beside the same weight find the same base and the same norms, bit for bit.
+    Everything derived from the weight is computed here alone, so that adapters restored beside the
+    same weight get the same base and norms, bit for bit.
     """
     base: Any = original
     if initial_A is not None and initial_B is not None:
@@ -93,8 +93,8 @@ def lora_bank(
 def with_norms(bank: LoRABank) -> LoRABank:
     """Caches the DoRA norms of a bank whose factors are fixed, if it has magnitudes.
 
-    They are computed one after the other, each by the same program, so that they are those of the
-    single adapters, bit for bit.
+    They are computed one after the other, each by the same program, so that they equal the norms of
+    the single adapters, bit for bit.
     """
     if bank.magnitude is None:
         return bank
@@ -126,7 +126,7 @@ def original(weight: LoRAWeight) -> Any:
 
 
 def as_array(base: Any) -> Any:
-    """Returns a base as an array: what it stands for, where it is a node itself."""
+    """Returns a base as an array: the value that it represents, if it is a node itself."""
     return dense(base) if is_lora_weight(base) else base
 
 
@@ -168,12 +168,12 @@ def low_rank(lora_A: AnyArray, lora_B: AnyArray, axes: Axes) -> Array:
 
 
 def dense(weight: LoRAWeight) -> Array:
-    """Returns what a weight stands for, computed in at least float32 and cast once."""
+    """Returns the value of a weight, computed in at least float32 and cast once."""
     weight = dataclasses.replace(weight, base=as_array(weight.base))
     return cut_as(base_sharding(weight.base), _dense, weight)
 
 
-# One program, so that outside of jit too nothing but A · B is held beside W and the result.
+# One program, so that even outside of jit only A · B is held beside W and the result.
 @functools.partial(jax.jit, inline=True)
 def _dense(weight: LoRAWeight) -> Array:
     value = _with_change(
@@ -247,7 +247,7 @@ def _norms(weight: LoRAWeight) -> Array:
     part = taken_layers(weight.base, axes, weight.layers)
     squared_norm = weight.squared_norm
     if common_dtype(squared_norm.dtype, jnp.float32) != squared_norm.dtype:
-        # A tree that was cast to half precision: so was the base, and its square may not fit.
+        # The tree was cast to half precision, which a squared norm may not fit.
         squared_norm = squared_norms(weight.base, axes, weight.layers)
     wide = common_dtype(part.dtype, weight.lora_A.dtype, squared_norm.dtype)
     base, lora_A, lora_B, scale, squared_norm = jax.lax.stop_gradient(
@@ -270,8 +270,8 @@ def _norms(weight: LoRAWeight) -> Array:
     )
     cross = 2 * scale * jnp.sum(lora_B * mixed, axis=len(batch))
     squared_change = scale**2 * jnp.sum(lora_B * spread, axis=len(batch))
-    # What is left where the change all but cancels the weight is rounding: below it the norm means
-    # nothing, and a gain of any size could come of it.
+    # Where the change almost cancels the weight, only rounding is left: a norm below it is
+    # meaningless, and could give a gain of any size.
     rounding = 4 * epsilon(wide) * (squared_norm + squared_change)
     return jnp.sqrt(jnp.maximum(squared_norm + cross + squared_change, rounding))
 

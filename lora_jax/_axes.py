@@ -1,4 +1,4 @@
-"""The role of each axis of a weight, as it is given by hand or as `infer_axes` finds it."""
+"""The role of each axis of a weight, given by hand or found by `infer_axes`."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class WeightUse:
       primitive: the name of the JAX primitive.
       source: the line of the model's own source.
       axes: the role of each of the weight's axes in a contraction, convolution or lookup; None
-        where the op is none of these, so that the use says nothing of the axes.
+        where the op is another one, so that the use says nothing about the axes.
       is_output: whether the function's output depends on the weights through this op alone, as it
         does through a classifier's or a language model's head.
     """
@@ -39,7 +39,7 @@ class WeightUse:
 class InferredAxes(Mapping[str, Axes]):
     """The axes of each weight whose uses agree, by path; made by `infer_axes`.
 
-    Printed, it is a table. Two uses agree if they part the axes into the same two sides: a tied
+    Printed, it is a table. Two uses agree if they divide the axes into the same two sides: a tied
     embedding is looked up by row and multiplied transposed, and the same factors serve both. Where
     you know better, `axes | {"experts/kernel": ("batch", "in", "out")}` says so.
 
@@ -103,8 +103,8 @@ class InferredAxes(Mapping[str, Axes]):
     def linear(self) -> tuple[str, ...]:
         """What `"all-linear"` means: each weight of a product or convolution, but the head.
 
-        A weight that meets an array on its way, as in `x @ (W * mask)`, is not among them. A head
-        inside of a loop is not told from other layers. `print` shows what became of every weight.
+        A weight that is combined with an array first, as in `x @ (W * mask)`, is not among them. A
+        head inside of a loop is not distinguished from other layers. `print` shows every weight.
         """
         return tuple(
             path
@@ -150,7 +150,7 @@ def _agreed_axes(uses: tuple[WeightUse, ...]) -> Axes | None:
 
 
 def _sides(uses: tuple[WeightUse, ...]) -> set[frozenset[frozenset[int]]]:
-    """Returns how these uses part the axes, regardless of which side is which."""
+    """Returns how these uses divide the axes, regardless of which side is which."""
     return {
         frozenset(
             frozenset(axis for axis, held in enumerate(use.axes) if held == role)
@@ -204,7 +204,7 @@ def given_roles(path: str, axes: Mapping[str, Sequence[str]]) -> Sequence[str] |
 
 
 def check_axes(axes: Any, params: Any) -> None:
-    """Raises unless `axes` is what `wrap` takes, and all of it is of use for `params`."""
+    """Raises unless `axes` is what `wrap` takes, and every entry matches `params`."""
     if axes is None or isinstance(axes, InferredAxes):
         return
     if not isinstance(axes, Mapping):

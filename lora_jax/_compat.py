@@ -74,8 +74,8 @@ def evaluate_equation(equation: Equation, values: Sequence[Any]) -> list[Any]:
 def _with_own_variables(equation: Equation, values: Sequence[Any]) -> Equation:
     """Returns the equation with a variable for each operand.
 
-    The model may use one value twice, or a constant, where the operands differ here: one of them
-    built or scaled, the other as it was.
+    The model may use one value twice, or a constant, where the operands differ here: one built or
+    scaled, the other unchanged.
     """
     variables = [atom for atom in equation.invars if isinstance(atom, Var)]
     changed = [
@@ -119,7 +119,7 @@ def primitive_in_shards(
     return body.eqns[0].primitive
 
 
-# A name that no model's mesh or `jax.vmap` around has.
+# A name that no surrounding mesh or `jax.vmap` of a model has.
 SHARD_AXIS = "lora_jax_shard"
 
 

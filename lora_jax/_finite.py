@@ -12,7 +12,7 @@ from lora_jax._compat import is_tracer
 
 
 def not_finite(arrays: Iterable[tuple[str, Any]]) -> list[str]:
-    """Returns the names of those arrays that hold NaN or infinity; traced ones are passed over."""
+    """Returns the names of the arrays that hold NaN or infinity; traced ones are skipped."""
     concrete = [(name, array) for name, array in arrays if not is_tracer(array)]
     if not concrete:
         return []

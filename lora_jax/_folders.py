@@ -1,14 +1,14 @@
-"""Folders that are complete or not there, and the error for those that can't be used.
+"""Folders that are either complete or absent, and the error for unusable ones.
 
 A folder is written under a name of its own beside its destination, and takes its place when it is
 complete: by one rename where nothing is there, and otherwise by an exchange of the two, after which
-what was there is removed under the name that only this process knows. So no process ever removes
-what another one writes or has put in place, the last of several that finish is what stays, and a
-process that dies leaves the one before. The system knows the exchange on Linux; elsewhere there are
-two renames, between which nothing is at the destination.
+what was there is removed under a name that only this process knows. So no process ever removes
+what another one writes or has put in place, the last of several to finish stays, and a process that
+dies leaves the previous folder. Linux has this exchange; elsewhere there are two renames, between
+which nothing is at the destination.
 
-While a folder is written it is locked, so that what a process left that died is told from what
-another one is about to complete.
+A folder is locked while it is written, which distinguishes the remains of a dead process from a
+folder that another process is about to complete.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def as_checkpoint_error(message: str) -> Iterator[None]:
-    """Turns what the file system, JSON or a reader of arrays raises into a `CheckpointError`."""
+    """Turns errors of the file system, JSON or a reader of arrays into a `CheckpointError`."""
     try:
         yield
     except CheckpointError:
@@ -92,7 +92,7 @@ def check_destination(
     Args:
       destination: the folder to write.
       obstacle: returns, of what is there, why it must not be deleted, or None.
-      content: what is there if nothing stands against replacing it.
+      content: what is there if nothing prevents replacing it.
       overwrite: whether that may be replaced.
     """
     with as_checkpoint_error(cannot_write(destination)):
@@ -114,7 +114,7 @@ def interruption_hint(source: Path) -> str:
     if not previous:
         return ""
     return (
-        f" An interrupted save left the one before at {previous[-1]}: rename it to {source.name}."
+        f" An interrupted save left the previous one at {previous[-1]}: rename it to {source.name}."
     )
 
 
@@ -222,7 +222,7 @@ def _is_put_in_two_steps(unfinished: Path, destination: Path) -> bool:
 
 
 def _remove_abandoned(destination: Path) -> None:
-    """Removes what processes left that died while they saved to `destination`."""
+    """Removes the remains of processes that died while they saved to `destination`."""
     for folder in _siblings(destination, _UNFINISHED, _PREVIOUS):
         lock = _lock(folder, wait=False)
         if lock is not None:
@@ -231,7 +231,7 @@ def _remove_abandoned(destination: Path) -> None:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Returns what tells a folder from another one that took its place."""
+    """Returns an identifier that changes when another folder takes its place."""
     try:
         status = folder.stat()
     except OSError:

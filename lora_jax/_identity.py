@@ -1,4 +1,4 @@
-"""What tells an object from others where it is a key: its content, or which object it is."""
+"""Comparing objects as keys: by content, or by identity."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Same:
-    """Equals what holds the same object, and hashes by it.
+    """Holds an object and compares and hashes by its identity.
 
     Attributes:
       value: the object, which need not be hashable.
@@ -22,7 +22,7 @@ class Same:
 
 
 def is_hashable(value: Any) -> bool:
-    """Says whether a value, with all that it holds, can be hashed."""
+    """Says whether a value, with everything in it, can be hashed."""
     try:
         hash(value)
     except TypeError:

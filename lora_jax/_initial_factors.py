@@ -26,12 +26,12 @@ _KEPT = 256
 
 @dataclasses.dataclass(frozen=True)
 class InitialFactors:
-    """What an initialiser gave for a weight.
+    """What an initialiser returned for a weight.
 
     Attributes:
       lora_A: of shape (*batch, *in, r).
       lora_B: of shape (*batch, r, *out).
-      keeps_base: whether the base is the weight itself, and not W - s · A · B.
+      keeps_base: whether the base is the weight itself instead of W - s · A · B.
       frozen: the names of the factors that do not train.
     """
 
@@ -56,7 +56,7 @@ def initial_factors(
       path: the weight's path, from which its own random key is derived.
       weight: the weight.
       axes: the role of each of its axes.
-      layers: the adapted places of its first batch axis, or None.
+      layers: the adapted indices of its first batch axis, or None.
       settings: how it is adapted; `rank` fits it.
       dtype: the factors' dtype.
       key: the random key that all weights share.
@@ -88,13 +88,13 @@ def initial_factors(
 
 
 class _WrongShapesError(Exception):
-    """An initialiser returned arrays of other shapes than those of the weight's factors."""
+    """An initialiser returned arrays whose shapes do not fit the weight's factors."""
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What tracing an initialiser says: whether the base stays, and what does not train."""
+    """What tracing an initialiser shows: whether the base stays, and what does not train."""
 
     keeps_base: bool
     frozen: tuple[str, ...]
@@ -113,8 +113,8 @@ def _program(
 ) -> Callable[..., Any]:
     """Returns a compiled function from key, weight and statistics to factors and differences.
 
-    A program that is no longer kept goes with what it has compiled, so that new initialisers, as
-    in a loop that makes a closure each time, do not pile up.
+    A program that drops out of the cache frees what it compiled, so that new initialisers, as in a
+    loop that makes a closure each time, do not pile up.
     """
 
     def of_matrix(key: PRNGKeyArray, weight2d: Array, *statistics: Any) -> Any:
@@ -142,7 +142,7 @@ def _program(
     if shardings is None:
         return jax.jit(of_weight)
     whole = uncut(shardings[0].mesh)
-    # A weight whose numbers are not used still says on which devices the program runs.
+    # A weight whose values are not used still decides on which devices the program runs.
     return jax.jit(
         functools.partial(cut_as, ((*shardings, whole), whole), of_weight), keep_unused=True
     )
@@ -203,7 +203,7 @@ class _Applied:
 
 
 class _Unhashable(Same):
-    """A function that equals itself alone, since it can't say what else it equals."""
+    """A function that equals only itself, since it can't be compared with others."""
 
     def __call__(self, *args: Any) -> Any:
         return self.value(*args)

@@ -1,4 +1,4 @@
-"""What a leaf is, as far as its dtype, its shape, its name and the leaves beside it tell."""
+"""What a leaf is, judged by its dtype, its shape, its name and the leaves beside it."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from lora_jax._dtypes import is_narrow_float
 # Leaves with these names shift a module's output. They may have two axes (the heads and the head
 # dimension of an attention bias, the layers of a stack), and so look like weights.
 _BIAS_NAMES = frozenset({"b", "bias"})
-# What a bias that is called by one letter stands beside.
+# Names of weights beside which a leaf named by one letter is a bias.
 _WEIGHT_NAMES = frozenset({"kernel", "w", "weight"})
 _SCALE_NAMES = frozenset({"g", "gamma", "scale"})
 
@@ -61,7 +61,7 @@ def weight_obstacle(leaf: Any) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbourhood:
-    """The leaves of each module, by which a leaf is told from a bias or from scales.
+    """The leaves of each module, which tell weights from biases and scales.
 
     Attributes:
       modules: for each module's path, the name of each of its leaves beside the leaf. Places in a

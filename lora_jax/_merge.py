@@ -1,4 +1,4 @@
-"""Folding adapters into the weights, and taking them out again."""
+"""Merging adapters into the weights, and taking them out again."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ from lora_jax._weight import (
 def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -> Any:
     r"""Returns plain params with $W + s \cdot A B$ in place of each adapted weight.
 
-    The sum is taken in at least float32, in the widest of the dtypes, and cast once, so that
-    structure, shapes and dtypes are those of the tree that was wrapped.
+    The sum is computed in the widest of the dtypes, at least float32, and cast once. Structure,
+    shapes and dtypes are those of the tree that was wrapped.
 
     Args:
       wrapped: what `wrap` returned, trained or not.
-      targets: which of the adapted weights to merge, in the forms of `wrap`; all unless given. The
-        others stay what they are.
-      safe: whether to look at every merged value, and to raise if one is not finite.
+      targets: which of the adapted weights to merge, in the forms of `wrap`; all by default. The
+        others stay adapted.
+      safe: whether to check every merged value, and raise if one is not finite.
 
     Returns:
-      Plain params, the original structure; with `targets`, a wrapped tree of the other adapters.
+      Plain params of the original structure; with `targets`, a tree that keeps the other adapters.
 
     Raises:
       ValueError: `targets` matches no adapted weight; `wrapped` is a bank of adapters; or, with
@@ -60,24 +60,24 @@ def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -
 
 
 def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any:
-    r"""Returns the wrapped tree whose adapters were folded into `merged`.
+    r"""Returns the wrapped tree whose adapters were merged into `merged`.
 
-    Each base is $W' - s \cdot A B$, taken in at least float32 and cast once: the original to
-    rounding, which for a half-precision weight is that of half precision. `unwrap(wrapped)` gives
-    the original exactly where `wrapped` still holds it.
+    Each base is $W' - s \cdot A B$, computed in at least float32 and cast once. It equals the
+    original to rounding in the weight's dtype. If `wrapped` still holds the original,
+    `unwrap(wrapped)` returns it exactly.
 
     Args:
       merged: what `merge(wrapped)` returned.
       wrapped: the adapters that were merged. Their bases are not read, and may be None.
-      targets: which of the adapters to take out, in the forms of `wrap`; all unless given. What was
-        not merged is kept.
+      targets: which of the adapters to take out, in the forms of `wrap`; all by default. Weights
+        that were not merged are kept.
 
     Returns:
       A wrapped tree with the same adapters.
 
     Raises:
       ValueError: the trees or the shapes differ, `targets` matches no adapter, or an adapter has a
-        magnitude (DoRA), which leaves nothing of the weight's own norm.
+        magnitude (DoRA), since merging it loses the weight's own norm.
 
     Source: Hu et al. 2021, section 4.1, on switching tasks by subtracting $B A$.
 
@@ -112,8 +112,8 @@ def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWei
         return dataclasses.replace(node, value=leaf)
     if node.magnitude is not None:
         raise ValueError(
-            f"'{path}' has a magnitude (DoRA), and what is merged has nothing of the weight's own "
-            "norm; keep `wrapped`, of which unwrap(wrapped) gives the original exactly."
+            f"'{path}' has a magnitude (DoRA), and the merged weight has lost its own norm; keep "
+            "`wrapped`: unwrap(wrapped) returns the original exactly."
         )
     if not _fits(leaf, node):
         raise ValueError(
@@ -159,7 +159,7 @@ def _chosen_paths(tree: Any, index: NodeIndex, targets: Targets | None) -> set[s
 def _check_finite(merged: Mapping[str, AnyArray]) -> None:
     if any(map(is_tracer, merged.values())):
         raise ValueError(
-            "`safe` is True, but the values are traced and can't be looked at; call "
+            "`safe` is True, but the values are traced and can't be checked; call "
             "merge(wrapped, safe=True) outside of jax.jit."
         )
     found = not_finite(merged.items())
@@ -174,7 +174,7 @@ def _check_finite(merged: Mapping[str, AnyArray]) -> None:
 def _check_same_structure(merged: NodeIndex, wrapped: NodeIndex) -> None:
     if merged.structure != wrapped.structure:
         raise ValueError(
-            "`merged` has another structure than `wrapped`; expected what merge(wrapped) "
+            "`merged` has a different structure from `wrapped`; expected what merge(wrapped) "
             f"returned.\n`merged`: {merged.structure}\n`wrapped`: {wrapped.structure}"
         )
     if not wrapped.adapted:

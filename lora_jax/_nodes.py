@@ -48,7 +48,7 @@ class NodeIndex:
 
     @property
     def levels(self) -> Mapping[str, AdapterNode]:
-        """The nodes, and at `path/base` each node that another one stands on."""
+        """The nodes, and at `path/base` each node that is the base of another one."""
         return {each: node for path, top in self.nodes.items() for each, node in _levels(path, top)}
 
     @property
@@ -89,7 +89,7 @@ def adapter_nodes(wrapped: Any, argument: str = "wrapped") -> Mapping[str, Adapt
 
     Args:
       wrapped: a wrapped tree.
-      argument: what errors call it.
+      argument: its name in errors.
 
     Raises:
       CheckpointError: there are none.

@@ -1,4 +1,4 @@
-"""The optimiser for wrapped trees: what trains moves, and nothing else does."""
+"""The optimiser for wrapped trees: it updates what trains, and nothing else."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,22 +18,23 @@ from lora_jax.updates._parts import Transformation, is_absent, on_part
 def optimizer(
     tx: Transformation | Mapping[str, Transformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimiser for wrapped trees: adapters train, everything else stays as it is.
+    """Returns an optimiser for wrapped trees: adapters train, everything else stays unchanged.
 
-    What trains moves as it would with `tx` on the trainable half from `split`, and the state is
-    the one that `tx` has there: no array of it is for a frozen leaf. The updates of frozen leaves
-    are zero, with which `optax.apply_updates` keeps every bit of them in a compiled step; op by op,
-    some processors round the very smallest numbers, below 1e-38, to zero.
+    The trainable leaves get the updates of `tx` on the trainable half from `split`, and the state
+    is the state of `tx` there: none is allocated for frozen leaves. The updates of frozen leaves
+    are zero, so `optax.apply_updates` keeps every bit of them in a compiled step; op by op, some
+    processors round numbers below 1e-38 to zero.
 
     Extra arguments reach `tx`: trees like the wrapped one, such as `grad`, as their trainable half;
     functions of the wrapped tree, such as the `value_fn` of a line search, as functions of that
-    half; and the whole tree as `wrapped`, in which those of `lora_jax.updates` find the rest.
+    half; and the whole tree as `wrapped`, where the transformations of `lora_jax.updates` find the
+    frozen leaves.
 
-    A compiled step that returns the whole tree copies what is frozen, unless the tree is donated:
+    A compiled step that returns the whole tree copies the frozen leaves unless the tree is donated:
     `jax.jit(step, donate_argnums=(0, 1))` for a `step(wrapped, state, ...)`.
 
     Args:
-      tx: the transformation for all that trains, or a mapping from label to transformation
+      tx: the transformation for everything that trains, or a mapping from label to transformation
         (`{"lora_A": ..., "lora_B": ...}`); labels that a mapping leaves out stay frozen.
 
     Returns:
@@ -42,7 +43,7 @@ def optimizer(
 
     Raises:
       TypeError: `tx` is not a transformation.
-      ValueError: a label is unknown; or, from `init`, the tree has nothing that trains.
+      ValueError: a label is unknown; or, from `init`, nothing in the tree trains.
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, lora_jax, optax
@@ -93,13 +94,12 @@ def optimizer(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoUpdate:
-    """The update of a leaf to which nothing can be added, such as a key: adding it changes nothing.
+    """The update of a leaf that can't be added to, such as a key: adding it changes nothing.
 
-    `optax.apply_updates` adds it like any other. Weights that are kept in the host's memory get it,
-    too.
+    `optax.apply_updates` adds it like any other update. Weights in host memory get it too.
     """
 
-    # NumPy arrays leave the sum to this class.
+    # Makes NumPy arrays leave the addition to this class.
     __array_ufunc__ = None
 
     def __radd__(self, leaf: Any) -> Any:
@@ -117,8 +117,8 @@ def _check_transformations(tx: Any) -> None:
 def _whole_nodes(state: optax.OptState, init: Callable[[Any], Any], params: Any) -> optax.OptState:
     """Returns a state with nodes where `nnx.Optimizer` has mappings in their place.
 
-    Flax NNX keeps a state by the names of its parts, a `LoRAWeight` too, sorted. That is the order
-    of the leaves that train, so that they are the leaves of what `init` gives.
+    Flax NNX stores a state, including each `LoRAWeight`, as mappings sorted by name. The trainable
+    leaves are sorted by name as well, so the leaves match those of `init` in order.
     """
     if not any(map(_is_taken_apart, jax.tree.leaves(state, is_leaf=_is_taken_apart))):
         return state
@@ -126,8 +126,8 @@ def _whole_nodes(state: optax.OptState, init: Callable[[Any], Any], params: Any)
     leaves = jax.tree.leaves(state)
     if [jnp.shape(leaf) for leaf in leaves] != [leaf.shape for leaf in expected]:
         raise ValueError(
-            "`state` is not that of `params`; expected what optimizer(tx).init(params) returned, "
-            "or an update of it."
+            "`state` does not belong to `params`; expected what optimizer(tx).init(params) "
+            "returned, or an update of it."
         )
     return jax.tree.unflatten(structure, leaves)
 
@@ -139,7 +139,7 @@ def _is_taken_apart(node: Any) -> bool:
 
 
 def _no_change(update: Any, leaf: Any) -> Any:
-    """Returns what changes no bit of a leaf when it is added to it."""
+    """Returns an update that, added to a leaf, changes none of its bits."""
     if is_absent(update):
         return update
     if not _can_be_added_to(leaf):
@@ -150,7 +150,7 @@ def _no_change(update: Any, leaf: Any) -> Any:
 
 
 def _can_be_added_to(leaf: Any) -> bool:
-    """Says whether a leaf is of numbers, and where the device computes with them."""
+    """Says whether a leaf holds numbers in memory that the device computes in."""
     type_of_leaf = jax.typeof(leaf)
     is_number = jnp.issubdtype(type_of_leaf.dtype, jnp.number) or type_of_leaf.dtype == jnp.bool_
     return is_number and type_of_leaf.memory_space != jax.memory.Space.Host

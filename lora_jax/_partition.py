@@ -1,4 +1,4 @@
-"""How a weight is cut over a mesh, and how what is computed from it is cut in the same way."""
+"""How a weight is cut over a mesh, and how arrays computed from it are cut to match."""
 
 import dataclasses
 import math
@@ -71,7 +71,7 @@ def factor_shardings(
     Args:
       base: the weight.
       axes: the role of each of its axes.
-      layers: the adapted places of its first batch axis, or None.
+      layers: the adapted indices of its first batch axis, or None.
       rank: the rank.
       in_slots: whether the factors are those of a bank, with an axis of slots in front.
     """
@@ -98,7 +98,7 @@ def feature_sharding(base: Any, axes: Axes, layers: Layers | None) -> NamedShard
 
 
 def uncut(mesh: Any) -> NamedSharding:
-    """Returns the sharding of what every device of a mesh holds whole."""
+    """Returns the sharding of an array that every device of a mesh holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -119,7 +119,7 @@ def cut_as(shardings: Any, function: Callable[..., Any], *arrays: Any) -> Any:
     explicit = _explicit_axes(jax.tree.leaves(shardings)[0].mesh)
     if not explicit:
         return jax.lax.with_sharding_constraint(function(*arrays), shardings)
-    # Cuts along automatic axes of the same mesh are the compiler's affair.
+    # Cuts along automatic axes of the same mesh are left to the compiler.
     typed = jax.tree.map(lambda sharding: _restricted(sharding, explicit), shardings)
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=typed)(*arrays)
 

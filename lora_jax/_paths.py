@@ -1,4 +1,4 @@
-"""Paths of leaves: how a place in a pytree is written, matched and suggested."""
+"""Paths of leaves: how positions in a pytree are written, matched and suggested."""
 
 import collections
 import dataclasses
@@ -67,7 +67,7 @@ def map_with_paths(
 
 
 def path_strings(key_paths: Sequence[KeyPath], *, skip: int = 0) -> list[str]:
-    """Returns the places of all leaves of a tree as `/`-joined simple keys.
+    """Returns the paths of all leaves of a tree as `/`-joined simple keys.
 
     Args:
       key_paths: the key path of every leaf.

@@ -126,7 +126,7 @@ def check_not_wrapped(params: Any) -> None:
 
 
 def _obstacle_to_function(path: str, inferred: InferredAxes) -> str | None:
-    # A weight whose uses disagree is not a bystander: passing it over would hide the disagreement.
+    # A weight whose uses disagree is kept here: skipping it would hide the disagreement.
     if path in inferred or path in inferred.disagreements:
         return None
     return inferred.reason_against(path)

@@ -1,10 +1,10 @@
-"""What others need to write the library's nodes to bytes: `jax.export`, and Flax.
+"""What `jax.export` and Flax need to write the library's nodes to bytes.
 
 `jax.export` writes the structure of a function's arguments beside the function; of a node that is
 its name and its static fields, as JSON. Flax's `serialization` (msgpack, `to_bytes`, checkpoints of
 a `TrainState`) writes a dictionary of arrays, and takes the static fields from the target that it
 restores into. Flax is never imported for it: whoever serialises with it has imported it, and every
-node that is made afterwards, by a step or by `jax.tree.map` too, sees to it that Flax knows it.
+node made afterwards, also by a step or by `jax.tree.map`, makes sure that Flax knows it.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def introduce_to_flax(node_type: type) -> None:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Returns what JSON read as lists as tuples, which static fields are made of."""
+    """Returns lists from JSON as tuples, which static fields are made of."""
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
@@ -64,7 +64,7 @@ def _from_state_dict(flax: Any, node: Any, state: dict[str, Any]) -> Any:
 
 
 def _leaves(node: Any) -> dict[str, Any]:
-    """Returns what a node holds, by name; what it leaves out is not there."""
+    """Returns the leaves of a node by name, without those that are None."""
     values = {
         field.name: getattr(node, field.name)
         for field in dataclasses.fields(node)

@@ -1,4 +1,4 @@
-"""What `wrap` can be told of each target: the settings, their defaults and their checks."""
+"""The settings that `wrap` takes for each target, with their defaults and checks."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ from lora_jax._shapes import Axes, largest_rank
 from lora_jax._weight import FACTORS
 from lora_jax.init import DataInitializer, Initializer, initializer
 
-# A check of a setting: from what errors call it and what was given, to the value as it is used.
+# A check of a setting: takes its name in errors and the given value, returns the value to use.
 Checked = Callable[[str, Any], Any]
 
 
 def checked_rank(subject: str, rank: Any) -> int:
-    """Returns a rank as an int, having checked that it is a whole number of at least 1."""
+    """Returns a rank as an int, after checking that it is a whole number of at least 1."""
     if isinstance(rank, bool) or not hasattr(rank, "__index__"):
         raise TypeError(f"{subject} is {rank!r}; expected a whole number of at least 1.")
     if operator.index(rank) < 1:
@@ -49,7 +49,7 @@ def check_rank_fits(
 
 
 def checked_freeze(subject: str, freeze: Any) -> tuple[str, ...]:
-    """Returns the names of leaves that are not to train, having checked them."""
+    """Returns the checked names of the leaves that do not train."""
     names = (freeze,) if isinstance(freeze, str) else freeze
     if not isinstance(names, tuple | list) or not all(name in FACTORS for name in names):
         raise ValueError(
@@ -80,7 +80,7 @@ def _checked_init(subject: str, init: Any) -> Initializer | DataInitializer:
 
 
 def _checked_layers(subject: str, layers: Any) -> tuple[int, ...] | None:
-    """Returns the places of layers in order."""
+    """Returns the indices of layers in order."""
     if layers is None:
         return None
     is_sequence = isinstance(layers, Sequence | np.ndarray) and not isinstance(layers, str)
@@ -89,7 +89,7 @@ def _checked_layers(subject: str, layers: Any) -> tuple[int, ...] | None:
     places = [operator.index(layer) for layer in layers]
     if not places or min(places) < 0 or len(set(places)) < len(places):
         raise ValueError(
-            f"{subject} is {layers!r}; expected at least one place, counted from 0, each once."
+            f"{subject} is {layers!r}; expected at least one index, counted from 0, each once."
         )
     return tuple(sorted(places))
 
@@ -114,7 +114,7 @@ def _checked_dtype(subject: str, dtype: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How one weight is adapted: what `wrap` can be told of each target, and says the meaning of.
+    """How one weight is adapted: the settings of one target, documented at `wrap`.
 
     A setting is one field here, with its check, and one argument of `wrap`.
     """
@@ -135,7 +135,7 @@ class Settings:
         return cls(**{name: checks[name](f"`{name}`", value) for name, value in values.items()})
 
     def overridden(self, path: str, overrides: Mapping[str, Any]) -> "Settings":
-        """Returns the settings with those of one target in place of the common ones."""
+        """Returns the settings with the overrides of one target applied."""
         checks = self._checks()
         for name in overrides:
             if name not in checks:

@@ -1,4 +1,4 @@
-"""How the axes of a weight, its factors and its magnitude belong together."""
+"""How the axes of a weight, its factors and its magnitude correspond."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What was adapted and what it costs, as numbers and as a table."""
+"""What is adapted and what it costs, as numbers and as a table."""
 
 import dataclasses
 import math
@@ -25,16 +25,16 @@ from lora_jax._weight import (
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
-    """How many numbers a wrapped tree holds.
+    """The parameter counts of a wrapped tree.
 
     Attributes:
-      original: those of the model that was wrapped.
-      added: those that stand beside the weights: factors, magnitudes, and what belongs to them.
-      trainable: those that an optimiser updates: of the added ones those that are not frozen, and
-        the weights trained in full.
+      original: the parameters of the model that was wrapped.
+      added: the arrays beside the weights: factors, magnitudes, and what is stored with them.
+      trainable: what an optimiser updates: added parameters that are not frozen, and weights
+        trained in full.
       total: original and added together.
-      trainable_bytes: the memory of the trainable ones.
-      total_bytes: the memory of all of them.
+      trainable_bytes: the memory of the trainable parameters.
+      total_bytes: the memory of all parameters, copies of weights trained in full included.
     """
 
     original: int
@@ -46,12 +46,12 @@ class ParameterCounts:
 
     @property
     def percent(self) -> float:
-        """The trainable numbers as a percentage of the original ones; 0 where there are none."""
+        """Trainable parameters as a percentage of the original ones; 0 if there are none."""
         return 100 * self.trainable / self.original if self.original else 0.0
 
 
 def count_parameters(wrapped: Any) -> ParameterCounts:
-    """Returns how many numbers `wrapped` holds, and how many of them train.
+    """Returns how many parameters `wrapped` holds, and how many of them train.
 
     Args:
       wrapped: what `wrap` returned.
@@ -88,7 +88,7 @@ def summary(wrapped: Any) -> str:
       wrapped: what `wrap` returned.
 
     Returns:
-      The table as text, a row for each node that `wrap` made and the totals beneath.
+      The table as text: a row for each node that `wrap` made, and the totals below.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax
@@ -117,7 +117,7 @@ _HEADER = ("path", "shape", "axes", "rank", "scale", "notes", "dtype", "trainabl
 def _without_empty_notes(
     rows: Sequence[tuple[str, ...]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Returns the header and the rows, without the column of notes where there are none."""
+    """Returns the header and the rows, without the column of notes if it is empty."""
     notes = _HEADER.index("notes")
     if any(row[notes] for row in rows):
         return _HEADER, list(rows)
@@ -126,7 +126,7 @@ def _without_empty_notes(
 
 
 def _notes(node: LoRAWeight | LoRABank) -> str:
-    """Returns what distinguishes a weight from one of plain LoRA."""
+    """Returns what distinguishes a weight from plain LoRA."""
     notes = []
     if node.magnitude is not None:
         notes.append("DoRA")
@@ -153,13 +153,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _added(node: LoRAWeight | LoRABank) -> Any:
-    """Returns what stands beside a weight, but for scales."""
+    """Returns the arrays beside a weight, except scales."""
     inner = _added(node.base) if has_factors(node.base) else None
     return dataclasses.replace(node, base=inner, scale=None)
 
 
 def _rows(path: str, node: AdapterNode) -> list[tuple[str, ...]]:
-    """Returns a row for a node, and before it one for each node that it stands on."""
+    """Returns a row for a node, after the rows of the nodes below it in its base."""
     inner = _rows(f"{path}/base", node.base) if has_factors(node.base) else []
     return [*inner, _row(path, node)]
 

@@ -15,7 +15,7 @@ Targets = str | Sequence[str] | Callable[[str, Any], bool] | Mapping[str, Overri
 
 ALL_LINEAR = "all-linear"
 
-# A name that no leaf has; an expression that matches it too means a module.
+# A name that no leaf has; an expression that also matches below it means a module.
 _NO_LEAF = "\0"
 
 
@@ -26,7 +26,7 @@ class Selection:
     Attributes:
       overrides: the settings that its expression overrides.
       rank_may_shrink: whether a rank above the weight's smaller side becomes that side, because
-        nobody has named this weight.
+        no expression names this weight.
       names_leaf: whether the expression means this leaf, and not just any leaf of its module.
     """
 
@@ -37,7 +37,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class _Selector:
-    """One expression or predicate of `targets`, and what it makes of the leaves that it matches."""
+    """One expression or predicate of `targets`, and how it selects the leaves that it matches."""
 
     description: str
     matches: Callable[[str, Any], bool]
@@ -89,8 +89,8 @@ def select(
             )
         if isinstance(targets, Mapping) and all(path in selected for path in chosen):
             raise ValueError(
-                f"`{argument}`: all that {selector.description} matches is matched before, and the "
-                "first match counts; put it first."
+                f"`{argument}`: all that {selector.description} matches has been matched before, "
+                "and the first match counts; put it first."
             )
         for path in chosen:
             names_leaf = selector.names_leaf(path)
@@ -101,7 +101,7 @@ def select(
 
 
 def check_no_overrides(selected: Mapping[str, Selection], argument: str, subject: str) -> None:
-    """Raises if a selection has settings, for which `subject` has no use."""
+    """Raises if a selection has settings, which `subject` does not take."""
     for path, selection in selected.items():
         if selection.overrides:
             raise ValueError(

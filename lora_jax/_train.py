@@ -17,7 +17,7 @@ def labels(wrapped: Any) -> Any:
     """Returns a tree like `wrapped` with a label for each leaf, for `optax.multi_transform`.
 
     Args:
-      wrapped: what `wrap` returned, or a half of it.
+      wrapped: what `wrap` returned, or one half of it.
 
     Returns:
       The same structure with `"lora_A"` and `"lora_B"` at the factors, `"magnitude"` at DoRA's
@@ -34,18 +34,18 @@ def labels(wrapped: Any) -> Any:
 
 
 def split(wrapped: Any) -> tuple[Any, Any]:
-    """Returns the trainable half of `wrapped` and the frozen one; each has None for the other's.
+    """Returns the trainable and the frozen half of `wrapped`; each has None at the other's leaves.
 
-    Differentiate with respect to the first and `combine` inside the loss, and any optimiser on it
-    is safe. The norms (DoRA) that a bank keeps of its factors are in neither half, since the
-    factors are about to change; without them, they are computed where they are needed.
+    Differentiate with respect to the trainable half and `combine` the two inside the loss; then any
+    optimiser can update that half safely. The DoRA norms that a bank caches are in neither half,
+    since the factors are about to change; they are recomputed where they are needed.
 
     Args:
       wrapped: what `wrap` returned.
 
     Returns:
-      adapters: factors, magnitudes and weights trained in full, but for what `freeze` froze.
-      frozen: all else, `base` and `scale` included.
+      adapters: factors, magnitudes and weights trained in full, except those that are frozen.
+      frozen: everything else, `base` and `scale` included.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lora_jax
@@ -59,7 +59,7 @@ def split(wrapped: Any) -> tuple[Any, Any]:
 
 
 def parts(tree: Any, belongs: Callable[[str], bool]) -> tuple[Any, Any]:
-    """Returns the leaves of `tree` whose label `belongs`, and the others; None for the other's."""
+    """Returns the leaves whose label `belongs`, and the others; each has None at the other's."""
     leaf_labels = labels(tree)
     part = jax.tree.map(lambda label, x: x if belongs(label) else None, leaf_labels, tree)
     rest = jax.tree.map(lambda label, x: None if belongs(label) else x, leaf_labels, tree)
@@ -67,7 +67,7 @@ def parts(tree: Any, belongs: Callable[[str], bool]) -> tuple[Any, Any]:
 
 
 def combine(adapters: Any, frozen: Any) -> Any:
-    """Returns the wrapped tree whose halves these are.
+    """Returns the wrapped tree made of these two halves.
 
     Args:
       adapters: the trainable half, from `split` or an update of it.
@@ -89,7 +89,7 @@ def combine(adapters: Any, frozen: Any) -> Any:
     frozen_structure: Any = jax.tree.structure(frozen, is_leaf=_is_none)
     if structure != frozen_structure:
         raise ValueError(
-            "`adapters` and `frozen` are not halves of one tree, having different structures; "
+            "`adapters` and `frozen` are not halves of one tree: their structures differ; "
             f"expected both from split(wrapped).\n`adapters`: {structure}\n"
             f"`frozen`: {frozen_structure}"
         )
@@ -125,7 +125,7 @@ def _node_labels(node: Any) -> Any:
 
 
 def _labelled(node: Any, trainable: Mapping[str, str]) -> Any:
-    """Returns the node with a label in place of each leaf that it holds."""
+    """Returns the node with a label in place of each of its leaves."""
     return jax.tree_util.tree_map_with_path(
         lambda key_path, leaf: trainable.get(key_path[0].name, _FROZEN), node
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Inexact
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
 
-# The leaves of a node that train unless they are frozen.
+# The leaves of a node that train unless frozen.
 FACTORS = ("lora_A", "lora_B", "magnitude")
 
 
@@ -19,30 +19,30 @@ FACTORS = ("lora_A", "lora_B", "magnitude")
 class LoRAWeight:
     r"""A frozen weight with its trainable low-rank factors beside it.
 
-    It stands for $W + s \cdot A B$, where every axis of $W$ is an input axis, an output axis or a
+    It represents $W + s \cdot A B$, where every axis of $W$ is an input axis, an output axis or a
     batch axis: `lora_A` holds the batch axes, the input axes and the rank; `lora_B` the batch axes,
     the rank and the output axes, each in the order in which $W$ has them. For a two-axis kernel
     that is `lora_A` (in, r) and `lora_B` (r, out).
 
-    With `magnitude` (DoRA) it stands for $m \circ (W + s A B) / \lVert W + s A B \rVert$, with one
+    With `magnitude` (DoRA) it represents $m \circ (W + s A B) / \lVert W + s A B \rVert$, with one
     norm and one $m$ for each output feature.
 
     Attributes:
-      base: the frozen weight $W$: an array, or another node that stands for one, so that a weight
-        can have several changes.
+      base: the frozen weight $W$: an array, or another node that represents one, so that a weight
+        can have several adapters on top of each other.
       lora_A: $A$, of shape (\*batch, \*in, r).
       lora_B: $B$, of shape (\*batch, r, \*out).
-      scale: $s$, a scalar array, so that another value swaps in without recompiling.
+      scale: $s$, a scalar array, so that its value can change without recompiling.
       axes: for each axis of `base`, its role: `"in"`, `"out"` or `"batch"`.
       magnitude: $m$ of DoRA, of shape (\*batch, \*out), or None.
-      squared_norm: $\lVert W \rVert^2$ for each output feature, computed once, where there is a
-        magnitude; else None.
+      squared_norm: $\lVert W \rVert^2$ for each output feature, computed once; None without a
+        magnitude.
       initial_A: $s A_0$, where an initialiser moved $s A_0 B_0$ from the weight into the factors,
-        so that `base` is the original weight without it; else None.
-      initial_B: $B_0$ to it.
-      layers: which places of the first batch axis are adapted; None for all. All of the above but
-        `base` hold these places only.
-      frozen: the names of leaves that don't train although they could, such as `"lora_A"`.
+        so that `base` is the original weight minus that product; else None.
+      initial_B: the $B_0$ of that product; else None.
+      layers: which indices of the first batch axis are adapted; None for all. All arrays above
+        except `base` hold these layers only.
+      frozen: the names of the factors and magnitudes that don't train, such as `"lora_A"`.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; Liu et
     al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, equation 5.
@@ -89,10 +89,10 @@ class LoRAWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedLoRAWeight(LoRAWeight):
-    r"""A weight whose factors are fixed, so that its norm (DoRA) is known.
+    r"""A weight whose factors are fixed, with its DoRA norm cached.
 
     Attributes:
-      norm: $\lVert W + s A B \rVert$ for each output feature, where there is a magnitude.
+      norm: $\lVert W + s A B \rVert$ for each output feature; None without a magnitude.
     """
 
     norm: Float[Array, "..."] | Any = None
@@ -104,9 +104,9 @@ class FixedLoRAWeight(LoRAWeight):
 class LoRABank:
     r"""A frozen weight with several adapters beside it, each in a slot of its own.
 
-    Slot i stands for $W + s_i \cdot A_i B_i$, or with magnitudes (DoRA) for
-    $m_i \circ (W + s_i A_i B_i) / \lVert W + s_i A_i B_i \rVert$; an empty one, in which all
-    numbers of the factors are zero, for $W$. `lora_jax.serving` makes banks and computes with them.
+    Slot i represents $W + s_i \cdot A_i B_i$, or with magnitudes (DoRA)
+    $m_i \circ (W + s_i A_i B_i) / \lVert W + s_i A_i B_i \rVert$. An empty slot, whose factors are
+    all zero, represents $W$. `lora_jax.serving` makes banks and computes with them.
 
     Attributes:
       base: the frozen weight $W$, which all adapters share.
@@ -115,12 +115,11 @@ class LoRABank:
       scale: $s_i$, of shape (slot,).
       axes: for each axis of `base`, its role: `"in"`, `"out"` or `"batch"`.
       magnitude: $m_i$ of DoRA, of shape (slot, \*batch, \*out), or None.
-      squared_norm: $\lVert W \rVert^2$ for each output feature, where there are magnitudes; else
-        None.
-      norm: $\lVert W + s_i A_i B_i \rVert$ for each output feature, computed once while the factors
-        are fixed; None where there are no magnitudes, and in a bank that trains.
-      layers: which places of the first batch axis are adapted; None for all.
-      frozen: the names of leaves that don't train although they could.
+      squared_norm: $\lVert W \rVert^2$ for each output feature; None without magnitudes.
+      norm: $\lVert W + s_i A_i B_i \rVert$ for each output feature, cached while the factors are
+        fixed; None without magnitudes, and in a bank that trains.
+      layers: which indices of the first batch axis are adapted; None for all.
+      frozen: the names of the factors and magnitudes that don't train.
 
     Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
 
@@ -171,10 +170,10 @@ class LoRABank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullWeight:
-    """A weight that is trained in full beside the adapters; the model computes with `value`.
+    """A weight that trains in full beside the adapters; the model computes with `value`.
 
     Attributes:
-      base: the frozen original, which `unwrap` gives back.
+      base: the frozen original, which `unwrap` returns.
       value: the trained copy, of the same shape and dtype.
     """
 
@@ -219,7 +218,7 @@ def is_adapter_node(node: Any) -> TypeGuard[AdapterNode]:
 
 
 def innermost_base(node: Any) -> Any:
-    """Returns the array that a node, or the node that is its base, stands on."""
+    """Returns the array at the bottom of a node, whose base may be a node itself."""
     while is_adapter_node(node):
         node = node.base
     return node

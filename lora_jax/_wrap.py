@@ -1,4 +1,4 @@
-"""Putting adapters beside the weights of a parameter tree, and taking them out again."""
+"""Adding adapters to the weights of a parameter tree, and removing them again."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -52,39 +52,41 @@ def wrap(
         `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
         `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `freeze` and `dtype`
         (`{"query": dict(rank=16)}`). A matched module means its floating-point weights of
-        two or more axes, not its biases; a bias is told by its name and by the weights beside it,
-        or by `axes=infer_axes(...)`. `"all-linear"`, with `axes=infer_axes(...)`, means every
-        weight of a product or convolution but the output head's; where a weight's smaller side is
-        below `rank`, its rank is that side.
+        two or more axes, not its biases; a bias is recognised by its name and by the weights beside
+        it, or by `axes=infer_axes(...)`. `"all-linear"`, with `axes=infer_axes(...)`, means every
+        weight of a product or convolution except the output head's; a weight whose smaller side is
+        below `rank` gets that side as its rank.
       rank: r, at least 1 and at most the weight's smaller side.
-      alpha: $\alpha$, with scale = $\alpha / r$; r unless given.
-      key: a random key; each weight draws from its own, derived from `key` and its path, so that
-        another target does not change the others. `jax.random.key(0)` unless given.
+      alpha: $\alpha$, with scale = $\alpha / r$; r by default.
+      key: a random key, `jax.random.key(0)` by default. Each weight draws from a key of its own,
+        derived from `key` and its path, so adding a target does not change the other weights.
       axes: for weights of more than two axes, and where two axes are not (in, out): a mapping from
         path or expression to each axis's role, `"in"`, `"out"` or `"batch"`; or what `infer_axes`
-        returned, with which a matched module means the weights that the function uses as such.
-      init: a name, a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`, or what an
-        initialiser of `lora_jax.init` made of data, such as `eva(moments)`.
+        returned; a matched module then means the weights that the function uses as weights.
+      init: a name, a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`, or an
+        initialiser that `lora_jax.init` made from data, such as `eva(moments)`.
       rslora: whether scale is $\alpha / \sqrt r$, which keeps the adapter's learning stable at high
         ranks.
       dora: whether each output feature also trains its magnitude, while the adapter turns its
         direction: $m \circ (W + s A B) / \lVert W + s A B \rVert$, with $m = \lVert W \rVert$ at
         the start.
-      layers: which places of a weight's first batch axis to adapt, such as `range(4, 8)` for layers
-        4 to 7 of a scan stack; all by default. No parameters are allocated for the other layers.
-      freeze: leaves that are not to train, of `"lora_A"`, `"lora_B"` and `"magnitude"`; no gradient
-        of them is computed.
-      dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
-      exclude: what of the selected weights is not to be adapted, in the forms of `targets`.
+      layers: which indices of a weight's first batch axis to adapt, such as `range(4, 8)` for
+        layers 4 to 7 of a scan stack; all by default. No parameters are allocated for the other
+        layers.
+      freeze: which of `"lora_A"`, `"lora_B"` and `"magnitude"` not to train; their gradients are
+        not computed.
+      dtype: the factors' dtype; by default float32, or the weight's dtype where that is wider.
+      exclude: which of the selected weights not to adapt, in the forms of `targets`.
       train: what to train in full beside the adapters, in the forms of `targets`.
 
     Returns:
-      A tree of the same structure with `LoRAWeight` nodes for targets and `FullWeight` nodes for
-      what `train` selects.
+      A tree of the same structure with `LoRAWeight` nodes for the targets and `FullWeight` nodes
+      for the leaves that `train` selects.
 
     Raises:
       ValueError: an argument or an override does not fit, a selected leaf may be a bias or a part
-        of a quantised weight, or two leaves have one path; the message names it and the leaf.
+        of a quantised weight, or two leaves have the same path; the message names the argument and
+        the leaf.
       TypeError: an argument has the wrong type.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Kalajdzievski, A
@@ -114,7 +116,7 @@ def wrap(
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
-            # A copy: one buffer can't be donated as two arguments of a training step.
+            # A copy, because a training step can't donate one buffer as two arguments.
             return FullWeight(base=leaf, value=jnp.copy(leaf))
         if path in adapted:
             weight = adapted[path]
@@ -129,10 +131,10 @@ def wrap(
 
 
 def unwrap(wrapped: Any) -> Any:
-    """Returns plain params with the adapters dropped: bit-identical to what was wrapped.
+    """Returns plain params without the adapters, bit-identical to those that were wrapped.
 
-    Only where an initialiser moved a part of the weight into the factors (`pissa`, for one), that
-    part is added again, and the original comes back to rounding.
+    Where an initialiser such as `pissa` moved a part of the weight into the factors, that part is
+    added back, and the result equals the original to rounding.
 
     Args:
       wrapped: what `wrap` returned, trained or not.
@@ -176,14 +178,14 @@ def _wrapped_weight(
 
 
 def _with_magnitude(weight: LoRAWeight, leaf: AnyArray, dtype: Any) -> LoRAWeight:
-    """Returns a DoRA weight, whose magnitudes are the norms that it has at the start."""
+    """Returns a DoRA weight whose magnitudes are its initial norms."""
     norms = squared_norms(weight.base, weight.axes, weight.layers)
     whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
     return dataclasses.replace(weight, magnitude=jnp.sqrt(whole).astype(dtype), squared_norm=norms)
 
 
 def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bool) -> None:
-    """Raises if what is frozen keeps the rest from ever training."""
+    """Raises if the frozen leaves keep the others from ever training."""
     if "magnitude" in frozen and not dora:
         raise ValueError(
             f"`freeze` names the magnitude of '{path}', which only dora=True gives it."
@@ -191,7 +193,7 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
     if dora and "magnitude" not in frozen:
         return
     if {"lora_A", "lora_B"} <= set(frozen):
-        raise ValueError(f"`freeze` leaves nothing of '{path}' that trains: {listed(frozen)}.")
+        raise ValueError(f"`freeze` leaves nothing of '{path}' to train: {listed(frozen)}.")
     if "lora_B" in frozen and not is_tracer(lora_B) and not np.any(np.asarray(lora_B)):
         raise ValueError(
             f"`freeze` keeps lora_B of '{path}' at zero, where lora_A has no gradient; freeze "
@@ -200,7 +202,7 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
 
 
 def _fitting_layers(path: str, leaf: AnyArray, axes: Axes, layers: Layers | None) -> Layers | None:
-    """Returns the adapted places of the first batch axis in order, or None for all of them."""
+    """Returns the adapted indices of the first batch axis in order, or None for all of them."""
     if layers is None:
         return None
     if "batch" not in axes:
@@ -212,14 +214,14 @@ def _fitting_layers(path: str, leaf: AnyArray, axes: Axes, layers: Layers | None
     count = leaf.shape[axes.index("batch")]
     if layers[-1] >= count:
         raise ValueError(
-            f"`layers` is {layers} for '{path}' of shape {leaf.shape}; expected places below "
+            f"`layers` is {layers} for '{path}' of shape {leaf.shape}; expected indices below "
             f"{count}, the size of its batch axis."
         )
     return None if len(layers) == count else layers
 
 
 def _fitting_rank(path: str, weight: SelectedWeight, rank: int) -> int:
-    """Returns the rank, at most the weight's smaller side where nobody has named the weight."""
+    """Returns the rank, capped at the weight's smaller side if no expression names the weight."""
     shape, axes = weight.leaf.shape, weight.axes
     if weight.selection.rank_may_shrink:
         return min(rank, largest_rank(shape, axes))

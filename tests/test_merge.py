@@ -164,7 +164,7 @@ def test_what_can_not_be_taken_out() -> None:
     wrapped, dora = DENSE.adapter(0), DENSE.adapter(0, dora=True)
     with pytest.raises(ValueError, match=r"'W1' has a magnitude \(DoRA\).*unwrap\(wrapped\)"):
         lora_jax.unmerge(lora_jax.merge(dora), dora)
-    with pytest.raises(ValueError, match="`merged` has another structure than `wrapped`"):
+    with pytest.raises(ValueError, match="`merged` has a different structure from `wrapped`"):
         lora_jax.unmerge({"W1": DENSE.params["W1"]}, wrapped)
     with pytest.raises(ValueError, match=r"`merged` has the shape \(9, 8\) at 'W1'"):
         lora_jax.unmerge({**DENSE.params, "W1": DENSE.params["W2"]}, wrapped)

@@ -122,7 +122,7 @@ class TestFreeze:
         ("options", "message"),
         [
             ({"freeze": "lora_B"}, "keeps lora_B of 'query/kernel' at zero.*'lora_A'"),
-            ({"freeze": ["lora_A", "lora_B"]}, "leaves nothing of 'query/kernel' that trains"),
+            ({"freeze": ["lora_A", "lora_B"]}, "leaves nothing of 'query/kernel' to train"),
             ({"freeze": "lora_A", "init": "mica"}, "leaves nothing of 'query/kernel'"),
             ({"freeze": "magnitude"}, "names the magnitude.*dora=True"),
         ],

@@ -1,4 +1,4 @@
-"""Adapters made of adapters: of another rank, of several, of a model that was tuned in full."""
+"""New adapters from old ones, by resizing or blending, or from a fully fine-tuned model."""
 
 from lora_jax.arithmetic._blend import blend as blend
 from lora_jax.arithmetic._extract import extract as extract

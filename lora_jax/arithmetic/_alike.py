@@ -1,4 +1,4 @@
-"""Adapters of one model, brought into one form, in which they differ in numbers only."""
+"""Bringing adapters of one model into one form, in which only their numbers differ."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -26,12 +26,12 @@ from lora_jax._weight import FullWeight, LoRABank, LoRAWeight, has_factors, is_l
 
 Adapted = LoRAWeight | LoRABank
 
-# What two adapters of one weight may differ in.
+# The fields in which two adapters of one weight may differ.
 NUMBERS = ("lora_A", "lora_B", "scale", "magnitude")
 
 
 def checked_adapters(adapters: Any) -> list[Any]:
-    """Returns a sequence of wrapped trees as a list, having checked that they are of one model."""
+    """Returns a sequence of wrapped trees as a list, after checking that they share a model."""
     if not isinstance(adapters, list | tuple) or not adapters:
         raise TypeError(
             f"`adapters` is a {type(adapters).__name__}; expected a list of at least one tree that "
@@ -67,8 +67,8 @@ def check_same_model(name: str, wrapped: Any, other_name: str, other: Any) -> No
     index, other_index = NodeIndex.of(wrapped), NodeIndex.of(other)
     if index.structure != other_index.structure:
         raise ValueError(
-            f"{name} has another structure than {other_name}; expected adapters of the same "
-            f"model.\n{name}: {index.structure}\n{other_name}: {other_index.structure}"
+            f"{name} has a different structure from {other_name}; expected adapters of the "
+            f"same model.\n{name}: {index.structure}\n{other_name}: {other_index.structure}"
         )
     for (path, leaf), other_leaf in zip(index.tree.items(), other_index.tree.leaves, strict=True):
         _check_same_leaf((name, other_name), path, leaf, other_leaf)
@@ -86,7 +86,7 @@ def _check_same_leaf(names: tuple[str, str], path: str, leaf: Any, other: Any) -
         with_adapter, without = names if has_factors(leaf) else names[::-1]
         raise ValueError(
             f"{with_adapter} has an adapter at '{path}', and {without} has none; expected the same "
-            "targets. Wrap both with the targets of either: what is not trained changes nothing."
+            "targets. Wrap both with all targets: an adapter that is not trained changes nothing."
         )
     if not has_factors(leaf):
         if not _is_same_leaf(leaf, other):
@@ -101,7 +101,7 @@ def _check_same_leaf(names: tuple[str, str], path: str, leaf: Any, other: Any) -
         with_magnitude, without = names if leaf.magnitude is not None else names[::-1]
         raise ValueError(
             f"{with_magnitude} has a magnitude (DoRA) at '{path}', and {without} has none; "
-            "expected adapters of one kind. Stack those with and those without by themselves."
+            "expected adapters of one kind. Make one bank of each kind."
         )
     if not _is_same_base(leaf, other):
         raise ValueError(_other_base(names, path))
@@ -123,7 +123,7 @@ def _is_same_base(node: Adapted, other: Adapted) -> bool:
         return False
     if any(map(is_tracer, jax.tree.leaves((node, other)))):
         return True
-    # What an initialiser took out of the weight comes back to rounding.
+    # A part that an initialiser moved out of the weight is restored only to rounding.
     with jax.ensure_compile_time_eval():
         wide = common_dtype(node.dtype, jnp.float32)
         left, right = (_original(each).astype(wide) for each in (node, other))
@@ -147,7 +147,7 @@ def _original(node: Adapted) -> Any:
 
 
 def _is_same_leaf(leaf: Any, other: Any) -> bool:
-    """Says whether two leaves are one, by identity first; numbers that are traced may be equal."""
+    """Says whether two leaves are equal, by identity first; traced ones are assumed to be."""
     if leaf is other:
         return True
     leaves, others = jax.tree.leaves(leaf), jax.tree.leaves(other)
@@ -177,11 +177,11 @@ def map_together(function: Callable[[str, list[LoRAWeight]], Any], trees: Sequen
 
 
 def check_no_magnitude(name: str, path: str, node: Adapted) -> None:
-    """Raises if a weight is one of DoRA, a sum of which is not an adapter."""
+    """Raises if a weight has a magnitude (DoRA): a sum of such weights is not an adapter."""
     if node.magnitude is not None:
         raise ValueError(
-            f"{name} has a magnitude (DoRA) at '{path}', which multiplies the weight, so that such "
-            "adapters don't add up; expected plain LoRA. arithmetic.extract(params, "
+            f"{name} has a magnitude (DoRA) at '{path}', which multiplies the weight, so such "
+            "adapters can't be added; expected plain LoRA. arithmetic.extract(params, "
             "merge(wrapped), targets, rank=...) makes plain adapters of them."
         )
 
@@ -213,7 +213,7 @@ def common_layers(nodes: Sequence[Adapted]) -> Layers | None:
 
 
 def spread(node: LoRAWeight, layers: Layers | None) -> LoRAWeight:
-    """Returns the same weight with places for more layers, at which it changes nothing."""
+    """Returns the same weight extended to more layers, which it leaves unchanged."""
     if node.layers == layers or node.layers is None:
         return node
     among = tuple(range(_layer_count(node))) if layers is None else layers
@@ -238,7 +238,7 @@ def spread(node: LoRAWeight, layers: Layers | None) -> LoRAWeight:
 
 
 def with_rank(node: LoRAWeight, rank: int) -> LoRAWeight:
-    """Returns the same weight with factors of a larger rank, filled up with zeros."""
+    """Returns the same weight with factors of a larger rank, padded with zeros."""
     added = rank - node.rank
     if added == 0:
         return node

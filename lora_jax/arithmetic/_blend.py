@@ -1,4 +1,4 @@
-"""Several adapters made into one."""
+"""Blending several adapters into one."""
 
 import dataclasses
 import functools
@@ -55,39 +55,39 @@ def blend(
     majority_sign: MajoritySign = "total",
     key: PRNGKeyArray | None = None,
 ) -> Any:
-    r"""Returns one adapter that stands for the weighted sum of several.
+    r"""Returns one adapter that represents the weighted sum of several.
 
     With $\Delta_i = s_i A_i B_i$ and $c_i = w_i s_i$, where the scale $s_i$ is $\alpha / r$, or
-    $\alpha / \sqrt r$ for rsLoRA; the result has a scale of 1, so that no scale is applied twice:
+    $\alpha / \sqrt r$ for rsLoRA, the methods are as follows. The result has a scale of 1.
 
     - `"cat"`: $[c_1 A_1, \dots]\,[B_1; \dots] = \sum_i w_i \Delta_i$, exactly; the ranks add.
     - `"svd"`: the best approximation of that sum of rank `rank`; $\Delta_i$ is never built.
     - `"linear"`: $(\sum_i a_i A_i)(\sum_i b_i B_i)$ with $b_i = \sqrt{|c_i|}$ and
       $a_i = \operatorname{sgn}(c_i)\, b_i$. It keeps the rank, and differs from the sum by the
       cross terms $\sum_{i \ne j} a_i b_j A_i B_j$.
-    - `"magnitude_prune"`: as `"linear"`, of factors of which the `density` share of the largest
-      entries is kept.
-    - `"ties"`: of factors pruned so, each entry is the mean of those $a_i A_i$ that have the sign
-      of their sum; the same for $b_i B_i$.
-    - `"dare_linear"`, `"dare_ties"`: the same two, of factors of which each entry is kept with the
+    - `"magnitude_prune"`: `"linear"` on factors that keep only the share `density` of their largest
+      entries.
+    - `"ties"`: on factors pruned in this way, each entry is the mean of the $a_i A_i$ with the sign
+      of their sum, and likewise for $b_i B_i$.
+    - `"dare_linear"`, `"dare_ties"`: the same two, on factors whose entries are kept with the
       probability `density` and divided by it.
     - `"magnitude_prune_svd"`, `"ties_svd"`, `"dare_linear_svd"`, `"dare_ties_svd"`: as in the
-      papers, on $\Delta_i$ with the weights $w_i$, and then the best approximation of rank `rank`.
-      These have no cross terms, and don't depend on how a change is factored.
+      papers, on $\Delta_i$ with the weights $w_i$, followed by the best approximation of rank
+      `rank`. These have no cross terms, and don't depend on how a change is factored.
 
-    Beside Hugging Face PEFT: `"cat"`, `"svd"`, `"linear"` and `"magnitude_prune"` are the same. For
-    TIES, PEFT elects the signs before it applies weights and scales, so that an adapter which is
-    subtracted votes as if it were added, and takes + where the votes are even; here the weighted
-    changes vote, and an even vote gives 0, as in the paper's formula. Under rsLoRA PEFT keeps
-    $\alpha = r$ of the result, and so a scale of $\sqrt r$ on top; here it is 1. Of n entries
-    round(density · n) are kept, and each matrix of a stack of layers is pruned by itself.
+    Compared with Hugging Face PEFT: `"cat"`, `"svd"`, `"linear"` and `"magnitude_prune"` are the
+    same. For TIES, PEFT elects the signs before it applies weights and scales, so a subtracted
+    adapter votes as if it were added, and an even vote gives +; here the weighted changes vote, and
+    an even vote gives 0, as in the paper's formula. Under rsLoRA PEFT keeps $\alpha = r$ for the
+    result, which adds a scale of $\sqrt r$; here the scale is 1. Of n entries round(density · n)
+    are kept, and each matrix of a stack of layers is pruned separately.
 
     Args:
       adapters: wrapped trees of the same params with the same targets.
-      weights: $w_i$, a number for each adapter (adapter,); negative ones subtract.
+      weights: $w_i$, one number for each adapter (adapter,); negative ones subtract.
       method: one of the above.
-      rank: the rank of the result, for `"svd"` and the methods that end with it; the largest one of
-        the adapters, by weight, unless given.
+      rank: the rank of the result, for `"svd"` and the methods that end with it; by default the
+        largest rank of the adapters, weight by weight.
       density: the share of entries to keep, above 0 and at most 1, for the methods that prune.
       majority_sign: whether the sum (`"total"`) or the number of signs (`"frequency"`) elects, for
         TIES.
@@ -150,8 +150,8 @@ class _Factors:
 
     Attributes:
       like: a weight with the base, the layers and the dtypes of the result.
-      lora_A: those of each adapter (matrix, in, r).
-      lora_B: those of each adapter (matrix, r, out).
+      lora_A: the lora_A of each adapter (matrix, in, r).
+      lora_B: the lora_B of each adapter (matrix, r, out).
       shares: for each adapter its weight times its scale.
     """
 
@@ -181,7 +181,7 @@ class _Factors:
         return jnp.stack([jnp.matmul(A, B, precision=jax.lax.Precision.HIGHEST) for A, B in pairs])
 
     def each_merged(self, merged: Callable[..., Array], key: PRNGKeyArray) -> tuple[Array, Array]:
-        """Returns the factors, each merged by itself with the root of the shares."""
+        """Returns the factors, each merged separately with the roots of the shares."""
         roots = jnp.sqrt(jnp.abs(self.shares))
         A_key, B_key = jax.random.split(key)
         lora_A = merged(jnp.stack(self.lora_A), jnp.sign(self.shares) * roots, key=A_key)
@@ -258,7 +258,7 @@ def _check_options(method: Any, rank: Any, density: Any, majority_sign: Any) -> 
         checked_rank("`rank`", rank)
         if not method.endswith("svd"):
             raise ValueError(
-                f"`rank` is {rank}, but the method {method!r} has no choice of a rank; expected "
+                f"`rank` is {rank}, but the method {method!r} takes no rank; expected "
                 "'svd' or a method that ends with it, or arithmetic.resize(blended, rank)."
             )
     _check_density(method, density)

@@ -32,7 +32,7 @@ def extract(
     dtype: Any = None,
     train: Targets | None = None,
 ) -> Any:
-    r"""Returns `params` wrapped with adapters that bring them as near to `tuned` as their rank can.
+    r"""Returns `params` wrapped with the adapters of a given rank that best approximate `tuned`.
 
     With $W' - W = U \Sigma V^\top$, the factors are $A = U_r \Sigma_r^{1/2}$ and
     $B = \Sigma_r^{1/2} V_r^\top$, with a scale of 1. The share of the change's energy that they
@@ -40,14 +40,14 @@ def extract(
 
     Args:
       params: the params before fine-tuning.
-      tuned: the params after it, of the same structure and shapes.
+      tuned: the params after fine-tuning, of the same structure and shapes.
       targets: which weights get adapters, in the forms of `wrap`; a mapping may override `dtype`,
         and `rank` where `energy` is not given.
-      rank: the rank of every adapter; this or `energy`.
+      rank: the rank of every adapter; give either this or `energy`.
       energy: the share of each change's energy to keep, above 0 and at most 1; each weight gets the
         smallest rank that keeps it.
       axes: as for `wrap`.
-      dtype: the factors' dtype; float32 unless given, or the weight's where that is wider.
+      dtype: the factors' dtype; by default float32, or the weight's dtype where that is wider.
       train: which other leaves to keep in full, in the dtypes of `params`; they become
         `FullWeight` nodes.
 
@@ -147,7 +147,7 @@ def _check_overrides(targets: Targets, allowed: Sequence[str]) -> None:
 
 
 def _rank_of_energy(singular_values: Array, energy: float) -> int:
-    """Returns the smallest rank that keeps this share in each matrix of the stack."""
+    """Returns the smallest rank that keeps this share in every matrix."""
     energies = np.asarray(singular_values, np.float64) ** 2
     kept = np.cumsum(energies, axis=-1)
     # Relative to the last sum, so that a share of 1 is reached in spite of rounding.
@@ -160,7 +160,7 @@ def _matching_leaves(params: Any, tuned: Any) -> dict[str, Any]:
     tuned_structure: Any = jax.tree.structure(tuned)
     if structure != tuned_structure:
         raise ValueError(
-            "`tuned` has another structure than `params`; expected params of the same model.\n"
+            "`tuned` has a different structure from `params`; expected params of the same model.\n"
             f"`params`: {structure}\n`tuned`: {tuned_structure}"
         )
     before, after = dict(leaves_with_paths(params)), dict(leaves_with_paths(tuned))

@@ -1,4 +1,4 @@
-"""Adapters on the weights that were wrapped, wherever an initialiser had changed the base."""
+"""Moving adapters back onto the original weights, where an initialiser changed the base."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from lora_jax._weight import is_lora_weight
 
 
 def on_original_base(wrapped: Any) -> Any:
-    r"""Returns the same model as adapters on the weights that were wrapped.
+    r"""Returns the same model as adapters on the original weights.
 
     An initialiser such as `pissa` moves a part $s A_0 B_0$ of the weight into the factors. The
     change that training made is then $s A B - s A_0 B_0 = [s A, s A_0]\,[B; -B_0]$: plain LoRA of
-    twice the rank, with a scale of 1, which leaves the weights alone. Other nodes are kept.
+    twice the rank, with a scale of 1, on the original weight. Other nodes are kept.
 
     Args:
       wrapped: what `wrap` returned, trained or not.

@@ -1,7 +1,7 @@
-"""Merging arrays that were learned for different tasks: pruning, electing signs, adding up.
+"""Merging arrays that were learned for different tasks: pruning, electing signs, summing.
 
-Everywhere the values are of shape (task, matrix, row, column), and each matrix of each task, such
-as one layer of a stack, is pruned by itself.
+All values have the shape (task, matrix, row, column), and each matrix of each task, such as one
+layer of a stack, is pruned separately.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ Merged = Float[Array, "matrix row column"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to merge: what to drop of each task's values, and how to add up the rest.
+    """How to merge: what to drop from each task's values, and how to add up the rest.
 
     Attributes:
       prunes: what to drop: all but the largest, a random choice, or nothing.
-      elects: whether to elect a sign for each entry, and to average what agrees with it.
+      elects: whether to elect a sign for each entry and average the values that agree with it.
     """
 
     prunes: Literal["largest", "random"] | None
@@ -66,13 +66,13 @@ def largest_kept(values: Values, density: float) -> Values:
     flat = values.reshape(*values.shape[:2], -1)
     count = max(1, round(density * flat.shape[-1]))
     order = jnp.argsort(-jnp.abs(flat), axis=-1, stable=True)
-    # A value's place in the order, so that of equal ones no more are kept than the share says.
+    # Ranks break ties, so that no more of equal values are kept than the share says.
     place = jnp.argsort(order, axis=-1)
     return jnp.where(place < count, flat, 0).reshape(values.shape)
 
 
 def randomly_kept(values: Values, density: float, key: PRNGKeyArray) -> Values:
-    """Returns the values with each kept with this probability, and divided by it.
+    """Returns the values, each kept with this probability and divided by it.
 
     Source: Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models
     as a Free Lunch, 2023, section 3 (DARE, with a drop rate of 1 - density).
@@ -83,7 +83,7 @@ def randomly_kept(values: Values, density: float, key: PRNGKeyArray) -> Values:
 def agreeing_mean(values: Values, majority_sign: MajoritySign) -> Merged:
     r"""Returns for each entry the mean over the tasks that have the elected sign.
 
-    The sign is that of $\sum_t v_t$ (`"total"`) or of $\sum_t \operatorname{sgn} v_t$
+    The elected sign is the sign of $\sum_t v_t$ (`"total"`) or of $\sum_t \operatorname{sgn} v_t$
     (`"frequency"`). Where that is zero, no sign is elected and the entry is zero.
 
     Source: Yadav et al. 2023, section 4 (elect, disjoint merge).

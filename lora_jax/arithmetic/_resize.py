@@ -29,21 +29,21 @@ def resize(
 ) -> Any:
     r"""Returns the tree with adapters of another rank.
 
-    A larger rank changes no number that the model computes: the new rows of lora_B are zero, and
-    the new columns of lora_A are drawn as for a new adapter, without which they would never train.
-    A smaller one keeps the best approximation of the change of each weight, which is its truncated
-    singular value decomposition: with $A = Q_A R_A$, $B^\top = Q_B R_B$ and
+    A larger rank does not change the model's outputs: the new rows of lora_B are zero. The new
+    columns of lora_A are drawn as for a new adapter, since zeros there would never train. A smaller
+    rank keeps the best approximation of each weight's change, its truncated singular value
+    decomposition: with $A = Q_A R_A$, $B^\top = Q_B R_B$ and
     $R_A R_B^\top = U \Sigma V^\top$, the new factors are $Q_A U_r \Sigma_r^{1/2}$ and
-    $\Sigma_r^{1/2} V_r^\top Q_B^\top$; $A B$ is never built. What an initialiser had moved from the
-    weight into the factors is moved back before, as by `on_original_base`, so that the change alone
-    is cut. Directions in which a weight has not changed start anew. The scale stays, whatever the
-    rank.
+    $\Sigma_r^{1/2} V_r^\top Q_B^\top$; $A B$ is never built. If an initialiser moved a part of
+    the weight into the factors, it is moved back first, as by `on_original_base`, so that only the
+    change is truncated. Directions in which a weight has not changed are drawn anew. The scale does
+    not change with the rank.
 
     Args:
       wrapped: what `wrap` returned, trained or not; or a bank of adapters, each of which is
         resized.
-      rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that it
-        does not match keep theirs.
+      rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that no
+        expression matches keep theirs.
       key: a random key for new columns; `jax.random.key(0)` unless given.
 
     Returns:
@@ -94,7 +94,7 @@ def _resized_bank(bank: LoRABank, rank: int, key: PRNGKeyArray) -> LoRABank:
 
     def of_slot(lora_A: Array, lora_B: Array, scale: Array) -> tuple[Array, Array]:
         new_A, new_B = factors(lora_A, lora_B)
-        # A slot that is all zero is empty, and stays so.
+        # An all-zero slot is empty, and stays empty.
         is_empty = (scale == 0) & ~jnp.any(lora_A) & ~jnp.any(lora_B)
         return jnp.where(is_empty, 0, new_A), new_B
 
@@ -127,7 +127,7 @@ def _pruned(
     rank: int,
     key: PRNGKeyArray,
 ) -> tuple[Array, Array]:
-    """Returns the factors of the best approximation of a weight's change of a lower rank."""
+    """Returns the factors of the best approximation of a weight's change at a lower rank."""
     inputs, outputs = (side_size(shape, axes, role) for role in ("in", "out"))
     present = lora_A.shape[-1]
     wide = common_dtype(lora_A.dtype, jnp.float32)

@@ -31,7 +31,7 @@ def truncated(lora_A: Array, lora_B: Array, rank: int, key: PRNGKeyArray) -> tup
 
 @jax.jit
 def balanced_factors(U: Array, S: Array, Vt: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-    r"""Returns $U \Sigma^{1/2}$ and $\Sigma^{1/2} V^\top$, so that both factors have one norm.
+    r"""Returns $U \Sigma^{1/2}$ and $\Sigma^{1/2} V^\top$, two factors of equal norm.
 
     Where a singular value is zero to rounding, both would be zero and never train: there lora_A
     gets a column as a new adapter does, and lora_B a row of zeros.

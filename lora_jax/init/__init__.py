@@ -1,4 +1,4 @@
-"""Initialisers: how the factors of a new adapter, and its base, come about."""
+"""Initialisers: they make the factors of a new adapter, and its base."""
 
 from lora_jax.init._corda import corda as corda
 from lora_jax.init._data import DataInitializer as DataInitializer

@@ -29,27 +29,27 @@ def corda(
     With $C$ the second moment $\sum x x^\top$ of the inputs, scaled to a mean diagonal of 1, and
     $\tilde C = C + \delta I$, the paper decomposes $W^\top \tilde C = U \Sigma V^\top$ and takes r
     components of $W^\top = U \Sigma V^\top \tilde C^{-1}$, with the square root of $\Sigma$ in
-    either factor. Transposed, with $\tilde C W = V \Sigma U^\top$:
+    each factor. Transposed, with $\tilde C W = V \Sigma U^\top$:
 
     $$ A = \tilde C^{-1} V_r \sqrt{\Sigma_r / s} = W U_r / \sqrt{s \Sigma_r}, \qquad
        B = \sqrt{\Sigma_r / s}\; U_r^\top, \qquad W_0 = W - s A B. $$
 
     The second form of $A$ follows from $\tilde C W U_r = V_r \Sigma_r$. It needs no inverse, and
     shows that $s A B = W U_r U_r^\top$ is the weight, projected onto r directions of its output.
-    The model computes what it did, to rounding.
+    The model's outputs are unchanged, to rounding.
 
-    PEFT has the same product and base where its inputs come in one call. It divides the inputs of
-    each call by their maximum, which weighs calls unequally; here a row counts as a row. The scale
-    of $C$ cancels in the product, and is fixed by the mean diagonal, so that the balance between
-    the two factors does not depend on the units of the inputs. PEFT raises $\delta$ until it can
+    PEFT has the same product and base if it sees all inputs in one call. It divides the inputs of
+    each call by their maximum, which weighs calls unequally; here all rows count equally. The scale
+    of $C$ cancels in the product; normalising it by the mean diagonal makes the balance between the
+    two factors independent of the units of the inputs. PEFT raises $\delta$ until it can
     invert $\tilde C$; there is nothing to invert here.
 
     Args:
-      moments: for each path of a weight, the moments of its inputs: in `"ipm"` those of the new
-        task, in `"kpm"` those of what the model is to keep.
+      moments: for each path of a weight, the moments of its inputs: in `"ipm"` mode from the new
+        task, in `"kpm"` mode from data on what the model should keep.
       mode: `"ipm"`, the instruction-previewed mode, trains the r components with the largest
         singular values; `"kpm"`, the knowledge-preserved mode, those with the smallest.
-      damping: $\delta$, which makes up for inputs that do not span all directions.
+      damping: $\delta$, which compensates for inputs that do not span all directions.
 
     Returns:
       What `init=` of `wrap` takes; base (in, out), lora_A (in, r), lora_B (r, out).

@@ -1,4 +1,4 @@
-"""Initialisers that have seen data."""
+"""Initialisers that use data."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ class DataInitializer:
           axes: the role of each of its axes.
 
         Raises:
-          ValueError: there are none, or not as many as the weight has matrices.
+          ValueError: there are none, or their number differs from the weight's matrices.
         """
         if path not in self.statistics:
             raise ValueError(
@@ -100,7 +100,7 @@ def per_matrix(
       statistics: what `statistics_of` returns.
       shape: the weight's shape.
       axes: the role of each of its axes.
-      layers: the adapted places of its first batch axis, or None for all.
+      layers: the adapted indices of its first batch axis, or None for all.
       shaped_as_weights: as for `DataInitializer`.
     """
     if shaped_as_weights:
@@ -140,7 +140,7 @@ def second_moment(moments: InputMoments, weight2d: Array, dtype: Any) -> Array:
     """Returns the second moment of one matrix's inputs in `dtype`.
 
     Raises:
-      ValueError: it is not that of this matrix's inputs.
+      ValueError: its shape does not fit this matrix's inputs.
     """
     inputs = weight2d.shape[0]
     if moments.second.shape != (inputs, inputs):

@@ -75,7 +75,7 @@ def eva_ranks(
     Component $i$ of a weight explains the share $\lambda_i / \sum_j \lambda_j$ of the variance of
     its inputs. The budget is what rank r would cost in every weight; it goes to the components of
     all weights in descending order of their shares, and a weight gets at most $\rho r$ of them. A
-    weight that gets none is left out, and so is not adapted, as in PEFT.
+    weight that gets none is not adapted, as in PEFT.
 
     Where one path holds several matrices (stacked layers, experts), they share one rank: their
     shares are averaged, and a rank costs as many as there are matrices.
@@ -91,7 +91,7 @@ def eva_ranks(
       centred: as in `eva`.
 
     Returns:
-      For each path that is adapted, as an expression that matches this path alone, its overrides.
+      The overrides of each adapted path, keyed by an expression that matches this path alone.
 
     Raises:
       TypeError: `moments` is not a mapping from path to `InputMoments`.
@@ -160,8 +160,8 @@ def _covariance(
     count: Float[Array, "*batch"],
     centred: bool,
 ) -> Float[Array, "*batch in in"]:
-    # A weight that has seen no row (an expert that nothing was routed to) has no covariance; zero
-    # stands in for it, and not 0/0.
+    # A weight that has seen no rows (an expert that nothing was routed to) has no covariance; use
+    # zero instead of 0/0.
     rows = jnp.maximum(count, 1)[..., None, None]
     mean = first[..., None] / rows
     return second / rows - (mean * jnp.swapaxes(mean, -1, -2) if centred else 0)

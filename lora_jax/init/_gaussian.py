@@ -22,7 +22,7 @@ def gaussian(
       weight2d: the weight as a matrix (in, out).
       rank: r, the number of columns of lora_A.
       scale: not used.
-      standard_deviation: $\sigma$; 1/r unless given, as in PEFT.
+      standard_deviation: $\sigma$; 1/r by default, as in PEFT.
 
     Returns:
       base (`weight2d` itself), lora_A (in, r), lora_B (r, out).

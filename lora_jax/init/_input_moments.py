@@ -1,7 +1,7 @@
 """`input_moments`: the sums of x and x xᵀ over the inputs of each weight.
 
-Backpropagation brings them out of whatever the model is made of: loops, rematerialised and jitted
-functions, branches. `lora_jax.transform._rows` derives how.
+Backpropagation extracts them from any model, through loops, rematerialised and jitted functions,
+and branches. `lora_jax.transform._rows` derives how.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,14 +38,14 @@ def input_moments(
 ) -> dict[str, InputMoments]:
     r"""Returns, for each target, the sums of its inputs $x$ and of $x x^\top$ over some batches.
 
-    They are what `lora_jax.init.eva` and `lora_jax.init.corda` start from. The model is run as it
-    is; its inputs to each weight are found by the transform, through loops, convolutions (whose
-    inputs are patches) and experts.
+    `lora_jax.init.eva` and `lora_jax.init.corda` start from them. The model runs unchanged; the
+    transform finds the inputs of each weight, through loops, convolutions (whose inputs are
+    patches) and experts.
 
     Args:
       fn: a function `(params, batch)` with a differentiable output, such as a loss or logits.
       params: plain params.
-      batches: what `fn` takes beside them, batch by batch; tuples are one argument.
+      batches: the second arguments of `fn`, one for each batch; a tuple is one argument.
       targets: which weights, in the forms of `wrap`.
       axes: as for `wrap`.
 
@@ -90,7 +90,7 @@ def input_moments(
 
 
 def _probes(weight: SelectedWeight) -> tuple[Array, Array]:
-    """Returns the probes of a weight: [I, 0] for each of its matrices, and a one to count with."""
+    """Returns the probes of a weight: [I, 0] for each of its matrices, and ones to count rows."""
     inputs = side_size(weight.leaf.shape, weight.axes, "in")
     shape, _ = factor_shapes(weight.leaf.shape, weight.axes, inputs + 1)
     batch = sizes(weight.leaf.shape, weight.axes, "batch")

@@ -17,7 +17,7 @@ def widened(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 def product(
     left: Float[Array, "rows inner"], right: Float[Array, "inner columns"]
 ) -> Float[Array, "rows columns"]:
-    """Returns the matrix product, also where the hardware would round the operands."""
+    """Returns the matrix product in full precision, even if the hardware rounds operands."""
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -38,9 +38,9 @@ def singular_value_decomposition(matrix: Shaped[Array, "in out"]) -> Decompositi
 
 
 def with_fixed_signs(columns: Float[Array, "rows k"]) -> Float[Array, "rows k"]:
-    """Returns each column or its negative: that whose entry of the largest magnitude is positive.
+    """Returns the columns, with signs that make the entry of the largest magnitude positive.
 
-    A decomposition leaves the signs open, and another machine may choose others.
+    A decomposition leaves the signs open, and they may differ between machines.
     """
     largest = jnp.take_along_axis(columns, jnp.argmax(abs(columns), axis=0)[None], axis=0)
     return jnp.where(largest < 0, -columns, columns)
@@ -69,7 +69,7 @@ def leading_singular_vectors(
       matrix: the matrix.
       count: how many.
       power_iterations: q, or None for the exact decomposition.
-      oversampling: how many columns more than `count` are iterated.
+      oversampling: how many columns beyond `count` to iterate.
 
     Raises:
       ValueError: `power_iterations` or `oversampling` is negative.

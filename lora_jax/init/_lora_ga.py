@@ -38,9 +38,9 @@ def lora_ga(
 
     to first order: a multiple of the best approximation of $G$ that factors of rank r can reach,
     which is of rank 2r. $\zeta$ keeps the size of the output's change independent of the weight's
-    shape. The model computes what it did, to rounding. The signs of the vectors cancel in the step,
-    but not in $A B$, which pairs vectors of different singular values; the entry of the largest
-    magnitude is positive in each.
+    shape. The model's outputs are unchanged, to rounding. The signs of the vectors cancel in the
+    step, but not in $A B$, which pairs vectors of different singular values; the entry of the
+    largest magnitude is positive in each.
 
     This is the paper and its authors' code. PEFT multiplies the factor B by the gradient's singular
     values and leaves $\zeta$ out of A, so that there the start depends on the scale of the loss.
@@ -51,8 +51,8 @@ def lora_ga(
       direction: which singular vectors go where. `"ArB2r"`: the first r to A, the next r to B.
         `"A2rBr"`: the other way around. `"ArBr"`: the odd ones to B and the even ones to A.
       gamma: $\gamma$; None for $\zeta = 1$.
-      power_iterations: how many power iterations a randomised decomposition takes; the exact
-        decomposition unless given. See `pissa`.
+      power_iterations: the number of power iterations of a randomised decomposition; by default
+        the decomposition is exact. See `pissa`.
 
     Returns:
       What `init=` of `wrap` takes; base (in, out), lora_A (in, r), lora_B (r, out). It raises where
@@ -105,7 +105,7 @@ def _gradient_directions(
             "mapping in `targets` gives a weight a rank of its own."
         )
     dtype = widened(weight2d).dtype
-    # As many more columns as the authors' code iterates.
+    # As in the authors' code.
     U, _, Vt = leading_singular_vectors(
         key,
         gradient.astype(dtype),

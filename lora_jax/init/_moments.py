@@ -1,4 +1,4 @@
-"""What is known of the inputs that a weight sees."""
+"""Statistics of the inputs of a weight."""
 
 import dataclasses
 from typing import Any

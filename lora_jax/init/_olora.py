@@ -17,7 +17,7 @@ def olora(
 
     with the first r columns of $Q$ and the first r rows of $R$: $B$ has orthonormal rows that span
     the first r rows of $W$, and $A$ holds the coordinates of all rows of $W$ in them. At s = 1
-    those first r rows of $W_0$ are therefore zero. The model computes what it did, to rounding.
+    those first r rows of $W_0$ are therefore zero. The model's outputs are unchanged, to rounding.
 
     Args:
       key: not used.

@@ -23,7 +23,7 @@ def orthogonal(
     PEFT's `"orthogonal"` is another construction, with both factors nonzero and $A B = 0$ by
     halves of one orthogonal matrix. $A B = 0$ with $A$ of rank r is possible only for $B = 0$, so
     there each factor starts with rank r/2, r must be even, and the output is the base model's only
-    to rounding; its factor 1/10 takes no account of the weight's size either. Hence this one.
+    to rounding; its factor 1/10 ignores the weight's size too. Hence this construction.
 
     Args:
       key: a random key.

@@ -23,17 +23,17 @@ def pissa(
        W_0 = W - s A B, $$
 
     so that $s A B = U_r \Sigma_r V_r^\top$ is the best approximation of $W$ of rank r, and both
-    factors have the same norm. The model computes what it did, to rounding. A weight of a rank
-    below r has zeros in both factors beyond it, and there nothing trains.
+    factors have the same norm. The model's outputs are unchanged, to rounding. If the weight's own
+    rank is below r, both factors are zero beyond it, and nothing trains there.
 
     Args:
       key: a random key; not used without `power_iterations`.
       weight2d: the weight as a matrix (in, out).
       rank: r.
       scale: s.
-      power_iterations: for large weights: how many power iterations the randomised decomposition
-        takes, which costs O(in · out · r) instead of O(in · out · min(in, out)). 4 is plenty for
-        singular values that decay. The exact decomposition unless given.
+      power_iterations: the number of power iterations of a randomised decomposition, for large
+        weights: it costs O(in · out · r) instead of O(in · out · min(in, out)). 4 is plenty for
+        singular values that decay. By default the decomposition is exact.
       oversampling: how many directions the randomised decomposition follows beyond r. PEFT's
         `"pissa_niter_4"` follows none, and finds the last few of the r less exactly.
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A factor that does not train: what an initialiser puts around lora_A or lora_B to say so.
+    """A factor that does not train: an initialiser wraps lora_A or lora_B in it.
 
     Attributes:
       array: the factor.
@@ -32,11 +32,11 @@ class Initializer(Protocol):
     It sees every weight as a matrix: several input axes are flattened into one, several output axes
     likewise, and batch axes are mapped over. It is traced; `rank` and `scale` are plain numbers.
 
-    Returning `weight2d` itself as the base says that the base does not change, and then nothing is
-    copied. Any other base says that the factors start as a part of the weight, and must be
-    `weight2d - scale * lora_A @ lora_B`: `wrap` computes that itself, from the weight and the
-    factors in the dtype in which they are kept, so that `restore` can find the same base again bit
-    for bit. It raises where what came back is something else.
+    Returning `weight2d` itself as the base means that the base does not change, and nothing is
+    copied. Any other base means that the factors start as a part of the weight, and must be
+    `weight2d - scale * lora_A @ lora_B`: `wrap` computes it from the weight and the factors in the
+    dtype in which they are stored, so that `restore` can recompute the same base bit for bit. It
+    raises if the returned base differs from that.
 
     A factor inside a `Frozen` does not train.
 

@@ -24,7 +24,7 @@ _BY_NAME: dict[str, Initializer] = {
     "pissa": pissa,
 }
 
-# What makes an initialiser out of data, and is none itself.
+# Functions that make an initialiser from data, and are not initialisers themselves.
 _CALL_WITH_DATA = {
     "corda": (corda, "corda(moments)"),
     "eva": (eva, "eva(moments)"),
@@ -43,7 +43,7 @@ def initializer(init: str | Initializer | DataInitializer) -> Initializer | Data
       The initialiser.
 
     Raises:
-      ValueError: it is a name that no initialiser has, or not callable.
+      ValueError: it is an unknown name, or not callable.
 
     Examples:
       >>> initializer("kaiming").__name__

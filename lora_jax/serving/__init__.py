@@ -1,4 +1,4 @@
-"""Many adapters of one model: a bank of them, one batch with an adapter for each example, a sum.
+"""Serving many adapters of one model: banks, batches that mix adapters, and weighted sums.
 
 A bank is one tree that holds several adapters, each in a slot; an id names the slot.
 """

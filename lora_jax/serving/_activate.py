@@ -19,23 +19,23 @@ def activate(
 ) -> Any:
     r"""Returns the weighted sum of a bank's adapters as one wrapped tree.
 
-    $W + \sum_i w_i s_i A_i B_i$, exactly: side by side the factors are one adapter of rank
-    capacity · r with a scale of 1, whose lora_B takes $w_i s_i$. A weight of 0 switches an adapter
-    off. Under `jax.jit` other weights don't recompile.
+    The result is exactly $W + \sum_i w_i s_i A_i B_i$: concatenated, the factors form one adapter
+    of rank capacity · r with a scale of 1, whose lora_B absorbs $w_i s_i$. A weight of 0 switches
+    an adapter off. Under `jax.jit` new weights don't recompile.
 
     Args:
       bank: what `bank` returned.
-      weights: a number for each slot (capacity,).
+      weights: one number for each slot (capacity,).
 
     Returns:
       A wrapped tree, for `adapt` and `merge`.
 
     Raises:
-      ValueError: `weights` has another length or values that are not finite, or the adapters have
-        magnitudes (DoRA), which don't add up.
+      ValueError: `weights` has the wrong length or values that are not finite, or the adapters have
+        magnitudes (DoRA), which can't be added.
 
-    Source: Hu et al. 2021, section 4.1; the sum of products is the product of the factors side by
-    side.
+    Source: Hu et al. 2021, section 4.1; the sum of products is the product of the concatenated
+    factors.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax

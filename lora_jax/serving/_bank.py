@@ -1,4 +1,4 @@
-"""A bank: several adapters of one model in one tree, and one of them out of it."""
+"""Banks: making one from several adapters of a model, and selecting an adapter from it."""
 
 import dataclasses
 import operator
@@ -26,30 +26,31 @@ from lora_jax.serving._slots import bank_of, slot_of, without_norm
 
 
 def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | None = None) -> Any:
-    r"""Returns one tree with all adapters, which share the base.
+    r"""Returns a bank: one tree with several adapters that share a base.
 
     Each weight is a `LoRABank`, whose `lora_A`, `lora_B`, `scale` and `magnitude` have an axis of
-    slots in front. Smaller ranks are filled up with zeros and every scale is kept, so that adapter
-    i is still $W + s_i A_i B_i$. What an initialiser moved from the weight into the factors is
-    moved back first, as by `arithmetic.on_original_base`, which doubles that adapter's rank. An
-    adapter of some layers gets those of the others too, at which it changes nothing.
+    slots in front. Smaller ranks are padded with zeros and every scale is kept, so adapter i is
+    still $W + s_i A_i B_i$. If an initialiser moved a part of the weight into the factors, it is
+    moved back first, as by `arithmetic.on_original_base`, which doubles that adapter's rank. If the
+    adapters cover different layers, each is extended to their union; on the added layers it changes
+    nothing.
 
-    `add`, `replace` and `remove` change the numbers of the slots but no shape, so that compiled
-    functions of the bank stay valid. To train one adapter further, `select` it; to train all of
-    them in place, `split` the bank.
+    `add`, `replace` and `remove` change the contents of slots but no shapes, so compiled functions
+    of the bank stay valid. To train one adapter further, `select` it; to train all of them in
+    place, `split` the bank.
 
     Args:
       adapters: wrapped trees of the same params with the same targets.
-      capacity: how many adapters there is room for; as many as there are unless given.
-      rank: the rank that there is room for, in every weight; the largest one of the adapters, by
-        weight, unless given.
+      capacity: the number of slots; by default the number of adapters.
+      rank: the rank of the slots, in every weight; by default the largest rank of the adapters,
+        weight by weight.
 
     Returns:
       The bank, for `serving.adapt`, `select` and `activate`.
 
     Raises:
       ValueError: the adapters differ in base, structure, targets, axes or kind, one of them trains
-        weights in full or holds values that are not finite, or there is no room for one.
+        weights in full or holds values that are not finite, or `capacity` or `rank` is too small.
       TypeError: `adapters` is not a list, or `capacity` or `rank` is not an integer.
 
     Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.
@@ -74,8 +75,8 @@ def select(bank: Any, adapter_id: int | Array) -> Any:
 
     Args:
       bank: what `bank` returned.
-      adapter_id: its slot; -1 for an adapter that changes nothing. Where it is traced, an unknown
-        one gives this too.
+      adapter_id: its id; -1 gives an adapter that changes nothing, and so does an unknown id that
+        is traced.
 
     Returns:
       The wrapped tree.
@@ -99,9 +100,9 @@ def select(bank: Any, adapter_id: int | Array) -> Any:
 
 
 def ids(bank: Any) -> tuple[int, ...]:
-    """Returns the slots of a bank that hold an adapter; the others compute what the base does.
+    """Returns the ids of the slots that hold an adapter; the others compute the base model.
 
-    A slot is empty where all factors and scales are zero.
+    A slot is empty if all its factors and scales are zero.
 
     Args:
       bank: what `bank` returned.
@@ -123,7 +124,7 @@ def ids(bank: Any) -> tuple[int, ...]:
     numbers = _occupying(bank)
     if any(map(is_tracer, jax.tree.leaves(numbers))):
         raise ValueError(
-            "`bank` is traced, so that its slots can't be looked at; call this outside of "
+            "`bank` is traced, so its slots can't be inspected; call this outside of "
             "jax.jit, or serving.replace(bank, wrapped, adapter_id=...) with an id."
         )
     with jax.ensure_compile_time_eval():
@@ -154,7 +155,7 @@ def checked_id(adapter_id: Any) -> int:
 
 
 def check_known(bank: Any, wanted: Sequence[int]) -> None:
-    """Raises if one of `wanted` is neither -1 nor that of an adapter."""
+    """Raises if one of the ids in `wanted` is neither -1 nor the id of an adapter."""
     if any(map(is_tracer, jax.tree.leaves(_occupying(bank)))):
         known: Sequence[int] = range(capacity_of(bank))
     else:
@@ -187,7 +188,7 @@ def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | 
 
 
 def _occupying(bank: Any) -> list[list[Any]]:
-    """Returns the numbers of each weight of which one is not zero where there is an adapter."""
+    """Returns the arrays of each weight, of which one is nonzero in every occupied slot."""
     return [[node.lora_A, node.lora_B, node.scale] for node in NodeIndex.of(bank).banks.values()]
 
 

@@ -1,4 +1,4 @@
-"""One call for a batch in which each example has its own adapter."""
+"""One call for a batch in which each example uses its own adapter."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -27,33 +27,33 @@ def adapt(
     out_axes: int = 0,
     on_materialize: OnMaterialize = "warn",
 ) -> Callable[..., Any]:
-    r"""Returns `fn` as a function of a bank of adapters and of which example uses which.
+    r"""Returns `fn` as a function of a bank and of the id of each example's adapter.
 
-    Example n gets $W + s_i A_i B_i$ with i = ids[n]. All products with $W$ are done once, for the
-    whole batch; the factors are gathered by id and multiplied in small batched products, so that
-    the compiled program depends on the size of the batch and of the bank, and not on the ids.
+    Example n uses $W + s_i A_i B_i$ with i = ids[n]. Products with $W$ are computed once for the
+    whole batch; the factors are gathered by id and multiplied in small batched products. The
+    compiled program depends on the sizes of the batch and of the bank, not on the ids.
 
-    `fn` keeps its batch axis: it is called under `jax.vmap` with a batch of one example, and so has
-    to treat examples independently, as models do in inference.
+    `fn` keeps its batch axis: it is called under `jax.vmap` with a batch of one example, and so
+    must treat examples independently, as models do in inference.
 
     Args:
       fn: any JAX function `fn(params, *args, **kwargs)`.
-      in_axes: the batch axis of each array in the arguments after `ids`: a number, None for what
-        all examples share, or one of these for each argument. Leaves that are not arrays, and
-        keyword arguments, are shared.
+      in_axes: the batch axis of each array in the arguments after `ids`: a number, None if all
+        examples share it, or a sequence with one of these for each argument. Leaves that are not
+        arrays, and keyword arguments, are shared.
       out_axes: the batch axis of each array that `fn` returns.
       on_materialize: as for `lora_jax.adapt`.
 
     Returns:
       A function `(bank, ids, *args, **kwargs)`, where `bank` is what `bank` returned and
-      `ids` holds an id for each example (batch,), with -1 for the base model. An id that no adapter
-      has is an error; where the ids are traced, under `jax.jit`, it gives the base model too.
+      `ids` holds an id for each example (batch,), with -1 for the base model. An unknown id is an
+      error; where the ids are traced, under `jax.jit`, it gives the base model.
 
     Raises:
       ValueError: when called: an unknown id, an argument that does not fit `ids`, or an output
-        without a batch axis; or, when differentiated with respect to `bank`, it keeps the norms
-        of its adapters (DoRA), which `split` leaves out.
-      TypeError: when called: `ids` are no whole numbers.
+        without a batch axis; or, when differentiated with respect to `bank`, the bank caches
+        DoRA norms, which `split` leaves out.
+      TypeError: when called: `ids` are not whole numbers.
 
     Source: Chen et al., Punica: Multi-Tenant LoRA Serving, 2023.
 
@@ -90,7 +90,7 @@ def adapt(
 
 
 def _served(bank: LoRABank, adapter_id: Array) -> LoRAWeight:
-    """Returns an adapter of a weight; where its norm is kept, with factors that don't train."""
+    """Returns an adapter of a weight; if its norm is cached, with factors that don't train."""
     weight = slot_of(bank, adapter_id)
     if bank.norm is None:
         return without_norm(weight)
@@ -106,9 +106,9 @@ def _fixed(factors: dict[str, Any]) -> dict[str, Any]:
 @_fixed.defjvp
 def _fixed_jvp(primals: Any, tangents: Any) -> Any:
     raise ValueError(
-        "`bank` keeps the norms of its adapters (DoRA), and after a step they would be those of "
-        "the factors before; expected a derivative with respect to the half that trains: "
-        "adapters, frozen = split(bank), which leaves them out, or an adapter by itself: "
+        "`bank` caches the norms of its adapters (DoRA), which a step would leave out of date; "
+        "expected a derivative with respect to the half that trains: adapters, frozen = "
+        "split(bank), which leaves the norms out, or with respect to a single adapter: "
         "serving.select(bank, id)."
     )
 
@@ -132,7 +132,7 @@ def _checked_ids(bank: Any, ids: Any) -> Array:
 
 
 def _leaf_axes(args: Sequence[Any], in_axes: InAxes) -> list[int | None]:
-    """Returns the batch axis of each leaf of the arguments, or None for what is shared."""
+    """Returns the batch axis of each leaf of the arguments, or None if it is shared."""
     if isinstance(in_axes, Sequence) and len(in_axes) != len(args):
         raise ValueError(
             f"`in_axes` has {len(in_axes)} entries, and {len(args)} arguments follow `ids`; "

@@ -37,7 +37,7 @@ from lora_jax.serving._slots import (
 
 
 def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
-    """Returns the bank with one more adapter, and the id that it got: the first free one.
+    """Returns the bank with one more adapter, and its id: the first free slot.
 
     Args:
       bank: what `serving.bank([...], capacity=...)` returned.
@@ -45,7 +45,7 @@ def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
 
     Returns:
       bank: the bank, of the same shapes.
-      adapter_id: the adapter's slot.
+      adapter_id: the adapter's id.
 
     Raises:
       ValueError: the bank is full, or the adapter does not fit it.
@@ -72,13 +72,13 @@ def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
 
 
 def replace(bank: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
-    """Returns the bank with an adapter in place of whatever a slot held.
+    """Returns the bank with the contents of one slot replaced by an adapter.
 
     Args:
       bank: what `serving.bank([...], capacity=...)` returned.
       wrapped: an adapter of the same params and targets, of at most the bank's rank.
-      adapter_id: the slot, from 0 to below the capacity. Under `jax.jit` it may be traced, which
-        with the bank donated overwrites it where it is; one out of range then changes nothing.
+      adapter_id: the slot, from 0 to below the capacity. Under `jax.jit` it may be traced, and a
+        donated bank is updated in place; an id out of range then changes nothing.
 
     Returns:
       The bank, of the same shapes.
@@ -108,7 +108,7 @@ def replace(bank: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
 
 
 def remove(bank: Any, adapter_id: int) -> Any:
-    """Returns the bank with a slot emptied; whoever still asks for it gets the base model.
+    """Returns the bank with a slot emptied; a traced id of that slot gives the base model.
 
     Args:
       bank: what `serving.bank([...], capacity=...)` returned.
@@ -140,7 +140,7 @@ def remove(bank: Any, adapter_id: int) -> Any:
 
 
 def _fitting(path: str, node: LoRAWeight, bank: LoRABank) -> dict[str, Any]:
-    """Returns the numbers of a weight in the shapes and dtypes that the bank has room for."""
+    """Returns the arrays of an adapter in the shapes and dtypes of the bank's slots."""
     node = on_original(node)
     if node.rank > bank.rank:
         raise ValueError(
@@ -168,7 +168,7 @@ def _fitting(path: str, node: LoRAWeight, bank: LoRABank) -> dict[str, Any]:
 
 
 def _with_slot(bank: LoRABank, numbers: Mapping[str, Any], slot: int | Array) -> LoRABank:
-    """Returns a weight's bank with other numbers in one slot."""
+    """Returns a weight's bank with the contents of one slot replaced."""
     index = jnp.asarray(slot, jnp.int32)
     written: dict[str, Any] = {
         name: _written(array, numbers[name], index) for name, array in slot_arrays(bank).items()
@@ -186,6 +186,6 @@ def _check_slot(bank: Any, slot: int) -> None:
     capacity = capacity_of(bank)
     if not 0 <= slot < capacity:
         raise ValueError(
-            f"`adapter_id` is {slot}; expected a slot from 0 to {capacity - 1}, of which "
-            "`bank` has that many. serving.bank([...], capacity=...) makes a larger bank."
+            f"`adapter_id` is {slot}; expected a slot of `bank`, from 0 to {capacity - 1}. "
+            "serving.bank([...], capacity=...) makes a larger bank."
         )

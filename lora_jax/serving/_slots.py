@@ -1,4 +1,4 @@
-"""The slots of one weight's bank: an adapter into one, out of one, and what an empty one holds."""
+"""The slots of one weight's bank: filling one, reading one, and what an empty one holds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from lora_jax._algebra import fixed_norms
 from lora_jax._dtypes import common_dtype
 from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight
 
-# What each slot has of its own.
+# The fields with a separate value for each slot.
 _NUMBERS = ("lora_A", "lora_B", "scale", "magnitude", "norm")
 
 
 def bank_of(adapters: Sequence[LoRAWeight], capacity: int) -> LoRABank:
-    """Returns a bank of adapters of one weight, of equal shapes and layers, in the first slots."""
+    """Returns a bank of one weight whose first slots hold these adapters of equal shapes."""
     first = adapters[0]
     numbers = [numbers_of(adapter) for adapter in adapters]
     slots: dict[str, Any] = {
@@ -35,7 +35,7 @@ def bank_of(adapters: Sequence[LoRAWeight], capacity: int) -> LoRABank:
 
 
 def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
-    """Returns one adapter of a weight's bank; one that changes nothing where there is no slot.
+    """Returns one adapter of a weight's bank; for an unknown slot, one that changes nothing.
 
     Args:
       bank: the bank.
@@ -64,7 +64,7 @@ def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
 
 
 def without_norm(weight: FixedLoRAWeight) -> LoRAWeight:
-    """Returns the weight as one whose factors may change."""
+    """Returns the weight without its cached norm, so that its factors may change."""
     return LoRAWeight(
         base=weight.base,
         lora_A=weight.lora_A,
@@ -79,7 +79,7 @@ def without_norm(weight: FixedLoRAWeight) -> LoRAWeight:
 
 
 def slot_arrays(bank: LoRABank) -> dict[str, Array]:
-    """Returns what each slot has of its own, of all slots, by name."""
+    """Returns the fields with a separate value for each slot, by name."""
     arrays = {name: getattr(bank, name) for name in _NUMBERS}
     return {name: array for name, array in arrays.items() if array is not None}
 
@@ -93,9 +93,9 @@ def numbers_of(adapter: LoRAWeight) -> dict[str, Any]:
 
 
 def empty_numbers(adapter: LoRAWeight) -> dict[str, Any]:
-    """Returns what an empty slot holds in the place of this adapter: the weight is the base there.
+    """Returns what an empty slot holds in place of this adapter, so that it computes the base.
 
-    Its magnitude is its norm, so that what it multiplies by is 1.
+    Its magnitude equals its norm, so the gain is 1.
     """
     like = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, "scale": adapter.scale}
     if adapter.magnitude is not None:
@@ -114,7 +114,7 @@ def _empty(like: dict[str, Any], squared_norm: Any) -> dict[str, Any]:
 
 
 def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
-    """Returns the arrays as one, of the dtype that holds all, with `empty` in the other slots."""
+    """Returns the arrays as one, in a dtype that holds all, with `empty` in the other slots."""
     dtype = common_dtype(*(array.dtype for array in arrays))
     rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
     return jnp.concatenate([jnp.stack([array.astype(dtype) for array in arrays]), rest])

@@ -34,31 +34,30 @@ from lora_jax.transform.rules import with_factors
 def adapt(
     fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn", dropout: float = 0.0
 ) -> Callable[..., Any]:
-    r"""Returns `fn` as a function of wrapped parameters, with no change to its code.
+    r"""Returns `fn` as a function of wrapped parameters, without changes to its code.
 
-    Wherever `fn` uses an adapted weight $W$, the result is what it would be with $W + s \cdot A B$;
-    a contraction $x W$ becomes $x W + s\,(x A) B$, and the sum is never built. The result
+    The result is that of `fn` with $W + s \cdot A B$ in place of each adapted weight $W$; a
+    contraction $x W$ becomes $x W + s\,(x A) B$, and the sum is never built. The result
     differentiates, jits, vmaps, scans, remats and shards as `fn` does. `base` and `scale` receive
     no gradient.
 
     Args:
-      fn: any JAX function; `model.apply`, a bound method, a loss; also one that holds adapters
-        itself, such as a wrapped module of Equinox. Where nothing holds an adapter, it is called as
-        it is. Otherwise it is traced once for each structure, shape and dtype of its arguments. A
-        Python float that `fn` hands to arrays is traced like one, as `jax.jit` does it, so that
-        another one traces nothing again; where `fn` looks at its value or computes with it in
-        Python, it is static. So are other arguments that are not arrays (flags, whole numbers,
-        strings, functions, configurations), which are read anew when they or their own attributes
-        change.
+      fn: any JAX function: `model.apply`, a bound method, a loss, or one that holds adapters
+        itself, such as a wrapped Equinox module. Without adapters in its arguments, it is called
+        unchanged. Otherwise it is traced once for each structure, shape and dtype of its arguments.
+        A Python float that `fn` only combines with arrays is traced, as under `jax.jit`, so a new
+        value does not retrace; where `fn` reads its value or computes with it in Python, it is
+        static. Other arguments that are not arrays (flags, whole numbers, strings, functions,
+        configurations) are static too; changing them or their own attributes retraces.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
-      dropout: the probability with which an element of an adapter's input is dropped, to the next
-        multiple of 1/65536, with an independent mask for each use. Dropout is active only when
-        `lora_key=`, a random key, is passed; evaluation needs no second function. Functions with a
-        derivative rule of their own are left out of it.
+      dropout: the probability of dropping an element of an adapter's input, rounded to a multiple
+        of 1/65536, with an independent mask for each use. Dropout is active only when `lora_key=`,
+        a random key, is passed; evaluation needs no second function. It does not apply inside
+        functions with their own derivative rules.
 
     Returns:
-      A function of the same arguments, in which `LoRAWeight` nodes may sit anywhere, and of
+      A function of the same arguments, with `LoRAWeight` nodes anywhere in them, and of
       `lora_key`.
 
     Raises:
@@ -105,8 +104,8 @@ def adapt(
 def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """Returns the function that `fn` calls, and the (args, kwargs) with adapters that it holds.
 
-    What `functools.partial` has bound, a callable tree, such as a module of Equinox, and the tree
-    that a method belongs to are arguments like any other.
+    Arguments bound by `functools.partial`, a callable tree such as an Equinox module, and the tree
+    that a method belongs to are treated as ordinary arguments.
     """
     if isinstance(fn, functools.partial):
         function, (args, kwargs) = unbound(fn.func)
@@ -164,8 +163,8 @@ def _adapted(
         masks = NoDropout() if lora_key is None else Dropout(dropout, lora_key)
         return rewrite(fn, arguments, recorder=told, dropout=masks)
 
-    # For each signature whether `fn` needs the values of Python floats: a memo, so that finding
-    # this out takes one trace.
+    # Maps each signature to whether `fn` needs the values of Python floats, so that this takes one
+    # trace to find out.
     needs_values: dict[Hashable, bool] = {}
 
     def traced(*inputs: Any) -> tuple[ClosedJaxpr, Any]:
@@ -195,7 +194,7 @@ def _adapted(
         try:
             return with_floats_traced(lora_key, arguments)
         except NotComparableError:
-            # What can't be compared with the arguments of another call is traced for this one.
+            # Arguments that can't be compared with those of another call are traced for this one.
             return without_static(rewritten(lora_key, with_static(arguments)))
 
     return adapted
@@ -229,7 +228,7 @@ def rewrite(
     Args:
       fn: the function as its author wrote it.
       arguments: (args, kwargs), in which leaves that are not arrays are static.
-      recorder: what is told of each equation that an adapted weight reaches.
+      recorder: is called with each use of an adapted weight.
       dropout: LoRA dropout.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=has_factors)
@@ -280,7 +279,7 @@ def traced_function(
 
 
 def weight_paths(flat: Sequence[tuple[Any, Any]]) -> list[str]:
-    """Returns the path of each leaf within its argument, or with it where another has the same."""
+    """Returns the path of each leaf within its argument; with the argument if it is ambiguous."""
     key_paths = [key_path for key_path, _ in flat]
     within, whole = path_strings(key_paths, skip=2), path_strings(key_paths, skip=1)
     adapted = collections.Counter(

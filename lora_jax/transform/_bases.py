@@ -1,9 +1,9 @@
-"""All that rules need of the frozen base of a weight, whatever it is.
+"""What rules need from the frozen base of a weight, whatever its kind.
 
-A base goes through an equation in one of two ways. An op that moves a weight (a transpose, a slice,
-a change of dtype) is done to the base, which stays a base. An op that computes with a weight (a
-product, a convolution, a sum) takes the base as an array. Loops and calls take it as a tree of
-arrays that they cut along the first axis.
+A base passes through an equation in one of two ways. An op that moves a weight (a transpose, a
+slice, a change of dtype) is applied to the base, and gives a base. An op that computes with a
+weight (a product, a convolution, a sum) takes the base as an array. Loops and calls take it as a
+tree of arrays that they cut along the first axis.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def array_of(value: Any) -> Any:
 
 
 def moved_bases(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
-    """Returns the outputs of an equation that moves weights, done to their bases."""
+    """Returns the outputs of an equation that moves weights, applied to their bases."""
     return evaluate_equation(equation, [base_of(value) for value in inputs])
 
 

@@ -1,4 +1,4 @@
-"""When W + AB is built: where that is cheaper, and where no rule can do without it."""
+"""When W + AB is built: where that is cheaper, and where no rule avoids it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from lora_jax.transform._report import Reporter, Use
 def prefers_dense(base_flops: Size, factored_flops: Size, building_flops: Size) -> bool:
     """Says whether a training step is cheaper with W + AB built than with factors.
 
-    Let F be the operations of the base op x W, f those that the factored products add to it, and b
-    those of building W + AB. With y = x W + x A B and the cotangent ȳ of y, a step takes
+    Let F be the FLOPs of the base op x W, f the FLOPs that the factored products add to it, and b
+    the FLOPs of building W + AB. With y = x W + x A B and the cotangent ȳ of y, a step takes
 
         factored:  f forward; the cotangents of x A B in each of its operands, which for every
                    product are two products of the same size: 2 f
@@ -49,19 +49,19 @@ def chosen(
     *,
     may_build: bool,
 ) -> Factored | jax.Array:
-    """Returns a weight as an op is to use it: built where that is cheaper, or as it is.
+    """Returns a weight as an op should use it: built if that is cheaper, else unchanged.
 
-    A weight that is built in half precision would lose what the factors have in more, and stays
+    Building a half-precision weight would round away the factors' extra precision, so it stays
     factored.
 
     Args:
-      reporter: is told of the choice.
+      reporter: records the choice.
       equation: the op.
       value: the weight.
       base_flops: operations of the op alone.
       term_flops: operations of the products of each term.
-      may_build: whether there is a choice; dropout is on the adapter's input, so that a weight that
-        is built could have none.
+      may_build: whether building is allowed; dropout acts on the adapter's input, so a built weight
+        could not have it.
     """
     is_dense = (
         may_build

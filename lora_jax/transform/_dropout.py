@@ -17,7 +17,7 @@ _LEVELS = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class NoDropout:
-    """Evaluation: nothing is dropped. It has the methods of `Dropout`."""
+    """The dropout of evaluation: it drops nothing. It has the methods of `Dropout`."""
 
     is_active: ClassVar[bool] = False
 
@@ -56,10 +56,10 @@ class NoDropout:
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """Draws a mask for each use of an adapter, which depends on the key and the use's place alone.
+    """Draws a mask for each use of an adapter, from the key and the position of the use alone.
 
     Attributes:
-      rate: the probability with which an element is dropped, to the next multiple of 1/65536.
+      rate: the probability of dropping an element, rounded to a multiple of 1/65536.
       key: the key of the body that is being evaluated; None for a body that is given one later.
       place: which equation of that body is being evaluated.
       mesh_axes: the mesh axes of a `shard_map` around it, along which devices that hold other
@@ -75,7 +75,7 @@ class Dropout:
 
     @property
     def settings(self) -> tuple[float, frozenset[str]]:
-        """What a body that was rewritten with this dropout depends on, beside its key."""
+        """Everything but the key on which a body rewritten with this dropout depends."""
         return self.rate, self.mesh_axes
 
     def at(self, place: int) -> "Dropout":
@@ -89,7 +89,7 @@ class Dropout:
         return jax.random.fold_in(key, use) if use else key
 
     def dropped_out(self, x: Array, use: int = 0) -> Array:
-        """Returns x with elements dropped; the kept ones count 1 / (1 - rate) through the scale.
+        """Returns x with elements dropped; the scale compensates by 1 / (1 - rate).
 
         Args:
           x: an adapter's input.
@@ -101,7 +101,7 @@ class Dropout:
         return jnp.where(self._is_kept(key, x), x, jnp.zeros_like(x))
 
     def scaled(self, scale: Array) -> Array:
-        """Returns an adapter's scale over 1 - rate: there it keeps the factors' precision."""
+        """Returns an adapter's scale over 1 - rate; applied there, it costs no precision."""
         kept = 1 - self._dropped_levels / _LEVELS
         return scale / jnp.asarray(kept, scale.dtype)
 

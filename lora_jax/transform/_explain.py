@@ -18,10 +18,10 @@ from lora_jax.transform._static import with_static
 
 @dataclasses.dataclass(frozen=True)
 class TargetReport:
-    """What becomes of one adapted weight.
+    """How a call uses one adapted weight.
 
     Attributes:
-      path: its place in the arguments.
+      path: the weight's path in the arguments.
       shape: the weight's shape.
       axes: the role of each axis.
       rank: r.
@@ -37,7 +37,7 @@ class TargetReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What becomes of each adapted weight in one call; printed, a table.
+    """How one call uses each adapted weight; printed, it is a table.
 
     Attributes:
       targets: a report for each adapted weight, in the order of the arguments.
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def added_flops(self) -> Size:
-        """The operations that all adapters add to one forward pass."""
+        """The FLOPs that all adapters add to one forward pass."""
         return sum(use.added_flops * use.times for target in self.targets for use in target.uses)
 
     def __str__(self) -> str:
@@ -90,9 +90,9 @@ _HEADER = (
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Returns where each adapted weight is used, how that is computed, and at what cost.
 
-    The function is traced, not run. Costs are operations of one forward pass: those of the base op,
-    and what the adapter adds to them with factored products or with W + AB built. The norm of a
-    DoRA weight is a row of its own, since all uses of the weight share it.
+    The function is traced, not run. Costs are the FLOPs of one forward pass: those of the base op,
+    and those that the adapter adds with factored products or with W + AB built. The norm of a DoRA
+    weight has a row of its own, since all uses of the weight share it.
 
     Args:
       fn: the function as its author wrote it, not adapted.
@@ -101,7 +101,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     Returns:
       The report: data, and a table when printed. `how` is "factored" for x W + s (x A) B; "dense"
-      where building W + AB takes fewer operations in a training step; "materialized" where no rule
+      where building W + AB takes fewer FLOPs in a training step; "materialized" where no rule
       covers the op.
 
     Examples:
@@ -145,7 +145,7 @@ def _adapted_weights(arguments: Any) -> list[tuple[str, LoRAWeight]]:
 
 
 def _with_norm(path: str, node: LoRAWeight, uses: tuple[Use, ...]) -> tuple[Use, ...]:
-    """Returns the uses of a weight, and before them the norm that those of a DoRA weight share.
+    """Returns the uses of a weight; for DoRA, with the norm that they share in front.
 
     The norm takes the products WᵀA, G = AᵀA and GB, and the sums of B ∘ WᵀA and B ∘ GB over r.
     """
@@ -156,12 +156,12 @@ def _with_norm(path: str, node: LoRAWeight, uses: tuple[Use, ...]) -> tuple[Use,
     batch, inputs, outputs = (side_size(shape, node.axes, role) for role in ("batch", "in", "out"))
     products = size + batch * rank * (inputs + outputs)
     factored = 2 * rank * products + 4 * rank * batch * outputs
-    dense = (2 * rank + 1) * size + 2 * size  # built, the weight is squared and summed
+    dense = (2 * rank + 1) * size + 2 * size  # the built weight is squared and summed
     return (Use(path, "norm", "", "factored", 0, factored, dense), *uses)
 
 
 def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:
-    """Returns the uses with equal ones as one that happens more often."""
+    """Returns the uses with equal ones merged, their counts added."""
     times: dict[Use, int] = {}
     for use in uses:
         once = dataclasses.replace(use, times=1)

@@ -20,7 +20,7 @@ from lora_jax.transform._terms import Factor, Term, block_shape, padded, without
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factored:
-    """The value gain ∘ (base + Σ terms), which is never built unless an op leaves no other way.
+    """The value gain ∘ (base + Σ terms), built only where an op leaves no other way.
 
     Attributes:
       base: the frozen weight, with whatever ops have moved its axes so far.
@@ -122,7 +122,7 @@ def factored_weight(weight: LoRAWeight, path: str) -> Factored:
 
 
 def _base_and_terms(base: Any, path: str) -> tuple[Array, tuple[Term, ...]]:
-    """Returns the array that a base stands on, and the terms that it adds itself."""
+    """Returns the array at the bottom of a base, and the terms that the base adds itself."""
     if not is_lora_weight(base):
         return jax.lax.stop_gradient(base), ()
     value = factored_weight(base, path)
@@ -141,7 +141,7 @@ def _term(weight: LoRAWeight, path: str) -> Term:
 
 
 def _factor(weight: LoRAWeight, array: Array, places: Places, *, elsewhere: int = 0) -> Factor:
-    """Returns an array of the adapted layers as one of all; the rest changes nothing there."""
+    """Returns an array of the adapted layers extended to all; the others get no change."""
     if weight.layers is not None:
         axis = weight.axes.index("batch")
         array = spread_layers(array, places[axis], weight.layers, weight.shape[axis], elsewhere)
@@ -177,13 +177,13 @@ def multiplied(array: Array, gain: Array) -> Array:
 
 
 def is_as_exact_dense(value: Factored) -> bool:
-    """Says whether the weight's dtype holds all that the terms change of it."""
+    """Says whether the weight's dtype is wide enough for the terms' changes."""
     factors = [factor.dtype for term in value.terms for factor in (term.lora_A, term.lora_B)]
     return bool(common_dtype(value.dtype, *factors) == value.dtype)
 
 
 def dense_flops(value: Factored) -> Size:
-    """Returns the operations that building base + Σ terms takes."""
+    """Returns the FLOPs of building base + Σ terms."""
     return sum(
         (2 * term.rank + 1) * math.prod(block_shape(term, value.shape)) for term in value.terms
     )

@@ -1,4 +1,4 @@
-"""`infer_axes`: how a function uses each weight, read off its jaxpr. Nothing is computed."""
+"""`infer_axes`: how a function uses each weight, read off its jaxpr without running it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +23,10 @@ from lora_jax.transform.rules import with_roles
 def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> InferredAxes:
     """Returns the axes of each weight of `params`, as `fn(params, *args, **kwargs)` uses them.
 
-    An axis that a product sums over is an input axis, one that it keeps is an output axis, and one
-    that it maps over, or that is cut layer by layer before, is a batch axis. In a lookup the rows
-    are the inputs. The function is traced, not run, so arguments may be `jax.ShapeDtypeStruct`.
+    An axis that a product sums over is an input axis, an axis that it keeps is an output axis, and
+    an axis that it maps over, or that is cut layer by layer first, is a batch axis. In a lookup the
+    rows are the inputs. The function is traced, not run, so its arguments may be
+    `jax.ShapeDtypeStruct`.
 
     Args:
       fn: any JAX function whose first argument holds the parameters.
@@ -35,8 +36,8 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
 
     Returns:
       A mapping from path to axes for `wrap(..., axes=...)`, which also makes `"all-linear"` exact.
-      Weights whose uses disagree, and weights that no product, convolution or lookup uses, are not
-      in it; its attributes `uses`, `disagreements` and `unused` tell of them; `print` shows all.
+      It leaves out weights whose uses disagree and weights that no product, convolution or lookup
+      uses; its attributes `uses`, `disagreements` and `unused` list those, and `print` shows all.
 
     Examples:
       >>> import jax, jax.numpy as jnp, lora_jax

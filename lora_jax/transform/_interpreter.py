@@ -32,13 +32,13 @@ Evaluation = Callable[["Interpreter", Equation, list[Any]], Sequence[Any] | None
 
 @dataclasses.dataclass(frozen=True)
 class Interpreter:
-    """Evaluates jaxprs, handing each equation that a factored weight reaches to its evaluation.
+    """Evaluates jaxprs, and passes each equation that a factored weight reaches to its rule.
 
     Attributes:
       evaluations: what is done at each primitive that has a rule.
-      shared: the inner functions that were rewritten already, so that what the model calls twice is
-        traced once and is one function in the lowered program.
-      reporter: what is told of each equation that a factored weight reaches.
+      shared: the inner functions rewritten so far, so that a function that the model calls twice is
+        traced once and appears once in the lowered program.
+      reporter: records each equation that a factored weight reaches.
       dropout: LoRA dropout at the equation being evaluated.
     """
 

@@ -12,12 +12,12 @@ Place = tuple[int, ...]
 
 
 def place_of(equations: Sequence[Equation]) -> Place:
-    """Returns what tells the last of these equations, reached by the calls before, from others."""
+    """Returns an identifier of the last of these equations, reached by the calls before it."""
     return tuple(map(id, equations))
 
 
 def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> frozenset[Place]:
-    """Returns those of the products with weights that give an output, and nothing but outputs.
+    """Returns the products with weights that feed outputs and nothing else.
 
     A head is a product through which alone an output depends on all products before it, and which
     no other product uses. A residual stream ends at many products and so has no head; statistics
@@ -33,7 +33,7 @@ def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> froz
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-    """Follows, for each value, the products with weights that it last came through.
+    """Tracks, for each value, the products with weights that it last passed through.
 
     Attributes:
       products: the products with weights.
@@ -65,7 +65,7 @@ class _Flow:
         if body is not None:
             return self.through(body, place, inputs)
         joined = frozenset().union(*inputs)
-        # What a loop does with weights is one product here, whose inside is not looked into.
+        # Everything that a loop does with weights counts as one product here.
         if any(product[: len(place)] == place for product in self.products):
             self.used_again.update(joined)
             joined = frozenset({place})

@@ -70,10 +70,10 @@ def without_unit_axes(array: Array, labels: Sequence[int]) -> Labelled:
 def _cheapest_order(
     operands: tuple[Labels, ...], output: frozenset[int], sizes: tuple[tuple[int, int], ...]
 ) -> _Order:
-    """Returns the cheapest order of pairwise contractions, of all that there are.
+    """Returns the cheapest of all orders of pairwise contractions.
 
     Args:
-      operands: the labels of each operand; at most four operands occur, so 18 orders at most.
+      operands: the labels of each operand; there are at most four operands, so 18 orders.
       output: the labels that the product keeps.
       sizes: (label, size) of every label.
     """
@@ -120,7 +120,7 @@ def plan_product(
     return Plan(order.pairs, order.labels, order.flops(size_of))
 
 
-# For the order of products alone: between what depends on a symbol and what does not.
+# It only decides the order of products, between sizes with and without a symbol.
 _SIZE_OF_SYMBOL = 1024
 
 
@@ -226,7 +226,7 @@ def _pair_labels(lhs: Labelled, rhs: Labelled, needed: set[int]) -> Labels:
 
 
 def _shared(lhs: Labelled, rhs: Labelled, needed: set[int]) -> tuple[list[int], list[int]]:
-    """Returns the labels that both have: those that are needed later, and the contracted ones."""
+    """Returns the labels that both have: the ones needed later, and the contracted ones."""
     shared = [label for label in lhs.labels if label in rhs.labels]
     return [x for x in shared if x in needed], [x for x in shared if x not in needed]
 
@@ -258,8 +258,8 @@ def _scaled(operand: Labelled, scale: Array | None) -> Labelled:
 def _best_scaled(labels: Sequence[Labels], operand_count: int, size_of: Mapping[int, Size]) -> int:
     """Returns which array takes the scale: the smallest result, or a much smaller operand.
 
-    A scaled operand is multiplied again in the backward pass, where it occurs once more, and a
-    scaled result is not; so a result may be twice as large.
+    A scaled operand is scaled again in the backward pass, and a scaled result is not; so a result
+    may be twice as large.
     """
     counts = [
         math.prod(_known_size(size_of[label]) for label in array_labels) for array_labels in labels

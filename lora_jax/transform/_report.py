@@ -1,4 +1,4 @@
-"""What the transform says of its work: a record of each use, and the warning."""
+"""What the transform reports: a record of each use, and the warning."""
 
 import dataclasses
 import warnings
@@ -13,7 +13,7 @@ How = Literal["factored", "dense", "materialized"]
 
 
 class MaterializationWarning(UserWarning):
-    """An op for which there is no rule made `adapt` build W + scale · lora_A · lora_B."""
+    """`adapt` built W + scale · lora_A · lora_B for an op that no rule covers."""
 
 
 class MaterializationError(ValueError):
@@ -25,15 +25,15 @@ class Use:
     """One equation that an adapted weight reached, and how it was computed.
 
     Attributes:
-      path: the weight's place in the arguments.
+      path: the weight's path in the arguments.
       primitive: the name of the JAX primitive; `"norm"` for the norm of a DoRA weight.
       source: the line of the model's own source.
-      how: `"factored"`; `"dense"` where building W + AB is cheaper by count of operations;
+      how: `"factored"`; `"dense"` where building W + AB takes fewer FLOPs in a training step;
         `"materialized"` where no rule covers the primitive.
-      base_flops: operations of the base op alone.
-      factored_flops: operations that products with the factors add in one forward pass; None where
-        no rule says how to take them.
-      dense_flops: operations that building W + AB adds.
+      base_flops: FLOPs of the base op alone.
+      factored_flops: FLOPs that products with the factors add in one forward pass; None where no
+        rule covers the op.
+      dense_flops: FLOPs that building W + AB adds.
       times: how often this happens in one call.
     """
 
@@ -48,7 +48,7 @@ class Use:
 
     @property
     def added_flops(self) -> Size:
-        """Operations that the adapter adds in one forward pass, as it is computed."""
+        """FLOPs that the adapter adds to one forward pass in the way that it is computed."""
         if self.how == "factored" and self.factored_flops is not None:
             return self.factored_flops
         return self.dense_flops
@@ -63,23 +63,23 @@ class Use:
         }[self.how]
 
 
-# What is told of each use: a `Use`, or what another interpretation notes in its place.
+# Called with each use: a `Use`, or what another interpretation records instead.
 Recorder = Callable[[Any], None]
 
 
 def ignore(use: Any) -> None:
-    """Takes no note of a use."""
+    """Ignores a use."""
     del use
 
 
 @dataclasses.dataclass(frozen=True)
 class Reporter:
-    """Tells a recorder what happens at the equations of one body.
+    """Passes to a recorder what happens at the equations of one body.
 
     Attributes:
-      recorder: what is told.
+      recorder: the recorder.
       callers: the equations whose bodies are being evaluated, the innermost last.
-      times: how often the body runs in one call, as far as that is known.
+      times: how often the body runs in one call, if known.
     """
 
     recorder: Recorder = ignore
@@ -98,12 +98,12 @@ class Reporter:
         return next((line for line in lines if line is not None), "an unknown line")
 
     def tell(self, use: Use) -> None:
-        """Tells of a use, which happens as often as the body runs."""
+        """Records a use, which happens as often as the body runs."""
         self.recorder(dataclasses.replace(use, times=self.times * use.times))
 
 
 def recorder_for(on_materialize: OnMaterialize) -> Recorder:
-    """Returns what is told of each use: it warns or raises where W + AB is built."""
+    """Returns a recorder that warns or raises where W + AB is built."""
     return {"warn": _warning_once(), "error": _refuse, "ignore": ignore}[on_materialize]
 
 
@@ -131,6 +131,6 @@ def _refuse(use: Any) -> None:
 def _message(use: Use) -> str:
     return (
         f"'{use.path}' reaches `{use.primitive}` at {use.source}, for which there is no rule: "
-        "W + scale · lora_A · lora_B is built there, which is right but costs the memory of a "
+        "W + scale · lora_A · lora_B is built there, which is correct but costs the memory of a "
         "whole weight."
     )

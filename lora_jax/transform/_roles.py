@@ -1,4 +1,4 @@
-"""Which role each axis of a weight plays: what `infer_axes` notes while probes go through a model.
+"""Which role each axis of a weight plays: what `infer_axes` records as probes pass through a model.
 
 A weight is traced as a factored value with one probe for each of its axes: a term whose first
 factor holds that axis alone. The rules move the probes along with the weight, and at a contraction
@@ -20,7 +20,7 @@ from lora_jax.transform._terms import Factor, Term
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What a probing term comes from: one axis of a weight."""
+    """The origin of a probing term: one axis of a weight."""
 
     path: str
     axis: int
@@ -73,7 +73,7 @@ def note_roles(
     *,
     untracked: AxisRole = "batch",
 ) -> None:
-    """Notes, for each weight in a value, which role each of its own axes plays.
+    """Records, for each weight in a value, which role each of its own axes plays.
 
     Args:
       interpreter: at the equation.
@@ -99,7 +99,7 @@ def of_weights_alone(evaluation: Evaluation) -> Evaluation:
     """Returns an evaluation of weights among themselves and with scalars; an array ends the weight.
 
     A bias, a norm's scale, a position table and a class token meet activations in sums and
-    products of elements, and what comes out is an activation, whatever product it goes into next.
+    products of elements. The result is an activation, whatever product it enters next.
     """
 
     def evaluated(
@@ -116,7 +116,7 @@ def of_weights_alone(evaluation: Evaluation) -> Evaluation:
 def contraction_roles(
     ndim: int, *, contracted: Sequence[int], batch: Sequence[int]
 ) -> list[AxisRole]:
-    """Returns the roles of a weight's axes in a product: what is neither is an output."""
+    """Returns the roles of a weight's axes in a product: all other axes are outputs."""
     roles: list[AxisRole] = ["out"] * ndim
     for axis in contracted:
         roles[axis] = "in"
@@ -136,7 +136,7 @@ def _original_axes(
             return None
         assert isinstance(probe.origin, Probe)
         is_unit = probe.origin.shape[probe.origin.axis] == 1
-        # No axis is left of one that was cut before, layer by layer; one of size 1 can't be seen.
+        # An axis that was cut layer by layer is gone; an axis of size 1 can't be seen.
         axes.append(held.pop() if held else None if is_unit else "batch")
     for role in ("in", "out"):
         if role not in axes and None in axes:

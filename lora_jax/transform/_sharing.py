@@ -1,4 +1,4 @@
-"""Inner functions that the model jits: what was rewritten once serves every call that is alike."""
+"""Inner functions that the model jits: each is rewritten once for all calls that are alike."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,11 +25,11 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class SharedFunction:
-    """An inner function, rewritten and jitted, and what happened in it to the weights it takes.
+    """A rewritten and jitted inner function, and how it uses the weights that it takes.
 
     Attributes:
       call: the function, of which JAX keeps one copy in the lowered program.
-      labels: what its places are called in `uses`, in the order of the places.
+      labels: the names of its weights in `uses`, in order of position.
       uses: the equations that an adapted weight reached inside.
     """
 
@@ -38,10 +38,10 @@ class SharedFunction:
     uses: tuple[Use, ...]
 
     def uses_of(self, origins: Sequence[Hashable]) -> list[Use]:
-        """Returns what happens in one call to the weights that it is given.
+        """Returns the uses of the weights that one call passes.
 
         Args:
-          origins: where the weights come from, one for each place.
+          origins: where the weights come from, one for each position.
         """
         paths = dict(zip(self.labels, map(str, origins), strict=True))
         return [dataclasses.replace(use, path=paths[use.path]) for use in self.uses]
@@ -50,9 +50,9 @@ class SharedFunction:
 class SharedFunctions:
     """A memo of the inner functions that one call of an adapted function has rewritten.
 
-    A signature holds all that rewriting depends on, so that what is remembered is what rewriting
-    again would give: the function's jaxpr and settings, and the structure, shapes and dtypes of its
-    arguments, whether there is a key for dropout among them included.
+    A signature holds everything that rewriting depends on, so rewriting again would give the same
+    function: the jaxpr and settings, and the structure, shapes and dtypes of the arguments, with or
+    without a dropout key.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class SharedFunctions:
         return self._by_signature.get(signature)
 
     def add(self, signature: Hashable, function: SharedFunction) -> None:
-        """Remembers a function."""
+        """Stores a function under this signature."""
         self._by_signature[signature] = function
 
 

@@ -25,8 +25,8 @@ class Static:
 
     Attributes:
       value: the leaf.
-      identity: what tells it from others: the leaf itself, or for one that can change, a copy of
-        what it was; None if it will not be compared.
+      identity: what it is compared by: the leaf itself, or a copy if the leaf can change; None if
+        it is not compared.
     """
 
     value: Any
@@ -44,10 +44,10 @@ class Static:
 
 
 def with_static(tree: Any, *, comparable: bool = False, trace_floats: bool = False) -> Any:
-    """Returns a tree of arrays alone: all other leaves are static.
+    """Returns a tree whose leaves are all arrays; all others become static.
 
     Args:
-      tree: any tree; adapters in it are made arrays.
+      tree: any tree; adapters in it become arrays.
       comparable: whether its structure will be compared with that of other trees.
       trace_floats: whether Python floats and complex numbers are left to be traced.
 
@@ -92,10 +92,10 @@ def is_number(leaf: Any) -> bool:
 
 
 def computes_with_numbers(jaxpr: Jaxpr) -> bool:
-    """Says whether something is computed of Python numbers alone, before they meet an array.
+    """Says whether anything is computed from Python numbers alone, before they meet an array.
 
-    Python computes that in float64, and JAX in the narrower dtype of its arrays: of 1 - 0.99999999
-    nothing would be left.
+    Python computes it in float64, JAX in the narrower dtype of its arrays, where 1 - 0.99999999 is
+    zero.
     """
     return any(
         any(map(computes_with_numbers, inner_jaxprs(equation)))
@@ -123,7 +123,7 @@ def _identity(leaf: Any) -> Any:
         return _snapshot(leaf.func), _snapshot(leaf.args), _snapshot(leaf.keywords)
     own_hash: Any = type(leaf).__hash__
     if own_hash is object.__hash__:
-        # It is itself whatever it holds; what it holds may change between two calls.
+        # It equals itself whatever it holds, and its contents may change between two calls.
         return leaf, _snapshot(getattr(leaf, "__dict__", None))
     if is_hashable(leaf):
         return leaf
@@ -138,9 +138,9 @@ def _identity(leaf: Any) -> Any:
 
 
 def _snapshot(value: Any) -> Any:
-    """Returns what tells a value from what it is after a change: numbers, text, and what is itself.
+    """Returns what shows whether a value has changed: numbers, text, and identities.
 
-    Containers are looked into; the rest is known by its identity.
+    Containers are searched; other objects are known by their identity.
     """
     if isinstance(value, dict):
         return tuple((_snapshot(key), _snapshot(each)) for key, each in value.items())

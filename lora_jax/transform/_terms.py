@@ -25,15 +25,15 @@ Window = tuple[Size, Size]
 class Factor:
     """An array as it is stored, and how it lines up with the weight's axes.
 
-    What crosses into the body of a loop or of a rematerialised function is the stored array, as if
-    the model had been written with it; it is aligned inside. Aligned before, it would be copied.
+    The stored array crosses into the body of a loop or of a rematerialised function, as if the
+    model had been written with it, and is aligned inside. Aligning it outside would copy it.
 
     Attributes:
       stored: the array.
       places: for each axis of the weight, and after them for the rank, which axis of `stored` it
         is, or None if the factor does not depend on it.
       alike_over: mesh axes along which all devices are known to hold the same array, inside a
-        `shard_map` without `check_vma`, where JAX's types do not say it.
+        `shard_map` without `check_vma`, where JAX's types do not show it.
       array: the aligned array, where the trace at hand has one. It does not cross into a body.
     """
 
@@ -48,11 +48,11 @@ class Factor:
         return cls(array, tuple(range(array.ndim)))
 
     def rearranged(self, array: Array) -> "Factor":
-        """Returns the factor with the elements of its aligned array in other places."""
+        """Returns the factor with the elements of its aligned array rearranged."""
         return Factor(array, tuple(range(array.ndim)), self.alike_over)
 
     def with_stored(self, stored: Any, places: Places | None = None) -> "Factor":
-        """Returns the factor with another stored array, which lines up as this one unless said."""
+        """Returns the factor with another stored array, lined up like this one by default."""
         return Factor(stored, self.places if places is None else places, self.alike_over)
 
     def with_aligned(self) -> "Factor":
@@ -79,7 +79,7 @@ class Factor:
         return self.with_stored(self.stored.transpose(order), places)
 
     def layer(self, cut: Array | None) -> "Factor":
-        """Returns the factor of one layer: of a cut of `stored`, or the one that all share."""
+        """Returns the factor of one layer, from a cut of `stored`, or the factor that all share."""
         first, *rest = self.places
         if first is None:
             return self.with_stored(self.stored, tuple(rest))
@@ -156,7 +156,7 @@ class Term:
     def rearranged(
         self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
     ) -> "Term":
-        """Returns the same as `moved` where only the places of the factors' elements change."""
+        """Returns the same as `moved` where the factors' elements are only rearranged."""
         return dataclasses.replace(
             self,
             factor_A=self.factor_A.rearranged(lora_A),
@@ -166,7 +166,7 @@ class Term:
 
 
 def without_windows(term: Term, shape: tuple[Size, ...]) -> Term:
-    """Returns the same term with factors that are themselves zero outside of its windows."""
+    """Returns the same term with its factors set to zero outside of its windows."""
     if all(window is None for window in term.window):
         return term
     lora_A, lora_B = term.lora_A, term.lora_B

@@ -1,4 +1,4 @@
-"""What the options of these transformations may be, and the trees that they work on."""
+"""Checks of these transformations' options, and of the trees that they work on."""
 
 import math
 from collections.abc import Collection
@@ -30,8 +30,8 @@ def check_transformation(argument: str, value: Any, *, or_else: str | None = Non
     """Raises unless `value` is an optax transformation.
 
     Args:
-      argument: what errors call it.
-      value: what was given.
+      argument: its name in errors.
+      value: the value given.
       or_else: what else the argument may be, in words.
     """
     if not (hasattr(value, "init") and hasattr(value, "update")):
@@ -43,7 +43,7 @@ def check_transformation(argument: str, value: Any, *, or_else: str | None = Non
 
 
 def is_placeholder(params: Any) -> bool:
-    """Says whether `params` is what `optax.tree.map_params` finds parameters in a state with.
+    """Says whether `params` is the placeholder by which `optax.tree.map_params` finds parameters.
 
     It is a node without children of a type of optax's own.
     """
@@ -52,12 +52,12 @@ def is_placeholder(params: Any) -> bool:
 
 
 def check_fits(transformation: str, params: Any, trained: Collection[str]) -> None:
-    """Raises unless something in `params` trains that a transformation has to do with.
+    """Raises unless something in `params` trains that a transformation updates.
 
     Args:
       transformation: its name.
       params: what its `init` was given.
-      trained: the labels that it has to do with.
+      trained: the labels that it updates.
     """
     if is_placeholder(params):
         return

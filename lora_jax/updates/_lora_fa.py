@@ -1,4 +1,4 @@
-"""LoRA-FA: lora_A stays as it is, and lora_B's gradient stands for the weight's."""
+"""LoRA-FA: lora_A stays fixed, and lora_B's gradient represents the weight's."""
 
 import dataclasses
 from typing import Any
@@ -17,26 +17,26 @@ from lora_jax.updates._preconditioning import preconditioned
 def lora_fa(
     tx: Transformation, *, damping: float | Array = 1e-8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Returns `tx` around which lora_A is frozen and the gradient of lora_B preconditioned.
+    r"""Returns `tx` with lora_A frozen and the gradient of lora_B preconditioned.
 
     $$u_A = 0, \qquad g_B \leftarrow \frac{1}{s^2} (A^\top A + \delta I)^{-1} g_B$$
 
     With lora_A fixed, a step along this $g_B$ changes the weight by the projection of its dense
-    gradient onto the columns of lora_A. `tx` sees no lora_A, neither its gradient nor its value: it
-    holds no state for it, and whatever it does, weight decay included, lora_A keeps its bits. So
-    put clipping and all else inside, `lora_fa(optax.chain(...))`. Weights trained in full train
-    with `tx` as it is.
+    gradient onto the columns of lora_A. `tx` sees neither the gradient nor the value of lora_A:
+    it keeps no state for it, and whatever it does, weight decay included, lora_A keeps its bits. So
+    put clipping and everything else inside: `lora_fa(optax.chain(...))`. Weights trained in full
+    train with `tx` unchanged.
 
     The gradient of lora_A is still computed, unless `wrap(..., freeze="lora_A")` says that it isn't
-    needed: then the saving of activations that the paper is about comes with it.
+    needed; this also saves the activation memory that the paper aims at.
 
     Args:
       tx: the transformation for what trains, such as `optax.adamw(1e-3)`.
-      damping: $\delta$, positive; PEFT's unless given. Where rounding in $A^\top A$ is larger, the
-        size of that is taken in its place.
+      damping: $\delta$, positive; PEFT's value by default. Where rounding in $A^\top A$ is larger,
+        its size is used instead.
 
     Returns:
-      A transformation whose `update` takes the parameters as well: a wrapped tree, within
+      A transformation whose `update` also needs the parameters: a wrapped tree, within
       `lora_jax.optimizer`. With the trainable half from `split`, which doesn't hold the scale, call
       `update(gradients, state, adapters, wrapped=lora_jax.combine(adapters, frozen))`.
 

@@ -18,12 +18,12 @@ def lora_plus(ratio: float | Array = 16.0) -> optax.GradientTransformation:
     $$A \leftarrow A + u_A, \qquad B \leftarrow B + \lambda\, u_B$$
 
     Placed last in a chain, it makes the learning rate of lora_B $\lambda$ times that of lora_A, for
-    any schedule, and decoupled weight decay with it, as in PEFT. All else passes unchanged. It
-    needs no parameters and has no state.
+    any schedule, and scales decoupled weight decay with it, as in PEFT. Other updates pass
+    unchanged. It needs no parameters and has no state.
 
     Args:
-      ratio: $\lambda$; the paper's advice is 16, and PEFT's to lower the learning rate with
-        it. `optax.inject_hyperparams(lora_plus)(ratio=schedule)` varies it.
+      ratio: $\lambda$; the paper recommends 16, and PEFT a lower learning rate with it.
+        `optax.inject_hyperparams(lora_plus)(ratio=schedule)` varies it.
 
     Returns:
       A transformation of updates: a wrapped tree's, within `lora_jax.optimizer`, or those of the

@@ -1,9 +1,9 @@
-"""Bringing an update together with the weight that it belongs to.
+"""Pairing an update with the weight that it belongs to.
 
 A transformation meets the tree in three forms: whole; masked by `optax.multi_transform`, with an
 `optax.MaskedNode` for every leaf of another group; and as the trainable half of a `split`, with
-None for every frozen leaf. What the form at hand leaves out is looked up in `wrapped`, the whole
-tree, which comes as an extra argument of `update`.
+None for every frozen leaf. Leaves that the form at hand leaves out are looked up in `wrapped`, the
+whole tree, an extra argument of `update`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Node = LoRAWeight | LoRABank
 
 @dataclasses.dataclass(frozen=True)
 class KnownWeight:
-    """What is known of one weight: the nodes that stand for it in the trees at hand."""
+    """What is known of one weight: its nodes in the trees at hand."""
 
     path: str
     transformation: str
@@ -36,7 +36,7 @@ class KnownWeight:
             f"`{self.transformation}` needs {name} of '{self.path}', which `params` leaves out; "
             "pass the whole tree as `wrapped`: tx.update(gradients, state, adapters, "
             "wrapped=lora_jax.combine(adapters, frozen)). The update of lora_jax.optimizer(tx) "
-            "does so by itself: update(gradients, state, wrapped)."
+            "does this itself: update(gradients, state, wrapped)."
         )
 
 
@@ -45,7 +45,7 @@ def map_factors(function: Callable[..., Node], updates: Any, /, **trees: Any) ->
 
     Args:
       function: what to do to a node; it also gets the node's path and the nodes of `trees` there.
-      updates: a tree in any of the three forms; what has no factors is kept.
+      updates: a tree in any of the three forms; nodes without factors are kept.
       trees: further trees by the argument's name, with such a node wherever `updates` has one.
 
     Raises:
@@ -85,7 +85,7 @@ def map_with_weights(
       updates: a tree in any of the three forms.
       params: the parameters in the same form, or None.
       wrapped: the whole tree, or None.
-      name: the transformation, for the errors.
+      name: the transformation's name in errors.
 
     Raises:
       ValueError: neither tree is given, or one doesn't match.
@@ -105,7 +105,7 @@ def map_with_weights(
 
 
 def _mapped(function: Callable[..., Node], path: str, update: Node, nodes: Sequence[Node]) -> Node:
-    """Returns the mapped node, on a base that is mapped too where that is a node itself."""
+    """Returns the mapped node; a base that is a node itself is mapped too."""
     mapped = function(path, update, *nodes)
     if not has_factors(update.base):
         return mapped
@@ -125,7 +125,7 @@ def _nodes_at(
         nodes = structure.flatten_up_to(tree)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"`{argument}` has another structure than the updates; expected the tree whose "
+            f"`{argument}` has a different structure from the updates; expected the tree whose "
             f"gradient they are. {error}"
         ) from error
     for (path, update), node in zip(places, nodes, strict=True):

@@ -1,8 +1,8 @@
 """A transformation that works on a part of a tree, whatever extra arguments it takes.
 
-Optax hands extra arguments on as they are: the gradient once more, and functions of the parameters
-(`value_fn` of a line search, `grad_fn` of SAM, `obj_fn` of Sophia), which know the whole tree. A
-transformation that holds a part of it has to meet the same part in them.
+Optax passes extra arguments on unchanged: the gradient again, and functions of the parameters
+(`value_fn` of a line search, `grad_fn` of SAM, `obj_fn` of Sophia), which expect the whole tree. A
+transformation of a part of the tree must see the same part in them.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ def on_part(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `tx` for the leaves whose label `belongs`; the updates of the others pass unchanged.
 
-    The state is that of `tx` on the part, a tree with None for all else. Extra arguments that have
-    the structure of the whole tree are cut to the part, and functions of the whole tree become
-    functions of the part. `wrapped`, the whole tree, stays whole: it is where the transformations
-    of `lora_jax.updates` find what a part leaves out.
+    The state is that of `tx` on the part, a tree with None for everything else. Extra arguments
+    that have the structure of the whole tree are cut to the part, and functions of the whole tree
+    become functions of the part. `wrapped`, the whole tree, stays whole: it is where the
+    transformations of `lora_jax.updates` find what a part leaves out.
     """
     inner = open_to_extra_args(tx)
 
@@ -63,10 +63,10 @@ def on_part(
 def open_to_extra_args(
     tx: Transformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` such that those of all extra arguments reach it that its update takes.
+    """Returns `tx` as a transformation that receives the extra arguments that its update takes.
 
-    `optax.MultiSteps` hands them on, but is not a `GradientTransformationExtraArgs`, and so optax's
-    own wrappers would keep them back.
+    `optax.MultiSteps` passes them on, but is not a `GradientTransformationExtraArgs`, so optax's
+    own wrappers would drop them.
     """
     own_update: Any = tx.update
     parameters = inspect.signature(own_update).parameters
@@ -86,7 +86,7 @@ def open_to_extra_args(
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """How a transformation of a part is to see what others say of the whole tree."""
+    """How a transformation of a part sees extra arguments about the whole tree."""
 
     whole: Tree
     updates: Tree
@@ -108,7 +108,7 @@ class _View:
         return parts(tree, self.belongs)[0] if self._is_whole(tree) else tree
 
     def _of_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function of the whole tree as one of the part; the rest is as it is."""
+        """Returns a function of the whole tree as a function of the part, with the rest fixed."""
         part, rest = parts(self.whole, self.belongs)
         structure: Any = jax.tree.structure(part)
 
@@ -129,7 +129,7 @@ class _View:
 def _open_to_wrapped(function: Callable[..., Any]) -> inspect.Signature:
     """Returns the signature of `function` with `wrapped` among its arguments.
 
-    A line search reads there which of the extra arguments its function takes, and refuses others.
+    A line search reads from it which extra arguments its function takes, and refuses others.
     """
     signature = inspect.signature(function)
     if "wrapped" in signature.parameters:

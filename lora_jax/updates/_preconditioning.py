@@ -27,11 +27,11 @@ def preconditioned(
 ) -> Float[Array, "..."]:
     r"""Returns a factor's gradient times $(F^\top F + \delta I)^{-1} / s^2$ of the other factor.
 
-    It is cut over a mesh as the gradient is.
+    The result is cut over a mesh as the gradient is.
 
     Args:
-      gradient: that of lora_A (\*batch, \*in, r) or of lora_B (\*batch, r, \*out).
-      factor: the other one.
+      gradient: the gradient of lora_A (\*batch, \*in, r) or of lora_B (\*batch, r, \*out).
+      factor: the other factor.
       axes: the roles of the weight's axes.
       side: what `factor` holds: `"in"` for lora_A, `"out"` for lora_B.
       damping: $\delta$, a positive number.

@@ -18,12 +18,12 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
     $$g_A \leftarrow g_A\, (B B^\top + \delta I)^{-1}, \qquad
     g_B \leftarrow (A^\top A + \delta I)^{-1} g_B$$
 
-    This is the gradient under a metric of the low-rank matrices themselves: but for the damping, it
-    changes their product to first order in a way that doesn't depend on how that is split between
-    the factors. Placed first in a chain it gives the
-    paper's scaled SGD (before `optax.sgd`) and scaled AdamW (before `optax.adamw`); clip the
-    gradient before it. Every matrix of a stacked weight has Gram matrices of its own. Weights
-    trained in full pass unchanged, and a frozen factor only serves the other one. It has no state.
+    This is the gradient under a metric of the low-rank matrices themselves: except for the damping,
+    the change of their product is, to first order, independent of how the product is split between
+    the factors. Placed first in a chain it gives the paper's scaled SGD (before `optax.sgd`) and
+    scaled AdamW (before `optax.adamw`); clip the gradient before it. Every matrix of a stacked
+    weight has its own Gram matrices. Weights trained in full pass unchanged, and a frozen factor
+    only preconditions the other one. It has no state.
 
     Args:
       damping: $\delta$, positive. As $\lVert g_A \rVert \le s \lVert B \rVert \lVert
@@ -32,9 +32,9 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
         weight with the default, which is PEFT's, and 500 times with the 1e-6 of the paper's code.
 
     Returns:
-      A transformation whose `update` takes the parameters as well: a wrapped tree, within
-      `lora_jax.optimizer`, or the trainable half from `split`. Where that leaves out
-      a factor (`wrap(..., freeze=...)`), also `wrapped=lora_jax.combine(adapters, frozen)`.
+      A transformation whose `update` also needs the parameters: a wrapped tree, within
+      `lora_jax.optimizer`, or the trainable half from `split`. If the half lacks a factor
+      (`wrap(..., freeze=...)`), pass `wrapped=lora_jax.combine(adapters, frozen)` as well.
 
     Raises:
       TypeError: `damping` is not a number.

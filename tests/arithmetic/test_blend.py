@@ -369,7 +369,7 @@ def test_half_precision_factors_are_combined_in_float32() -> None:
         ({"method": "ties_svd", "density": 1.5}, "`density` is 1.5"),
         ({"method": "cat", "density": 0.5}, "method 'cat' prunes nothing"),
         ({"method": "linear", "density": 0.5}, "method 'linear' prunes nothing"),
-        ({"method": "cat", "rank": 2}, "the method 'cat' has no choice of a rank"),
+        ({"method": "cat", "rank": 2}, "the method 'cat' takes no rank"),
         ({"method": "svd", "rank": 9}, "`rank` is 9 for 'W2' .*at most 8"),
         ({"method": "svd", "rank": 0}, "`rank` is 0"),
         (
@@ -395,7 +395,7 @@ def test_ranks_that_differ_have_no_entry_by_entry() -> None:
 
 @pytest.mark.wrong_types
 def test_adapters_that_do_not_belong_together() -> None:
-    with pytest.raises(ValueError, match="another structure"):
+    with pytest.raises(ValueError, match="a different structure"):
         lora_jax.arithmetic.blend([DENSE.adapter(0), HEADS.adapter(0)], [1.0, 1.0])
     with pytest.raises(ValueError, match=r"`adapters\[0\]` has a magnitude \(DoRA\) at 'W1'"):
         lora_jax.arithmetic.blend([DENSE.adapter(0, dora=True)], [1.0])

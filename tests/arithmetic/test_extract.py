@@ -90,7 +90,7 @@ def test_no_change_is_an_adapter_that_does_nothing() -> None:
         (lambda tree: tree, {}, "`rank` is None and `energy` is None"),
         (lambda tree: tree, {"rank": 1, "energy": 0.5}, "`rank` is 1 and `energy` is 0.5"),
         (lambda tree: tree, {"energy": 0.0}, "`energy` is 0.0"),
-        (lambda tree: {**tree, "more": 1}, {"rank": 1}, "`tuned` has another structure"),
+        (lambda tree: {**tree, "more": 1}, {"rank": 1}, "`tuned` has a different structure"),
         (lambda tree: {**tree, "steps": jnp.arange(4)}, {"rank": 1}, r"shape \(4,\) at 'steps'"),
     ],
 )

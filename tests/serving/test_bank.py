@@ -132,7 +132,7 @@ REFUSED = {
         lambda: lora_jax.wrap(DENSE.params, "W.*", rank=2, axes={"W1": ("out", "in")}),
         r"has the axes \('out', 'in'\) at 'W1', and `adapters\[0\]` \('in', 'out'\)",
     ),
-    "another model": (lambda: HEADS.adapter(1), "another structure"),
+    "another model": (lambda: HEADS.adapter(1), "a different structure"),
     "magnitudes": (
         lambda: DENSE.adapter(1, dora=True),
         r"`adapters\[1\]` has a magnitude \(DoRA\) at 'W1', and `adapters\[0\]` has none",

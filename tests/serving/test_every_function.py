@@ -73,7 +73,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Model, Path], Any], str]] = {
         lambda bank, model, _: lora_jax.arithmetic.extract(
             model.params, bank, "W.*", rank=1, axes=model.axes
         ),
-        "`tuned` has another structure than `params`",
+        "`tuned` has a different structure from `params`",
     ),
     "peft.save": (
         lambda bank, model, path: peft.save(path, bank, names=names_of(model)),

@@ -100,7 +100,7 @@ class TestBesideKeptNorms:
     def test_as_the_optimiser_of_a_whole_tree_takes_it(self) -> None:
         bank = bank_of(DENSE, dora=True)
         tx = lora_jax.optimizer(optax.sgd(0.1))
-        with pytest.raises(ValueError, match="keeps the norms"):
+        with pytest.raises(ValueError, match="caches the norms"):
             tx.update(jax.grad(lambda tree: loss(DENSE, tree))(bank), tx.init(bank), bank)
 
     def test_what_does_not_train_them_is_not(self) -> None:

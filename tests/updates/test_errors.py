@@ -81,7 +81,7 @@ def test_no_parameters_raise(variant: Variant, around: Callable[[Any], Any]) -> 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: {"kernel": jnp.ones((4, 3))}, "has another structure than the updates"),
+        (lambda: {"kernel": jnp.ones((4, 3))}, "has a different structure from the updates"),
         (
             lambda: lora_jax.unwrap(wrapped_params(FEW, dtype=jnp.float32)),
             "has a .* at 'dense/kernel', where the updates have a LoRAWeight",

@@ -1,9 +1,9 @@
 """Which rule covers which primitive: one file for each family of primitives.
 
-In a family's file every interpretation of a primitive stands side by side: what it computes with
+A family's file holds every interpretation of a primitive side by side: what it computes with
 factors, which roles it gives to axes, and which rows it multiplies a weight by. A rule is
-registered on the primitive itself, so that one that JAX no longer has fails here. A new rule is one
-function and one row in `rules()` of its family.
+registered on the primitive itself, so a primitive that JAX no longer has fails here. A new rule is
+one function and one row in `rules()` of its family.
 """
 
 import functools
@@ -54,15 +54,15 @@ def rules() -> Mapping[Primitive, Rule]:
 
 
 def with_factors() -> Mapping[Primitive, Evaluation]:
-    """Returns what is done at each primitive to compute with factors."""
+    """Returns the evaluation of each primitive that computes with factors."""
     return {primitive: rule.factors for primitive, rule in rules().items()}
 
 
 def with_roles() -> Mapping[Primitive, Evaluation]:
-    """Returns what is done at each primitive to note the roles of axes."""
+    """Returns the evaluation of each primitive that records the roles of axes."""
     return {primitive: rule.roles or rule.factors for primitive, rule in rules().items()}
 
 
 def with_rows() -> Mapping[Primitive, Evaluation]:
-    """Returns what is done at each primitive to see the rows that weights are multiplied by."""
+    """Returns the evaluation of each primitive that records the rows of weights."""
     return {primitive: rule.rows or rule.factors for primitive, rule in rules().items()}

@@ -1,4 +1,4 @@
-"""Moving a weight: what an op does to the base, done to the factors, the windows and the gain."""
+"""Moving a weight: an op on the base, applied to the factors, the windows and the gain too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +19,13 @@ def moved(
     factor_moved: Callable[[Array], Array],
     windows_moved: Callable[[Windows], Windows] = lambda windows: windows,
 ) -> Factored:
-    """Returns the value with the equation done to its base, and its counterpart to the factors.
+    """Returns the value with the equation applied to its base, its counterpart to the factors.
 
     Args:
       equation: an op on the weight alone.
       value: the weight.
       factor_moved: the op's counterpart for an aligned factor.
-      windows_moved: and for the windows of a term.
+      windows_moved: the op's counterpart for the windows of a term.
     """
     return with_base(value, moved_bases(equation, [value])[0], factor_moved, windows_moved)
 

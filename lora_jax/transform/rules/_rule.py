@@ -1,4 +1,4 @@
-"""What a rule is: all that is done at one primitive when an adapted weight reaches it."""
+"""What a rule is: how one primitive is evaluated when an adapted weight reaches it."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ from lora_jax.transform._interpreter import Evaluation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What is done at a primitive, in each interpretation of a jaxpr.
+    """How a primitive is evaluated, in each interpretation of a jaxpr.
 
     Each of the three is a function `(interpreter, equation, inputs) -> outputs`. It is called when
     at least one input is a `Factored` value and returns the equation's outputs, arrays or
-    `Factored`; or None where it doesn't cover the case at hand, and then W + AB is built.
+    `Factored`. It returns None for a case that it doesn't cover; then W + AB is built.
 
     Attributes:
       factors: `adapt`: what the primitive computes with factors.

@@ -60,7 +60,7 @@ def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
 
 def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
-    """Returns the terms of a value of `ndim` axes, or of a scalar, as terms of `ndim` axes."""
+    """Returns the terms of a scalar, or of a value of `ndim` axes, as terms of `ndim` axes."""
     terms = terms_of(value)
     if jnp.ndim(base_of(value)) == ndim:
         return terms
@@ -117,7 +117,7 @@ def _rescaled_term(
 def _in_common_dtype(
     operation: Callable[[Array, Array], Array], first: Array, second: Array
 ) -> Array:
-    """Returns what an operation gives in the wider dtype of two arrays."""
+    """Returns the result of an operation in the wider dtype of two arrays."""
     dtype = common_dtype(first.dtype, second.dtype)
     return operation(first.astype(dtype), second.astype(dtype))
 
@@ -129,8 +129,8 @@ def _holds(factor: Array, axes: Collection[int]) -> bool:
 def rows_of_scaled(evaluation: Evaluation) -> Evaluation:
     """Returns `mul` or `div` for `input_moments`: along a weight's outputs its inputs are the same.
 
-    A weight that is scaled there is multiplied by the same rows as before; scaled along its inputs,
-    by scaled ones.
+    Scaling a weight along its outputs leaves its rows unchanged; scaling it along its inputs scales
+    them.
     """
 
     def evaluated(

@@ -25,7 +25,7 @@ from lora_jax.transform.rules.placement import placed
 def jit(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the outputs of a jitted function, rewritten and jitted under its own name.
 
-    Shardings and layouts that the model asked for hold for what goes in and comes out. An input
+    The shardings and layouts that the model asked for apply to the inputs and outputs. An input
     that the model donates is donated, unless it is factored.
     """
     params = equation.params
@@ -56,12 +56,12 @@ _JIT_SETTINGS = ("inline", "keep_unused", "compiler_options_kvs")
 
 
 def jit_inline(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Goes through a jitted function each time that it is called, for each layer it is in."""
+    """Evaluates a jitted function at each call, once for each layer that it is part of."""
     return interpreter.within(equation).run(equation.params["jaxpr"], inputs)
 
 
 def remat(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns the outputs of a rematerialised function, with every parameter that it has."""
+    """Returns the outputs of a rematerialised function, with all of its parameters kept."""
     inner = interpreter.within(equation)
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
@@ -86,12 +86,12 @@ def _called_shared(
 ) -> Sequence[Any]:
     """Returns the outputs of an inner function that is rewritten and transformed only once.
 
-    That holds for other weights of the same shapes too: inside, their places stand for them.
+    Other weights of the same shapes reuse it: inside, positions stand for weights.
 
     Args:
       interpreter: at the call.
       equation: the call.
-      transformed: makes of the rewritten function the one that is called, as `jax.jit` does.
+      transformed: turns the rewritten function into the one that is called, as `jax.jit` does.
       settings: all of the equation's parameters that `transformed` depends on.
       inputs: the inputs of the call.
     """
@@ -110,7 +110,7 @@ def _called_shared(
         body = dataclasses.replace(
             interpreter,
             reporter=Reporter(uses.append, (*reporter.callers, equation)),
-            # The memo outlives the trace that this key is of.
+            # The memo outlives the trace that this key belongs to.
             dropout=dropout.with_key(None),
         )
         call = transformed(lambda key, *inputs: body.with_key(key).run(closed_jaxpr, inputs))
@@ -142,7 +142,7 @@ def _with_sharding(value: Any, sharding: Any) -> Any:
 
 
 def _with_layout(value: Any, layout: Any) -> Any:
-    """Returns a value in a layout; of a factored one, its base."""
+    """Returns a value, or the base of a factored one, in a layout."""
     if not isinstance(layout, Layout):
         return value
     if isinstance(value, Factored):

@@ -1,11 +1,12 @@
-r"""Rules for collectives inside `shard_map`: what they move of a weight, they move of its factors.
+r"""Rules for collectives inside `shard_map`: what moves a weight moves its factors too.
 
 A device holds a shard of the base, and of each factor a shard or the whole. Let i number the
 devices along the mesh axes of the collective, so that the value on device i is
-$g_i \circ (W_i + \sum_k s_{ki} A_{ki} B_{ki})$. What is the same on all of these devices needs no
-moving, and JAX's types say what that is: with `check_vma=True`, the type of x names the mesh axes
-over which x varies. Without the check a factor itself says along which axes it is known to be the
-same: those that cut nothing of it, until something else is mixed in.
+$g_i \circ (W_i + \sum_k s_{ki} A_{ki} B_{ki})$. An array
+that is the same on all of these devices need not move, and JAX's types say which arrays are: with
+`check_vma=True`, the type of x names the mesh axes over which x varies. Without the check a factor
+itself says along which axes it is known to be the same: the axes that do not cut it, until
+something else is mixed in.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ class _Group:
         return outputs[0] if primitive.multiple_results else outputs
 
     def with_same_scale(self, term: Term) -> Term:
-        """Returns a term whose scale is the same on all devices; lora_A takes one that is not."""
+        """Returns a term whose scale is the same on all devices; lora_A absorbs one that varies."""
         if self.has_same_scale(term):
             return term
         scaled = Factor.of_aligned(term.lora_A * term.scale.astype(term.lora_A.dtype))
@@ -129,9 +130,9 @@ def all_to_all(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
 
 
 def permuted(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
-    """Returns the weight of another device, or zero: everything that may differ comes from there.
+    """Returns the weight of another device, with everything that may differ, or zero.
 
-    Where nothing comes from, the base is zero, and so must one factor be.
+    A device that receives nothing has a base of zero, so one of its factors must be zero too.
     """
     (value,) = inputs
     group = _group(equation, value)
@@ -163,7 +164,7 @@ def psum(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any
 
 
 def reduce_scatter(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
-    """Returns each device's piece of the sum of all weights; one factor holds what is cut."""
+    """Returns each device's piece of the sum of all weights; one factor holds the cut axis."""
     axis, is_tiled = equation.params["scatter_dimension"], equation.params["tiled"]
 
     def moved(group: _Group, factor: Factor) -> Array | None:
@@ -226,8 +227,8 @@ def _each(
     Args:
       equation: the collective.
       inputs: its inputs.
-      term_of: from a term with one scale for all devices, and the base that comes out, to the term
-        that belongs to it.
+      term_of: a function from a term with one scale for all devices, and the new base, to the new
+        term.
       gain_of: the same for a gain.
     """
     bases = moved_bases(equation, inputs)

@@ -1,4 +1,4 @@
-"""The rule for convolutions: a convolution with lora_A, then lora_B on the channels it gives."""
+"""The rule for convolutions: a convolution with lora_A, then lora_B on its channels."""
 
 import math
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ def conv_general_dilated(
     r"""Returns the convolution with $W$ plus, for each term, one with lora_A mixed by lora_B.
 
     With $\Delta W_{h w i o} = \sum_r A_{h w i r} B_{r o}$, convolving is convolving with the r
-    kernels of A and then mixing the r channels by B, at each place alone. With feature groups,
-    output channel o reads the inputs of its own group g(o) only; all groups share A, so the
-    convolution with A gives r channels for each group, and B mixes those of the group.
+    kernels of A and then mixing the r channels by B, at each position separately. With feature
+    groups, output channel o reads the inputs of its own group g(o) only; all groups share A, so the
+    convolution with A gives r channels for each group, and B mixes the channels of the group.
     """
     x, weight = inputs
     if isinstance(x, Factored) or equation.params["batch_group_count"] != 1:
@@ -70,7 +70,7 @@ def conv_general_dilated(
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
-    """Notes a kernel's output features as outputs and all else as inputs."""
+    """Records a kernel's output features as outputs and everything else as inputs."""
     x, kernel = inputs
     if isinstance(x, Factored):
         return None
@@ -178,7 +178,7 @@ def _mixed(
 
 
 def _costs(equation: Equation, kernel: Factored) -> tuple[Size, list[Size]]:
-    """Returns the operations of the base op, and those of the products of each term."""
+    """Returns the FLOPs of the base op, and those of the products of each term."""
     features = kernel.shape[feature_axis_of(equation)]
     output: Any = equation.outvars[0].aval
     size = math.prod(output.shape)

@@ -1,9 +1,9 @@
-"""Rules for functions with derivative rules of their own: those hold for the rewritten function.
+"""Rules for functions with their own derivative rules, which the rewritten functions keep.
 
 The public way to a function's own rule is to differentiate the equation: `jax.jvp` and `jax.vjp`
 of it trace the user's rule to a jaxpr in plain weights, which is then interpreted with factored
-ones. The rule is opaque, so what it takes or gives for a weight's tangent is a whole matrix; and
-there is no LoRA dropout inside, since the rule could not know of the masks.
+ones. The rule is opaque, so it takes and returns a weight's tangent as a whole matrix; and
+there is no LoRA dropout inside, since the rule could not know the masks.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def custom_vjp_call(
 ) -> Sequence[Any]:
     """Returns the outputs of a `jax.custom_vjp` function, whose rule holds for the result.
 
-    Only what is differentiated is differentiated by the user's rule: it may refuse the rest.
+    The user's rule is applied only to what is differentiated, since it may refuse the rest.
     """
     body = equation.params["call_jaxpr"]
     interpreter = interpreter.within(equation).without_dropout()
@@ -122,7 +122,7 @@ def custom_vjp_call(
 
 
 def remat_opt(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Returns what the forward rule of a `jax.custom_vjp` with `optimize_remat` gives and saves."""
+    """Returns the outputs and residuals of a `jax.custom_vjp` with `optimize_remat`."""
     inner = interpreter.within(equation).without_dropout()
     return inner.run(as_closed(equation.params["fwd_jaxpr"]), inputs)
 
@@ -136,7 +136,7 @@ class _Saved:
       residuals: what the user's forward rule saved, of which some may be factored.
       weights: the factored inputs that are differentiated, by their position.
       perturbed: the positions of all inputs that are differentiated.
-      pullback: the structure that makes the residuals the user's backward rule again.
+      pullback: the structure that turns the residuals into the user's backward rule.
     """
 
     residuals: list[Any]
@@ -151,7 +151,7 @@ def _pulled_back(value: Factored, cotangent: Array) -> Any:
 
 
 def _dense_tangent(value: Any, tangent: Any) -> Array:
-    """Returns a value's tangent as an array; of a factored one, what its factors' tangents make."""
+    """Returns a value's tangent as an array, built from its factors' if it is factored."""
     tangent = jax.tree.map(_instantiated, tangent, is_leaf=_is_zero)
     if not isinstance(value, Factored):
         return tangent
@@ -176,7 +176,7 @@ def _varying(atoms: Sequence[Any]) -> list[int]:
 
 
 def _with_zeros(atoms: Sequence[Any], varying: Sequence[Any]) -> list[Any]:
-    """Returns a tangent for each of these atoms, from those of the ones that have any."""
+    """Returns a tangent for each of these atoms, zero for those without one."""
     found = dict(zip(_varying(atoms), varying, strict=True))
     return [
         found[i] if i in found else np.zeros(atom.aval.shape, jax.dtypes.float0)

@@ -70,7 +70,7 @@ def dot_general(
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """Notes which axes are contracted (inputs), mapped over (batch) and kept (outputs)."""
+    """Records which axes are contracted (inputs), mapped over (batch) and kept (outputs)."""
     contracted, batch = equation.params["dimension_numbers"]
     for position, value in enumerate(inputs):
         if isinstance(value, Factored):
@@ -123,9 +123,9 @@ def _with_gains_outside(
     labels: Sequence[Labels],
     output: Labels,
 ) -> tuple[list[Any], list[Array]]:
-    r"""Returns the operands without gains, and what the product is to be multiplied by instead.
+    r"""Returns the operands without gains, and the factor to multiply the product by instead.
 
-    A gain g on axes that the product keeps comes out of it: $x (W \circ g) = (x W) \circ g$. On
+    A gain g on axes that the product keeps moves to the result: $x (W \circ g) = (x W) \circ g$. On
     axes that it sums over, g moves to the other operand: $(W \circ g) x = W (g \circ x)$. If it is
     on axes of both kinds, or if the other operand is a weight too, the weight is built.
     """
@@ -156,8 +156,8 @@ def _with_gains_outside(
 def _cut_as(other: Array, scaled: Array) -> Array:
     """Returns an operand times a gain, cut over explicit mesh axes as the operand was.
 
-    The gain is cut as its weight is. Both operands would be cut along an axis that the product sums
-    over, of which JAX asks how the result is to be cut; the model's own operand left no question.
+    The gain is cut as its weight is. Both operands would then be cut along an axis that the product
+    sums over, and JAX would ask how to cut the result, which the model's own operand left clear.
     """
     sharding = sharding_of(other)
     return scaled if sharding is None else jax.sharding.reshard(scaled, sharding)
@@ -213,7 +213,7 @@ def _chosen(
     labels: Sequence[Labels],
     plans: Sequence[Plan],
 ) -> Any:
-    """Returns an operand as it is to be computed with: dense if that is cheaper, else as it is."""
+    """Returns the operand to compute with: dense if that is cheaper, else unchanged."""
     value = inputs[position]
     if not isinstance(value, Factored):
         return value
@@ -246,8 +246,8 @@ def _change(
       use: tells apart the masks of the summands.
       operands: the operands as they are computed with.
       summand: for each operand the term that stands for it, with its plan, or None for the base.
-      labels: those of each operand.
-      output: those of the result.
+      labels: the labels of each operand.
+      output: the labels of the result.
       result: the product of the bases.
     """
     terms = [None if part is None else part[0] for part in summand]
@@ -294,7 +294,7 @@ def _constant_count(
     ranges: Mapping[int, Window],
     arrays: Sequence[tuple[Array, Labels]],
 ) -> int:
-    """Returns over how many equal products a summand sums: along axes that none of its arrays has.
+    """Returns how many equal products a summand sums, along axes that none of its arrays has.
 
     A factor has size 1 on an axis that it does not depend on. Where both weights were broadcast
     along an axis that the product sums over, no array tells its size.
@@ -380,7 +380,7 @@ def _with_rows(
     ]
     hidden = product(operands, (*output, rank_label), precision=jax.lax.Precision.HIGHEST)
     counter = without_unit_axes(probe.lora_B, (*labels, rank_label))
-    # Along the weight's outputs any place will do: a row is multiplied by all of them.
+    # Along the weight's outputs any index will do: a row is multiplied by all of them.
     outputs = [axis for axis, name in enumerate(counter.labels) if name not in hidden.labels]
     held_labels = [name for name in counter.labels if name in hidden.labels]
     order = [name for name in hidden.labels[:-1] if name in held_labels]

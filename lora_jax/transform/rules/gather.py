@@ -23,8 +23,8 @@ from lora_jax.transform.rules._rule import Rule
 def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
     """Returns rows of the weight: rows of each factor that holds the looked-up axes.
 
-    An axis that both factors hold is a batch axis, and what is picked is a weight still. If one
-    factor holds it, as in an embedding, what is picked are activations: its rows times the other.
+    An axis that both factors hold is a batch axis, and the picked part is still a weight. If only
+    one factor holds it, as in an embedding, the result is activations: its rows times the other.
     """
     value, indices = inputs
     if not isinstance(value, Factored) or isinstance(indices, Factored):
@@ -67,7 +67,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
-    """Notes a lookup of rows, or follows the weights that are picked out of a stack."""
+    """Records a lookup of rows, or follows the weights that are picked out of a stack."""
     value, _ = inputs
     numbers = equation.params["dimension_numbers"]
     if not isinstance(value, Factored) or numbers.operand_batching_dims:
@@ -98,7 +98,7 @@ def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Se
 def _fills_alike(
     equation: Equation, value: Factored, looked_up: Sequence[int], holding: Sequence[str | None]
 ) -> bool:
-    """Says whether what an index out of bounds gives is the base's fill value, and nothing else.
+    """Says whether an index out of bounds gives the base's fill value, and nothing else.
 
     Terms are filled with zeros where they are looked up, and gains are as well.
     """
@@ -113,7 +113,7 @@ def _fills_alike(
 
 
 def _looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
-    """Returns the axes of which a part is picked; an index into a whole one picks nothing."""
+    """Returns the axes of which only a part is picked."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     return [int(axis) for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
 
@@ -131,14 +131,14 @@ def _holding(term: Term, axes: Sequence[int]) -> str | None:
 def _picked(
     equation: Equation, factor: Array, indices: Array, looked_up: Sequence[int], base: Array
 ) -> Array:
-    """Returns what of a factor belongs to the picked part of the weight, aligned with its axes."""
+    """Returns the part of a factor that belongs to the picked part of the weight, aligned."""
     numbers = equation.params["dimension_numbers"]
     sizes = [
         1 if whole == 1 else size
         for size, whole in zip(equation.params["slice_sizes"], factor.shape[:-1], strict=True)
     ]
     if not all(factor.shape[axis] != 1 for axis in looked_up):
-        # An axis that no index belongs to is cut from its start.
+        # An axis without an index is cut from its start.
         kept = factor[tuple(map(slice, sizes))]
         return _aligned_with_offsets(kept, numbers, base.ndim)
     return jax.lax.gather(
@@ -155,7 +155,7 @@ def _picked(
 
 
 def _aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:
-    """Returns a factor without looked-up axes, each other axis at its place in the result."""
+    """Returns a factor without looked-up axes, its other axes placed as in the result."""
     kept = [axis for axis in range(factor.ndim - 1) if axis not in numbers.collapsed_slice_dims]
     sizes = [1] * ndim
     for place, axis in zip(numbers.offset_dims, kept, strict=True):

@@ -1,7 +1,7 @@
 """Rules for branches and loops: the body is rewritten, and the op is called again around it.
 
-Each op is expressed through JAX's public function. Factored values enter bodies as they are: they
-are pytrees. What leaves a body as a changing value is an array.
+Each op is expressed through JAX's public function. Factored values enter bodies unchanged, since
+they are pytrees. A changing value leaves a body as an array.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def scan(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
 
 
 def _first_round(key: PRNGKeyArray | None) -> Array | None:
-    """Returns the count that tells the rounds of a loop apart for dropout; None in evaluation."""
+    """Returns the counter that gives each round of a loop its own dropout; None in evaluation."""
     return None if key is None else jnp.zeros((), jnp.uint32)
 
 
@@ -152,9 +152,9 @@ def while_loop(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
 def _returned_stacks(
     body: Jaxpr, scanned: Sequence[Any], first: int, outputs: Sequence[Any]
 ) -> list[Factored | None]:
-    """Returns, for each stacked output, the factored stack that it is again, or None.
+    """Returns, for each stacked output, the factored stack that it equals, or None.
 
-    A body that returns the weights of its layer as they came stacks what was a stack before.
+    A body that returns the weights of its layer unchanged rebuilds the stack that came in.
     """
     by_input = {
         variable: value
@@ -166,7 +166,7 @@ def _returned_stacks(
 
 
 def _input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
-    """Returns the input that `atom` is, also through calls that hand it on, or None."""
+    """Returns the input that `atom` equals, also through calls that pass it on, or None."""
     if isinstance(atom, Literal):
         return None
     definitions = {output: equation for equation in jaxpr.eqns for output in equation.outvars}
@@ -186,10 +186,10 @@ def _input_behind(jaxpr: Jaxpr, atom: Any) -> Any | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-    """What a loop carries, told apart: values that change, and those that it only hands on.
+    """What a loop carries: the values that change, and the values that it only passes on.
 
-    A weight that the body hands on unchanged is a constant in disguise: it stays factored. One that
-    the body changes must be an array.
+    A weight that the body passes on unchanged is a constant in disguise and stays factored. A
+    weight that the body changes must be an array.
     """
 
     initial: list[Any]
@@ -218,11 +218,11 @@ class _Carry:
         return cls(values, is_handed_on)
 
     def changing(self, values: Sequence[Any]) -> list[Any]:
-        """Returns those of `values` that the loop changes."""
+        """Returns the `values` that the loop changes."""
         return [x for x, same in zip(values, self.is_handed_on, strict=True) if not same]
 
     def joined(self, state: Sequence[Any]) -> list[Any]:
-        """Returns all carried values: the changing ones from `state`, the rest as they came."""
+        """Returns all carried values: the changing ones from `state`, the others unchanged."""
         rest = iter(state)
         return [
             value if same else next(rest)

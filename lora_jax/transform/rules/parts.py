@@ -25,7 +25,7 @@ from lora_jax.transform.rules._rule import Rule
 
 
 def slice_(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns a range of the weight; what of a factor lies outside of it is never touched."""
+    """Returns a range of the weight; the parts of factors outside of it are never touched."""
     (value,) = inputs
     starts = equation.params["start_indices"]
     stops = equation.params["limit_indices"]
@@ -102,7 +102,7 @@ def dynamic_slice(
         array = factor.aligned
         axes = [axis for axis, size in enumerate(array.shape[:-1]) if is_cut[axis] and size != 1]
         for axis in axes:
-            # The model's index is normalised already: what is negative still is out of bounds.
+            # The model's index is normalised already: a negative one is out of bounds.
             array = jax.lax.dynamic_slice_in_dim(
                 array, starts[axis], sizes[axis], axis=axis, allow_negative_indices=False
             )
@@ -132,7 +132,7 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
 
 
 def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns weights stacked along a new axis: each one's terms fill one place of it."""
+    """Returns weights stacked along a new axis: each one's terms fill one index of it."""
     axis = equation.params["axis"]
     terms = tuple(
         term.rearranged(
@@ -154,7 +154,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
 def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
     """Returns the weight within a larger array: each term fills a window of it.
 
-    Between the elements of the weight there is no window; there it is built.
+    Padding between the elements has no window, so the weight is built there.
     """
     value, padding_value = inputs
     config = equation.params["padding_config"]

@@ -1,7 +1,7 @@
 """Where the arrays of a factored weight go when the model puts the weight somewhere.
 
-A factor goes where the weight goes: onto the same device, into the same memory, and cut as the
-weight is on the axes that it holds. The rank is not cut.
+A factor goes where the weight goes: onto the same device, into the same memory, and cut in the
+same way on the axes that it holds. The rank is not cut.
 """
 
 import dataclasses
@@ -37,14 +37,14 @@ def _put(array: Array, where: Any) -> Array:
 def sharding_constraint(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> list[Any]:
-    """Returns the weight cut as the model says, its factors alike."""
+    """Returns the weight cut as the model says, and its factors in the same way."""
     (value,) = inputs
     base = moved_bases(equation, inputs)[0]
     return [placed(value, base, equation.params["sharding"], jax.lax.with_sharding_constraint)]
 
 
 def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight cut over explicit axes as the model says, its factors alike."""
+    """Returns the weight, and its factors, cut over explicit axes as the model says."""
     (value,) = inputs
     base = moved_bases(equation, inputs)[0]
     return [placed(value, base, equation.params["dst_sharding"], jax.sharding.reshard)]

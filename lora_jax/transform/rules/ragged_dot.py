@@ -67,7 +67,7 @@ def ragged_dot_general(
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
-    """Notes the axes of a stack of experts: the experts are a batch axis."""
+    """Records the axes of a stack of experts: the experts are a batch axis."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     x, weight, _ = inputs

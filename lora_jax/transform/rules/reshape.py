@@ -1,4 +1,4 @@
-"""The rule for `reshape`: factors are reshaped alike, where they hold whole groups of axes.
+"""The rule for `reshape`: factors are reshaped too, where they hold whole groups of axes.
 
 A reshape splits the axes of an array into groups, of equal size before and after. A factor that
 holds only some of a group's axes would have to grow by the others.
@@ -35,7 +35,7 @@ def reshape(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
     if groups is None:
         return None
     moved_axes = {new[0]: old[0] for old, new in groups if (len(old), len(new)) == (1, 1)}
-    # A window goes along with an axis that stays itself; an axis of size 1 may be gone.
+    # An axis that stays keeps its window; an axis of size 1 may be gone.
     value = value.without_windows(set(range(value.ndim)) - set(moved_axes.values()))
     factors = [factor for term in value.terms for factor in (term.lora_A, term.lora_B)]
     if value.gain is not None:
@@ -82,7 +82,7 @@ def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
 def reshape_groups(old_shape: Sequence[Size], new_shape: Sequence[Size]) -> list[Group] | None:
     """Returns the smallest groups of old and new axes of equal size; axes of size 1 are in none.
 
-    None where sizes are symbols of which it is not known which is larger.
+    None where sizes are symbols whose order is not known.
     """
     try:
         return _groups(old_shape, new_shape)

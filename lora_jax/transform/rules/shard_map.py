@@ -29,7 +29,7 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
         shard = interpreter.within(equation)
         if equation.params["check_vma"]:
-            # What an array varies over is known where it is dropped out.
+            # The axes that an array varies over are known where dropout is applied.
             shard = shard.with_key(key).within_mesh(frozenset(names))
         else:
             shard = shard.with_key(_key_of_shard(key, names))
@@ -49,7 +49,7 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
 
 
 def _key_of_shard(key: PRNGKeyArray | None, axes: Iterable[str]) -> PRNGKeyArray | None:
-    """Returns a key of its own for each shard, so that no two drop the same places."""
+    """Returns a separate key for each shard, so that no two shards share a mask."""
     if key is None:
         return None
     for axis in sorted(axes):

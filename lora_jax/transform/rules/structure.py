@@ -1,4 +1,4 @@
-"""Rules for ops that only move, cut or scale a weight: done to the base, they are done to factors.
+"""Rules for ops that only move, cut or scale a weight: applied to the base and to the factors.
 
 A factor has size 1 on the axes that it doesn't depend on. So a rule does to a factor what the op
 does to the base on the other axes, and leaves the axes of size 1 and the rank alone.
@@ -27,7 +27,7 @@ from lora_jax.transform.rules._rule import Rule
 
 
 def on_every_array(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight with an op that acts on each element alone and keeps sums done to all.
+    """Returns the weight with an elementwise op that keeps sums applied to base and factors.
 
     `stop_gradient`, copies: f(W + AB) = f(W) + f(A) f(B).
     """
@@ -38,7 +38,7 @@ def on_every_array(interpreter: Interpreter, equation: Equation, inputs: list[An
 
 
 def on_base_alone(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight with an op that changes no number done to its base, such as a name."""
+    """Returns the weight with an op that changes no number, such as `name`, applied to its base."""
     (value,) = inputs
     return [dataclasses.replace(value, base=moved_bases(equation, inputs)[0])]
 
@@ -53,14 +53,14 @@ def optimization_barrier(
 def convert_element_type(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> list[Any] | None:
-    """Returns the weight in another floating-point dtype: base and factors are converted alike."""
+    """Returns the weight in another floating-point dtype: base and factors are converted."""
     (value,) = inputs
     dtype = equation.params["new_dtype"]
-    # In 8 bits or fewer a sum of factors would be another number than the sum that is rounded.
+    # In 8 bits or fewer the sum of rounded factors would differ from the rounded sum.
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
         return None
     converted = moved(equation, value, lambda factor: factor.astype(dtype))
-    # A gain near 1 would lose in bfloat16 what it learned; it is cast with the result.
+    # A gain near 1 would lose in bfloat16 what it has learned; it is cast with the result.
     return [dataclasses.replace(converted, gain=value.gain)]
 
 
@@ -106,7 +106,7 @@ def squeeze(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
 def broadcast_in_dim(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the weight with new axes, on which neither factor depends.
 
-    Nor do they depend on an axis of size 1 that grows, and so a term has no window there.
+    An axis of size 1 that grows is such an axis too, so a term has no window there.
     """
     value = inputs[0]
     shape = equation.params["shape"]
@@ -143,7 +143,7 @@ def rev(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
 
 def tile(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
-    """Returns the weight repeated along its axes; what a factor does not hold stays as it is."""
+    """Returns the weight repeated along its axes; factors repeat on the axes that they hold."""
     (value,) = inputs
     reps = equation.params["reps"]
     value = value.without_windows([axis for axis, rep in enumerate(reps) if rep != 1])
