@@ -21,7 +21,13 @@ from lora_jax._shapes import (
     taken_layers,
     with_layers,
 )
-from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight, is_lora_weight
+from lora_jax._weight import (
+    FixedLoRAWeight,
+    LoRABank,
+    LoRAWeight,
+    is_adapter_node,
+    is_lora_weight,
+)
 
 _LETTERS = string.ascii_lowercase[:-2]
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -48,7 +54,6 @@ def lora_weight(
     base: Any = original
     if initial_A is not None and initial_B is not None:
         base = _shifted(base, -initial_A, initial_B, axes, layers)
-    squared_norm = None if magnitude is None else squared_norms(as_array(base), axes, layers)
     return LoRAWeight(
         base=base,
         lora_A=lora_A,
@@ -56,7 +61,7 @@ def lora_weight(
         scale=scale,
         axes=axes,
         magnitude=magnitude,
-        squared_norm=squared_norm,
+        squared_norm=_cached_squared_norm(base, axes, layers, magnitude),
         initial_A=initial_A,
         initial_B=initial_B,
         layers=layers,
@@ -65,7 +70,7 @@ def lora_weight(
 
 
 def lora_bank(
-    original: AnyArray,
+    original: AnyArray | LoRAWeight,
     lora_A: Array,
     lora_B: Array,
     scale: Array,
@@ -83,7 +88,7 @@ def lora_bank(
         scale=scale,
         axes=axes,
         magnitude=magnitude,
-        squared_norm=None if magnitude is None else squared_norms(original, axes, layers),
+        squared_norm=_cached_squared_norm(original, axes, layers, magnitude),
         layers=layers,
         frozen=frozen,
     )
@@ -117,12 +122,14 @@ def with_norms(bank: LoRABank) -> LoRABank:
     return dataclasses.replace(bank, norm=jnp.stack([fixed_norms(each) for each in adapters]))
 
 
-def original(weight: LoRAWeight) -> Any:
-    """Returns the weight that was wrapped; to rounding where an initialiser changed the base."""
-    if weight.initial_A is None:
-        return original(weight.base) if is_lora_weight(weight.base) else weight.base
-    base = as_array(weight.base)
-    return _shifted(base, weight.initial_A, weight.initial_B, weight.axes, weight.layers)
+def original(node: Any) -> Any:
+    """Returns the array that was wrapped; to rounding where an initialiser changed the base."""
+    if not is_adapter_node(node):
+        return node
+    base = original(node.base)
+    if not is_lora_weight(node) or node.initial_A is None:
+        return base
+    return _shifted(base, node.initial_A, node.initial_B, node.axes, node.layers)
 
 
 def as_array(base: Any) -> Any:
@@ -207,14 +214,33 @@ def _with_change(part: AnyArray, weight: LoRAWeight, scale: Array) -> Array:
     )
 
 
-def squared_norms(base: AnyArray, axes: Axes, layers: Layers | None = None) -> Array:
+def squared_norms(base: Any, axes: Axes, layers: Layers | None = None) -> Array:
     """Returns the squared norm of each output feature of a weight, of shape (*batch, *out)."""
+    weight = as_array(base)
 
-    def squared(base: Array) -> Array:
-        part = taken_layers(base, axes, layers)
+    def squared(weight: Array) -> Array:
+        part = taken_layers(weight, axes, layers)
         return _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
 
-    return cut_as(feature_sharding(base, axes, layers), squared, base)
+    return cut_as(feature_sharding(weight, axes, layers), squared, weight)
+
+
+def squared_norm_of(node: LoRAWeight | LoRABank) -> Array:
+    r"""Returns $\lVert W \rVert^2$ for each output feature of a DoRA node's base.
+
+    It is cached where the base is an array, which is frozen. A base that is a node may train.
+    """
+    if is_adapter_node(node.base):
+        return squared_norms(node.base, node.axes, node.layers)
+    return node.squared_norm
+
+
+def _cached_squared_norm(
+    base: Any, axes: Axes, layers: Layers | None, magnitude: Array | None
+) -> Array | None:
+    if magnitude is None or is_adapter_node(base):
+        return None
+    return squared_norms(base, axes, layers)
 
 
 def gain(weight: LoRAWeight) -> Array:
@@ -235,10 +261,9 @@ def norms(weight: LoRAWeight) -> Array:
     ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
     where nothing is larger than W itself, and ‖W‖² was computed once.
     """
-    if is_lora_weight(weight.base):
-        base = as_array(weight.base)
-        squared_norm = squared_norms(base, weight.axes, weight.layers)
-        weight = dataclasses.replace(weight, base=base, squared_norm=squared_norm)
+    weight = dataclasses.replace(
+        weight, base=as_array(weight.base), squared_norm=squared_norm_of(weight)
+    )
     return cut_as(feature_sharding(weight.base, weight.axes, weight.layers), _norms, weight)
 
 

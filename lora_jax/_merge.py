@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jaxtyping import Array
@@ -10,14 +10,13 @@ from jaxtyping import Array
 from lora_jax._algebra import dense, without_change
 from lora_jax._compat import is_tracer
 from lora_jax._finite import not_finite
-from lora_jax._nodes import NodeIndex, not_single
+from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._paths import listed
 from lora_jax._shapes import AnyArray, factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
     AdapterNode,
     FullWeight,
-    LoRABank,
     LoRAWeight,
     is_adapter_node,
     is_lora_weight,
@@ -52,7 +51,7 @@ def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -
       (4, 3)
     """
     index = NodeIndex.of(wrapped)
-    chosen = _chosen_paths(wrapped, index, targets)
+    chosen = _chosen_paths(index, index, targets)
     values = {path: _merged(path, node) for path, node in index.nodes.items() if path in chosen}
     if safe:
         _check_finite(values)
@@ -89,7 +88,7 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
     """
     index, merged_index = NodeIndex.of(wrapped), NodeIndex.of(merged)
     _check_same_structure(merged_index, index)
-    chosen = _chosen_paths(merged, index, targets)
+    chosen = _chosen_paths(merged_index, index, targets)
 
     def unmerged(path: str, leaf: Any) -> Any:
         if path not in chosen or path not in index.nodes or is_adapter_node(leaf):
@@ -100,16 +99,17 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
 
 
 def _merged(path: str, node: AdapterNode) -> AnyArray:
-    if isinstance(node, LoRABank):
-        raise not_single(path, node)
-    return node.value if isinstance(node, FullWeight) else dense(node)
+    if isinstance(node, FullWeight):
+        return node.value
+    check_single(path, node)
+    return dense(cast(LoRAWeight, node))
 
 
 def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWeight:
-    if isinstance(node, LoRABank):
-        raise not_single(path, node)
     if isinstance(node, FullWeight):
         return dataclasses.replace(node, value=leaf)
+    check_single(path, node)
+    node = cast(LoRAWeight, node)
     if node.magnitude is not None:
         raise ValueError(
             f"'{path}' has a magnitude (DoRA), and the merged weight has lost its own norm; keep "
@@ -123,7 +123,7 @@ def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWei
         )
     base = without_change(leaf, node)
     if is_lora_weight(node.base):
-        return dataclasses.replace(node, base=_unmerged(path, base, node.base))
+        return dataclasses.replace(node, base=_unmerged(f"{path}/base", base, node.base))
     return dataclasses.replace(node, base=base)
 
 
@@ -134,18 +134,12 @@ def _fits(leaf: Array, node: LoRAWeight) -> bool:
     return (node.lora_A.shape, node.lora_B.shape) == shapes
 
 
-def _chosen_paths(tree: Any, index: NodeIndex, targets: Targets | None) -> set[str]:
+def _chosen_paths(tree: NodeIndex, index: NodeIndex, targets: Targets | None) -> set[str]:
     """Returns the paths of the nodes of a tree that `targets` selects, with `tree`'s shapes."""
     paths = set(index.nodes)
     if targets is None:
         return paths
-    shapes = jax.tree.map(
-        lambda leaf: (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_adapter_node(leaf) else leaf
-        ),
-        tree,
-        is_leaf=is_adapter_node,
-    )
+    shapes = tree.mapped(lambda _, node: jax.ShapeDtypeStruct(node.shape, node.dtype))
     selected = select(
         shapes,
         targets,

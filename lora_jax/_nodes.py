@@ -39,7 +39,10 @@ class NodeIndex:
           ValueError: two leaves have the same path.
         """
         tree = PathIndex.of(wrapped, is_adapter_node)
-        return cls(tree, {path: leaf for path, leaf in tree.items() if is_adapter_node(leaf)})
+        nodes = {path: leaf for path, leaf in tree.items() if is_adapter_node(leaf)}
+        for path, node in nodes.items():
+            check_base(path, node)
+        return cls(tree, nodes)
 
     @property
     def structure(self) -> Any:
@@ -49,7 +52,9 @@ class NodeIndex:
     @property
     def levels(self) -> Mapping[str, AdapterNode]:
         """The nodes, and at `path/base` each node that is the base of another one."""
-        return {each: node for path, top in self.nodes.items() for each, node in _levels(path, top)}
+        return {
+            each: node for path, top in self.nodes.items() for each, node in levels_of(path, top)
+        }
 
     @property
     def adapted(self) -> Mapping[str, LoRAWeight | LoRABank]:
@@ -72,16 +77,50 @@ class NodeIndex:
             lambda path, leaf: function(path, leaf) if is_adapter_node(leaf) else leaf
         )
 
+    def mapped_levels(self, function: Callable[[str, Any], Any]) -> Any:
+        """Returns the tree with `function(path, node)` in place of each node, inner ones first."""
+        return self.mapped(lambda path, node: _mapped_levels(function, path, node))
+
     def check_single(self) -> None:
-        """Raises if a node holds a bank of adapters."""
-        for path, node in self.banks.items():
-            raise not_single(path, node)
+        """Raises unless each node with factors holds one adapter."""
+        for path, node in self.adapted.items():
+            check_single(path, node)
 
 
-def _levels(path: str, node: AdapterNode) -> Iterator[tuple[str, AdapterNode]]:
+def check_base(path: str, node: AdapterNode) -> None:
+    """Raises unless the base of a node is an array or a `LoRAWeight`.
+
+    What an initialiser takes out of a weight, it takes out of an array: a node that stands on
+    another one keeps the whole of it.
+    """
+    if not is_adapter_node(node.base):
+        return
+    if not has_factors(node) or not is_lora_weight(node.base):
+        raise ValueError(
+            f"'{path}' is a {type(node).__name__} on a {type(node.base).__name__}; expected an "
+            "array as its base, or for a LoRAWeight or a LoRABank a LoRAWeight."
+        )
+    if is_lora_weight(node) and node.initial_A is not None:
+        raise ValueError(
+            f"'{path}' stands on another LoRAWeight, and its initialiser changes its base; "
+            "expected one that keeps it, such as 'kaiming', or "
+            "arithmetic.on_original_base(wrapped) before the two are put together."
+        )
+    check_base(f"{path}/base", node.base)
+
+
+def _mapped_levels(function: Callable[[str, Any], Any], path: str, node: Any) -> Any:
+    if is_adapter_node(node.base):
+        base = _mapped_levels(function, f"{path}/base", node.base)
+        node = node if base is node.base else dataclasses.replace(node, base=base)
+    return function(path, node)
+
+
+def levels_of(path: str, node: AdapterNode) -> Iterator[tuple[str, AdapterNode]]:
+    """Yields a node at its path, and the nodes below it at `path/base`."""
     yield path, node
     if is_adapter_node(node.base):
-        yield from _levels(f"{path}/base", node.base)
+        yield from levels_of(f"{path}/base", node.base)
 
 
 def adapter_nodes(wrapped: Any, argument: str = "wrapped") -> Mapping[str, AdapterNode]:
@@ -119,12 +158,20 @@ def check_plain(params: Any, remedy: str, error: type[ValueError] = CheckpointEr
         raise error(f"`params` is wrapped already at {listed(wrapped)}; {remedy}")
 
 
-def not_single(path: str, node: LoRABank) -> ValueError:
-    """Returns the error for a bank where one adapter is expected."""
-    return ValueError(
-        f"'{path}' holds {node.capacity} adapters; expected one. serving.adapt(fn) computes with "
-        "them all, and serving.select(bank, id) gives one of them."
-    )
+def check_single(path: str, node: LoRAWeight | LoRABank) -> None:
+    """Raises unless a node holds one adapter: no bank, and no factors with further axes."""
+    if isinstance(node, LoRABank):
+        raise ValueError(
+            f"'{path}' holds {node.capacity} adapters; expected one. serving.adapt(fn) computes "
+            "with them all, and serving.select(bank, id) gives one of them."
+        )
+    expected = node.axes.count("batch") + node.axes.count("in") + 1
+    if node.lora_A.ndim != expected:
+        raise ValueError(
+            f"'{path}' has a lora_A of shape {node.lora_A.shape} with the axes {node.axes}; "
+            f"expected {expected} axes, as one adapter has. serving.bank([...]) holds several "
+            "adapters, and jax.vmap maps a function over an axis of them."
+        )
 
 
 def map_nodes(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -80,13 +80,6 @@ def to_matrices(weight: AnyArray, axes: Axes) -> Array:
     return jnp.asarray(weight).transpose(positions(axes, "batch", "in", "out")).reshape(sides)
 
 
-def from_matrices(matrices: Array, shape: tuple[int, ...], axes: Axes) -> Array:
-    """Returns a stack of matrices (batch, in, out) as a weight of `shape`."""
-    order = positions(axes, "batch", "in", "out")
-    inverse = [order.index(axis) for axis in range(len(order))]
-    return matrices.reshape([shape[axis] for axis in order]).transpose(inverse)
-
-
 def layers_shape(shape: tuple[int, ...], axes: Axes, layers: Layers | None) -> tuple[int, ...]:
     """Returns the shape of the part of a weight that `layers` selects."""
     if layers is None:

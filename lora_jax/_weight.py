@@ -13,10 +13,40 @@ from lora_jax._shapes import Axes, Layers
 FACTORS = ("lora_A", "lora_B", "magnitude")
 
 
+class _Node:
+    """What holds for every node: it has the shape and the dtype of its base."""
+
+    base: Any
+
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weight."""
+        return self.base.dtype
+
+
+class _NodeWithFactors(_Node):
+    """A node with low-rank factors."""
+
+    lora_A: Any
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `lora_A`."""
+        return self.lora_A.shape[-1]
+
+
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRAWeight:
+class LoRAWeight(_NodeWithFactors):
     r"""A frozen weight with its trainable low-rank factors beside it.
 
     It represents $W + s \cdot A B$, where every axis of $W$ is an input axis, an output axis or a
@@ -28,8 +58,8 @@ class LoRAWeight:
     norm and one $m$ for each output feature.
 
     Attributes:
-      base: the frozen weight $W$: an array, or another node that represents one, so that a weight
-        can have several adapters on top of each other.
+      base: the frozen weight $W$: an array, or another `LoRAWeight`, so that a weight can have
+        several adapters on top of each other.
       lora_A: $A$, of shape (\*batch, \*in, r).
       lora_B: $B$, of shape (\*batch, r, \*out).
       scale: $s$, a scalar array, so that its value can change without recompiling.
@@ -67,24 +97,6 @@ class LoRAWeight:
     layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
-    def __post_init__(self) -> None:
-        introduce_to_flax(type(self))
-
-    @property
-    def rank(self) -> int:
-        """The number of columns of `lora_A`."""
-        return self.lora_A.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the weight."""
-        return self.base.dtype
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +113,7 @@ class FixedLoRAWeight(LoRAWeight):
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRABank:
+class LoRABank(_NodeWithFactors):
     r"""A frozen weight with several adapters beside it, each in a slot of its own.
 
     Slot i represents $W + s_i \cdot A_i B_i$, or with magnitudes (DoRA)
@@ -142,34 +154,16 @@ class LoRABank:
     layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
-    def __post_init__(self) -> None:
-        introduce_to_flax(type(self))
-
     @property
     def capacity(self) -> int:
         """The number of slots."""
         return self.scale.shape[0]
 
-    @property
-    def rank(self) -> int:
-        """The number of columns of each `lora_A`."""
-        return self.lora_A.shape[-1]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the weight."""
-        return self.base.dtype
-
 
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FullWeight:
+class FullWeight(_Node):
     """A weight that trains in full beside the adapters; the model computes with `value`.
 
     Attributes:
@@ -179,19 +173,6 @@ class FullWeight:
 
     base: Any
     value: Inexact[Array, "..."] | Any
-
-    def __post_init__(self) -> None:
-        introduce_to_flax(type(self))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the weight."""
-        return self.base.dtype
 
 
 AdapterNode = LoRAWeight | LoRABank | FullWeight

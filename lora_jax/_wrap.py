@@ -19,7 +19,7 @@ from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
 from lora_jax._settings import Settings, check_rank_fits
 from lora_jax._shapes import AnyArray, Axes, Layers, largest_rank
 from lora_jax._targets import Targets
-from lora_jax._weight import FullWeight, LoRAWeight, innermost_base, is_lora_weight
+from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.init import DataInitializer, Initializer
 
 
@@ -148,9 +148,7 @@ def unwrap(wrapped: Any) -> Any:
       >>> lora_jax.unwrap(lora_jax.wrap(params, "kernel", rank=2))["kernel"] is params["kernel"]
       True
     """
-    return map_nodes(
-        lambda node: original(node) if is_lora_weight(node) else innermost_base(node), wrapped
-    )
+    return map_nodes(original, wrapped)
 
 
 def _wrapped_weight(

@@ -178,3 +178,22 @@ def test_a_stack_has_no_one_merge() -> None:
         lora_jax.merge(bank)
     with pytest.raises(ValueError, match="'W1' holds 2 adapters; expected one"):
         lora_jax.unmerge(DENSE.params, bank)
+
+
+STACKED = {
+    "merge": lora_jax.merge,
+    "adapt": lambda tree: lora_jax.adapt(DENSE.fn)(tree, DENSE.x),
+    "bank": lambda tree: lora_jax.serving.bank([tree]),
+    "resize": lambda tree: lora_jax.arithmetic.resize(tree, 1),
+    "unmerge": lambda tree: lora_jax.unmerge(DENSE.params, tree),
+}
+
+
+@pytest.mark.parametrize("function", STACKED.values(), ids=STACKED)
+def test_factors_of_several_adapters_in_one_weight_are_refused(function: Any) -> None:
+    """`jax.vmap` and trees of earlier versions make them."""
+    adapters = [lora_jax.split(DENSE.adapter(seed))[0] for seed in range(3)]
+    frozen = lora_jax.split(DENSE.adapter(0))[1]
+    stacked = lora_jax.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters), frozen)
+    with pytest.raises(ValueError, match=r"'W1' has a lora_A of shape \(3, .*serving.bank"):
+        function(stacked)

@@ -13,7 +13,7 @@ import pytest
 import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.exchange import peft
-from tests.agreement import assert_agree
+from tests.agreement import assert_agree, assert_identical
 from tests.arrays import random
 from tests.trained import as_if_trained
 
@@ -33,7 +33,7 @@ X = random(5, 6, seed=2)
 
 def nested(outer: Any, inner: Any) -> Any:
     """Returns the adapters of one tree on the adapted weights of another."""
-    return {**outer, "W": dataclasses.replace(outer["W"], base=inner["W"])}
+    return {**outer, "W": dataclasses.replace(outer["W"], base=inner["W"], squared_norm=None)}
 
 
 def wrapped_of(kind: str) -> Any:
@@ -43,11 +43,11 @@ def wrapped_of(kind: str) -> Any:
         )
         for n, options in enumerate(KINDS[kind])
     )
-    if outer["W"].magnitude is not None:
-        # The norm that was cached is that of the plain weight.
-        norm = jnp.linalg.norm(dense(inner["W"]), axis=0)
-        outer = {**outer, "W": dataclasses.replace(outer["W"], squared_norm=norm**2)}
     return nested(outer, inner)
+
+
+def on_dora(kind: str) -> bool:
+    return bool(KINDS[kind][0].get("dora"))
 
 
 def dense(weight: Any) -> Any:
@@ -77,7 +77,8 @@ def reference(wrapped: Any, x: Any) -> Any:
 class TestEveryKind:
     def test_outputs_and_gradients(self, kind: str) -> None:
         wrapped = wrapped_of(kind)
-        adapted = lora_jax.adapt(apply, on_materialize="error")
+        # A gain multiplies what it was made for, so that an inner DoRA weight is built.
+        adapted = lora_jax.adapt(apply, on_materialize="ignore" if on_dora(kind) else "error")
         assert_agree(adapted(wrapped, X), reference(wrapped, X))
         halves = lora_jax.split(wrapped)
         assert_agree(jax.jit(jax.grad(loss(adapted)))(*halves), jax.grad(loss(reference))(*halves))
@@ -93,7 +94,8 @@ class TestEveryKind:
         merged = lora_jax.merge(wrapped)
         assert_agree(merged["W"], dense(wrapped["W"]))
         if "dora" in kind:
-            with pytest.raises(ValueError, match="'W' has a magnitude"):
+            place = "W/base" if kind == "lora on dora" else "W"
+            with pytest.raises(ValueError, match=f"'{place}' has a magnitude"):
                 lora_jax.unmerge(merged, wrapped)
         else:
             back = lora_jax.unmerge(merged, wrapped)
@@ -129,8 +131,10 @@ class TestEveryKind:
 
     def test_explain(self, kind: str) -> None:
         report = lora_jax.explain(apply, wrapped_of(kind), X)
-        assert not report.materialized
-        assert report.targets[0].path == "W"
+        assert [target.path for target in report.targets] == ["W", "W/base"]
+        assert [use.path for use in report.materialized] == ["W/base"] * on_dora(kind)
+        ranks = [options.get("rank", 2) for options in KINDS[kind][::-1]]
+        assert [target.rank for target in report.targets] == ranks
 
 
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), lora_jax.updates.riemannian()], ids=["sgd", "r"])
@@ -171,10 +175,119 @@ def test_banks_blends_and_other_ranks_stand_on_the_same_node() -> None:
     assert_agree(lora_jax.merge(blended)["W"], dense(inner["W"]) + change)
     active = lora_jax.serving.activate(bank, [0.5, -2.0])
     assert_agree(lora_jax.merge(active)["W"], lora_jax.merge(blended)["W"])
-    grown = lora_jax.arithmetic.resize(singles[1], 3)
+    grown = lora_jax.arithmetic.resize(singles[1], {"W$": 3})
     assert grown["W"].rank == 3
     assert grown["W"].base is singles[1]["W"].base
     assert_agree(lora_jax.merge(grown)["W"], dense(singles[1]["W"]))
+
+
+def inner_of(**options: Any) -> Any:
+    return as_if_trained(lora_jax.wrap(PARAMS, "W", rank=2, key=jax.random.key(5), **options), 5)
+
+
+def outer_of(rank: int = 2, **options: Any) -> Any:
+    return as_if_trained(lora_jax.wrap(PARAMS, "W", rank=rank, **options), rank)
+
+
+@pytest.mark.parametrize("inner", [{}, {"init": "pissa"}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("outer", [{}, {"dora": True}], ids=str)
+class TestBanksOnANode:
+    def bank(self, inner: dict[str, Any], outer: dict[str, Any]) -> Any:
+        base = inner_of(**inner)
+        return lora_jax.serving.bank([nested(outer_of(n, **outer), base) for n in (1, 2)])
+
+    def test_unwrap(self, inner: dict[str, Any], outer: dict[str, Any]) -> None:
+        assert_agree(lora_jax.unwrap(self.bank(inner, outer))["W"], PARAMS["W"])
+
+    def test_no_adapter_is_the_base_also_after_a_step(
+        self, inner: dict[str, Any], outer: dict[str, Any]
+    ) -> None:
+        bank = self.bank(inner, outer)
+        trained = as_if_trained(lora_jax.combine(*lora_jax.split(bank)), 9)
+        serve = lora_jax.serving.adapt(apply, on_materialize="ignore")
+        for each in (bank, trained):
+            base = {**PARAMS, "W": dense(each["W"].base)}
+            assert_agree(lora_jax.merge(lora_jax.serving.select(each, -1))["W"], base["W"])
+            assert_agree(serve(each, [-1] * len(X), X), apply(base, X))
+
+    def test_save_and_restore(
+        self, inner: dict[str, Any], outer: dict[str, Any], tmp_path: Path
+    ) -> None:
+        bank = self.bank(inner, outer)
+        lora_jax.save(tmp_path / "bank", bank)
+        assert_identical(lora_jax.restore(tmp_path / "bank", PARAMS), bank)
+
+    def test_resize(self, inner: dict[str, Any], outer: dict[str, Any]) -> None:
+        bank = self.bank(inner, outer)
+        resized = lora_jax.arithmetic.resize(bank, {"W/base": 1})
+        assert (resized["W"].rank, resized["W"].base.rank) == (2, 1)
+        for slot in range(2):
+            single = lora_jax.serving.select(resized, slot)["W"]
+            x, cut = jnp.eye(6), {**PARAMS, "W": dense(single)}
+            served = lora_jax.serving.adapt(apply, on_materialize="ignore")(resized, [slot] * 6, x)
+            assert_agree(served, apply(cut, x))
+
+
+def test_layers_of_a_stack_on_a_node() -> None:
+    params, axes = {"W": random(3, 6, 4)}, {"W": ("batch", "in", "out")}
+
+    def wrapped(**options: Any) -> Any:
+        return as_if_trained(lora_jax.wrap(params, "W", rank=2, axes=axes, **options))
+
+    inner = wrapped()
+    parts = [nested(wrapped(layers=layers, dora=True), inner) for layers in ((0,), (1, 2))]
+    bank = lora_jax.serving.bank(parts)
+    for slot, part in enumerate(parts):
+        selected = lora_jax.serving.select(bank, slot)
+        assert_agree(lora_jax.merge(selected)["W"], lora_jax.merge(part)["W"])
+
+
+def test_resize_and_on_original_base_reach_each_level() -> None:
+    wrapped = nested(outer_of(), inner_of(init="pissa"))
+    resized = lora_jax.arithmetic.resize(wrapped, 3)["W"]
+    assert (resized.rank, resized.base.rank) == (3, 3)
+    assert_agree(dense(resized), dense(wrapped["W"]))
+    original = lora_jax.arithmetic.on_original_base(wrapped)["W"]
+    assert_agree(original.base.base, PARAMS["W"])
+    assert_agree(dense(original), dense(wrapped["W"]))
+
+
+def bank_node() -> Any:
+    return lora_jax.serving.bank([inner_of()])["W"]
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "an initialiser that changes the base": (
+        lambda: nested(outer_of(init="pissa"), inner_of()),
+        "'W' stands on another LoRAWeight, and its initialiser changes its base",
+    ),
+    "a weight in full": (
+        lambda: nested(outer_of(), {"W": lora_jax.FullWeight(PARAMS["W"], PARAMS["W"])}),
+        "'W' is a LoRAWeight on a FullWeight",
+    ),
+    "a bank": (lambda: nested(outer_of(), {"W": bank_node()}), "'W' is a LoRAWeight on a LoRABank"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda tree, _: lora_jax.adapt(apply)(tree, X),
+        lambda tree, _: lora_jax.explain(apply, tree, X),
+        lambda tree, _: lora_jax.merge(tree),
+        lambda tree, _: lora_jax.summary(tree),
+        lambda tree, _: lora_jax.serving.bank([tree]),
+        lambda tree, _: lora_jax.arithmetic.resize(tree, 1),
+        lambda tree, _: lora_jax.arithmetic.on_original_base(tree),
+        lambda tree, folder: lora_jax.save(folder / "adapters", tree),
+    ],
+    ids=["adapt", "explain", "merge", "summary", "bank", "resize", "original", "save"],
+)
+def test_bases_that_no_node_can_have(kind: str, function: Any, tmp_path: Path) -> None:
+    made, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        function(made(), tmp_path)
 
 
 def test_a_cut_weight_keeps_its_cut_at_each_level() -> None:

@@ -30,22 +30,22 @@ Adapted = LoRAWeight | LoRABank
 NUMBERS = ("lora_A", "lora_B", "scale", "magnitude")
 
 
-def checked_adapters(adapters: Any) -> list[Any]:
-    """Returns a sequence of wrapped trees as a list, after checking that they share a model."""
+def checked_adapters(adapters: Any) -> list[NodeIndex]:
+    """Returns the indices of wrapped trees, after checking that they share a model."""
     if not isinstance(adapters, list | tuple) or not adapters:
         raise TypeError(
             f"`adapters` is a {type(adapters).__name__}; expected a list of at least one tree that "
             "wrap(params, targets) returned."
         )
-    for number, tree in enumerate(adapters):
-        check_adapter(f"`adapters[{number}]`", tree)
-        check_same_model(f"`adapters[{number}]`", tree, "`adapters[0]`", adapters[0])
-    return list(adapters)
+    indices = [NodeIndex.of(tree) for tree in adapters]
+    for number, index in enumerate(indices):
+        check_adapter(f"`adapters[{number}]`", index)
+        check_same_model(f"`adapters[{number}]`", index, "`adapters[0]`", indices[0])
+    return indices
 
 
-def check_adapter(name: str, wrapped: Any) -> None:
-    """Raises unless `wrapped` is a tree with one finite adapter for each of its targets."""
-    index = NodeIndex.of(wrapped)
+def check_adapter(name: str, index: NodeIndex) -> None:
+    """Raises unless a tree has one finite adapter for each of its targets."""
     index.check_single()
     if not index.weights:
         raise ValueError(f"{name} has no adapters; expected what wrap(params, targets) returned.")
@@ -62,15 +62,14 @@ def check_adapter(name: str, wrapped: Any) -> None:
         )
 
 
-def check_same_model(name: str, wrapped: Any, other_name: str, other: Any) -> None:
+def check_same_model(name: str, index: NodeIndex, other_name: str, other: NodeIndex) -> None:
     """Raises unless two trees adapt the same weights of the same model in the same way."""
-    index, other_index = NodeIndex.of(wrapped), NodeIndex.of(other)
-    if index.structure != other_index.structure:
+    if index.structure != other.structure:
         raise ValueError(
             f"{name} has a different structure from {other_name}; expected adapters of the "
-            f"same model.\n{name}: {index.structure}\n{other_name}: {other_index.structure}"
+            f"same model.\n{name}: {index.structure}\n{other_name}: {other.structure}"
         )
-    for (path, leaf), other_leaf in zip(index.tree.items(), other_index.tree.leaves, strict=True):
+    for (path, leaf), other_leaf in zip(index.tree.items(), other.tree.leaves, strict=True):
         _check_same_leaf((name, other_name), path, leaf, other_leaf)
 
 
@@ -126,7 +125,7 @@ def _is_same_base(node: Adapted, other: Adapted) -> bool:
     # A part that an initialiser moved out of the weight is restored only to rounding.
     with jax.ensure_compile_time_eval():
         wide = common_dtype(node.dtype, jnp.float32)
-        left, right = (_original(each).astype(wide) for each in (node, other))
+        left, right = (original(each).astype(wide) for each in (node, other))
         bases = [as_array(each.base) for each in (node, other)]
         largest = sum(jnp.max(jnp.abs(base.astype(wide))) for base in bases)
         largest += jnp.max(jnp.abs(left))
@@ -140,10 +139,6 @@ def _changes_base(node: Adapted) -> bool:
 
 def _initial_A(node: Adapted) -> Any:
     return node.initial_A if is_lora_weight(node) else None
-
-
-def _original(node: Adapted) -> Any:
-    return original(node) if is_lora_weight(node) else node.base
 
 
 def _is_same_leaf(leaf: Any, other: Any) -> bool:
@@ -168,12 +163,12 @@ def _is_equal(leaf: Any, other: Any) -> bool:
         return bool(jnp.array_equal(leaf, other, equal_nan=has_nan))
 
 
-def map_together(function: Callable[[str, list[LoRAWeight]], Any], trees: Sequence[Any]) -> Any:
+def map_together(
+    function: Callable[[str, list[LoRAWeight]], Any], indices: Sequence[NodeIndex]
+) -> Any:
     """Returns the first tree with `function(path, nodes)` at each weight that all trees adapt."""
-    indices = [NodeIndex.of(tree) for tree in trees]
-    return indices[0].mapped(
-        lambda path, _: function(path, [index.weights[path] for index in indices])
-    )
+    weights = [index.weights for index in indices]
+    return indices[0].mapped(lambda path, _: function(path, [each[path] for each in weights]))
 
 
 def check_no_magnitude(name: str, path: str, node: Adapted) -> None:
@@ -233,7 +228,9 @@ def spread(node: LoRAWeight, layers: Layers | None) -> LoRAWeight:
     magnitude = jnp.sqrt(squared).astype(node.magnitude.dtype)
     index = (slice(None),) * held + (jnp.array(places),)
     return dataclasses.replace(
-        wider, magnitude=magnitude.at[index].set(node.magnitude), squared_norm=squared
+        wider,
+        magnitude=magnitude.at[index].set(node.magnitude),
+        squared_norm=None if node.squared_norm is None else squared,
     )
 
 

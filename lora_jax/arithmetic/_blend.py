@@ -13,7 +13,6 @@ from jaxtyping import Array, PRNGKeyArray, Real
 from lora_jax._algebra import on_original
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
-from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
 from lora_jax._settings import check_rank_fits, checked_rank
 from lora_jax._shapes import factor_shapes, largest_rank, layers_shape, side_size
@@ -116,11 +115,11 @@ def blend(
       2
     """
     _check_options(method, rank, density, majority_sign)
-    trees = checked_adapters(adapters)
-    for number, tree in enumerate(trees):
-        for path, node in NodeIndex.of(tree).weights.items():
+    indices = checked_adapters(adapters)
+    for number, index in enumerate(indices):
+        for path, node in index.weights.items():
             check_no_magnitude(f"`adapters[{number}]`", path, node)
-    numbers = checked_weights(weights, len(trees))
+    numbers = checked_weights(weights, len(indices))
     key = jax.random.key(0) if key is None else key
 
     def combined(path: str, nodes: list[LoRAWeight]) -> LoRAWeight:
@@ -141,7 +140,7 @@ def blend(
         _check_equal_ranks(path, method, nodes)
         return factors.node(*factors.each_merged(merged, weight_key))
 
-    return map_together(combined, trees)
+    return map_together(combined, indices)
 
 
 @dataclasses.dataclass(frozen=True)

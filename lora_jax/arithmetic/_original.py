@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_jax._algebra import on_original
-from lora_jax._nodes import map_nodes
+from lora_jax._nodes import NodeIndex
 from lora_jax._weight import is_lora_weight
 
 
@@ -29,4 +29,6 @@ def on_original_base(wrapped: Any) -> Any:
       >>> lora_jax.arithmetic.on_original_base(wrapped)["kernel"].rank
       4
     """
-    return map_nodes(lambda node: on_original(node) if is_lora_weight(node) else node, wrapped)
+    return NodeIndex.of(wrapped).mapped_levels(
+        lambda _, node: on_original(node) if is_lora_weight(node) else node
+    )

@@ -12,12 +12,12 @@ from jaxtyping import Array, PRNGKeyArray
 from lora_jax._algebra import on_original, with_norms
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
-from lora_jax._nodes import NodeIndex
+from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import compile_expression, listed, nearest_paths
 from lora_jax._settings import check_rank_fits, checked_rank
 from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
-from lora_jax._weight import LoRABank, LoRAWeight, innermost_base, is_bank
+from lora_jax._weight import LoRABank, LoRAWeight, has_factors, innermost_base, is_bank
 from lora_jax.arithmetic._svd import new_columns, truncated
 
 
@@ -63,18 +63,22 @@ def resize(
       (6, 3)
     """
     index = NodeIndex.of(wrapped)
-    ranks = _ranks(index.adapted, rank)
+    ranks = _ranks({path: node for path, node in index.levels.items() if has_factors(node)}, rank)
     key = jax.random.key(0) if key is None else key
 
     def with_new_rank(path: str, node: Any) -> Any:
+        if is_bank(node) and node.norm is not None and node.base is not index.nodes[path].base:
+            node = with_norms(node)
         if path not in ranks or ranks[path] == node.rank:
             return node
+        if not is_bank(node):
+            check_single(path, node)
         # `wrap` and each earlier growth drew the present columns from other keys.
         weight_key = own_key(key, f"{path} beyond {node.rank}")
         resized = _resized_bank if is_bank(node) else _resized
         return resized(node, ranks[path], weight_key)
 
-    return index.mapped(with_new_rank)
+    return index.mapped_levels(with_new_rank)
 
 
 def _resized(node: LoRAWeight, rank: int, key: PRNGKeyArray) -> LoRAWeight:
@@ -99,7 +103,7 @@ def _resized_bank(bank: LoRABank, rank: int, key: PRNGKeyArray) -> LoRABank:
         return jnp.where(is_empty, 0, new_A), new_B
 
     lora_A, lora_B = cut_as(
-        factor_shardings(bank.base, bank.axes, bank.layers, rank, in_slots=True),
+        factor_shardings(innermost_base(bank), bank.axes, bank.layers, rank, in_slots=True),
         jax.vmap(of_slot),
         bank.lora_A,
         bank.lora_B,

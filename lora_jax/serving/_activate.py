@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import Array, Real
 
 from lora_jax._dtypes import common_dtype
-from lora_jax._nodes import NodeIndex
 from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.arithmetic._alike import check_no_magnitude, checked_weights
-from lora_jax.serving._bank import capacity_of, check_bank
+from lora_jax.serving._bank import bank_index, capacity_of
 
 
 def activate(
@@ -24,7 +23,7 @@ def activate(
     an adapter off. Under `jax.jit` new weights don't recompile.
 
     Args:
-      bank: what `bank` returned.
+      bank: what `serving.bank` returned.
       weights: one number for each slot (capacity,).
 
     Returns:
@@ -45,10 +44,11 @@ def activate(
       >>> wrapped["kernel"].rank
       6
     """
-    for path, node in check_bank(bank).items():
+    index = bank_index(bank)
+    for path, node in index.banks.items():
         check_no_magnitude("`bank`", path, node)
-    numbers = checked_weights(weights, capacity_of(bank))
-    return NodeIndex.of(bank).mapped(lambda _, node: _activated(node, numbers))
+    numbers = checked_weights(weights, capacity_of(index))
+    return index.mapped(lambda _, node: _activated(node, numbers))
 
 
 def _activated(bank: LoRABank, weights: Array) -> LoRAWeight:

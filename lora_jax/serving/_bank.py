@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lora_jax._algebra import on_original
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
 from lora_jax._settings import checked_rank
-from lora_jax._weight import LoRABank, LoRAWeight, is_bank
+from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.arithmetic._alike import (
     checked_adapters,
     common_layers,
@@ -63,18 +63,18 @@ def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | No
       >>> bank["kernel"].lora_A.shape, bank["kernel"].lora_B.shape
       ((8, 4, 2), (8, 2, 3))
     """
-    trees = checked_adapters(adapters)
-    slots = _checked_capacity(capacity, len(trees))
+    indices = checked_adapters(adapters)
+    slots = _checked_capacity(capacity, len(indices))
     if rank is not None:
         rank = checked_rank("`rank`", rank)
-    return map_together(lambda path, nodes: _bank_of(path, nodes, slots, rank), trees)
+    return map_together(lambda path, nodes: _bank_of(path, nodes, slots, rank), indices)
 
 
 def select(bank: Any, adapter_id: int | Array) -> Any:
     """Returns one adapter of a bank, as an ordinary wrapped tree of the bank's rank.
 
     Args:
-      bank: what `bank` returned.
+      bank: what `serving.bank` returned.
       adapter_id: its id; -1 gives an adapter that changes nothing, and so does an unknown id that
         is traced.
 
@@ -92,11 +92,10 @@ def select(bank: Any, adapter_id: int | Array) -> Any:
       >>> lora_jax.serving.select(bank, 0)["kernel"].rank
       2
     """
-    check_bank(bank)
+    index = bank_index(bank)
     if not is_tracer(adapter_id):
-        check_known(bank, [checked_id(adapter_id)])
-
-    return NodeIndex.of(bank).mapped(lambda _, node: without_norm(slot_of(node, adapter_id)))
+        check_known(index, [checked_id(adapter_id)])
+    return index.mapped(lambda _, node: without_norm(slot_of(node, adapter_id)))
 
 
 def ids(bank: Any) -> tuple[int, ...]:
@@ -105,7 +104,7 @@ def ids(bank: Any) -> tuple[int, ...]:
     A slot is empty if all its factors and scales are zero.
 
     Args:
-      bank: what `bank` returned.
+      bank: what `serving.bank` returned.
 
     Returns:
       The ids, in order.
@@ -120,8 +119,27 @@ def ids(bank: Any) -> tuple[int, ...]:
       >>> lora_jax.serving.ids(lora_jax.serving.bank([wrapped, wrapped], capacity=5))
       (0, 1)
     """
-    check_bank(bank)
-    numbers = _occupying(bank)
+    return occupied_slots(bank_index(bank))
+
+
+def bank_index(bank: Any) -> NodeIndex:
+    """Returns the index of a bank; raises unless `bank` is what `serving.bank` returned."""
+    index = NodeIndex.of(bank)
+    if not index.banks or len(index.banks) < len(index.nodes):
+        raise ValueError(
+            "`bank` is not a bank of adapters; expected what serving.bank([wrapped, ...]) returned."
+        )
+    return index
+
+
+def capacity_of(index: NodeIndex) -> int:
+    """Returns how many slots a bank has."""
+    return next(iter(index.banks.values())).capacity
+
+
+def occupied_slots(index: NodeIndex) -> tuple[int, ...]:
+    """Returns the slots of a bank that hold an adapter."""
+    numbers = _occupying(index)
     if any(map(is_tracer, jax.tree.leaves(numbers))):
         raise ValueError(
             "`bank` is traced, so its slots can't be inspected; call this outside of "
@@ -131,22 +149,6 @@ def ids(bank: Any) -> tuple[int, ...]:
         return tuple(np.flatnonzero(_occupied(numbers)).tolist())
 
 
-def check_bank(bank: Any) -> Mapping[str, LoRABank]:
-    """Returns the banks of all weights by path; raises unless `bank` is what `bank` returned."""
-    nodes = NodeIndex.of(bank).nodes
-    banks = {path: node for path, node in nodes.items() if is_bank(node)}
-    if not banks or len(banks) < len(nodes):
-        raise ValueError(
-            "`bank` is not a bank of adapters; expected what serving.bank([wrapped, ...]) returned."
-        )
-    return banks
-
-
-def capacity_of(bank: Any) -> int:
-    """Returns how many slots a bank has."""
-    return next(iter(NodeIndex.of(bank).banks.values())).capacity
-
-
 def checked_id(adapter_id: Any) -> int:
     """Returns an id as an int."""
     if isinstance(adapter_id, bool) or not hasattr(adapter_id, "__index__"):
@@ -154,12 +156,12 @@ def checked_id(adapter_id: Any) -> int:
     return operator.index(adapter_id)
 
 
-def check_known(bank: Any, wanted: Sequence[int]) -> None:
+def check_known(index: NodeIndex, wanted: Sequence[int]) -> None:
     """Raises if one of the ids in `wanted` is neither -1 nor the id of an adapter."""
-    if any(map(is_tracer, jax.tree.leaves(_occupying(bank)))):
-        known: Sequence[int] = range(capacity_of(bank))
+    if any(map(is_tracer, jax.tree.leaves(_occupying(index)))):
+        known: Sequence[int] = range(capacity_of(index))
     else:
-        known = ids(bank)
+        known = occupied_slots(index)
     unknown = sorted(set(wanted) - {-1, *known})
     if unknown:
         raise ValueError(
@@ -187,9 +189,9 @@ def _bank_of(path: str, nodes: Sequence[LoRAWeight], capacity: int, rank: int | 
     return bank_of(alike, capacity)
 
 
-def _occupying(bank: Any) -> list[list[Any]]:
+def _occupying(index: NodeIndex) -> list[list[Any]]:
     """Returns the arrays of each weight, of which one is nonzero in every occupied slot."""
-    return [[node.lora_A, node.lora_B, node.scale] for node in NodeIndex.of(bank).banks.values()]
+    return [[node.lora_A, node.lora_B, node.scale] for node in index.banks.values()]
 
 
 @jax.jit

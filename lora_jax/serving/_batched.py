@@ -13,7 +13,7 @@ from lora_jax import transform
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
 from lora_jax._weight import LoRABank, LoRAWeight
-from lora_jax.serving._bank import check_bank, check_known
+from lora_jax.serving._bank import bank_index, check_known
 from lora_jax.serving._slots import slot_of, without_norm
 from lora_jax.transform._report import OnMaterialize
 
@@ -45,7 +45,7 @@ def adapt(
       on_materialize: as for `lora_jax.adapt`.
 
     Returns:
-      A function `(bank, ids, *args, **kwargs)`, where `bank` is what `bank` returned and
+      A function `(bank, ids, *args, **kwargs)`, where `bank` is what `serving.bank` returned and
       `ids` holds an id for each example (batch,), with -1 for the base model. An unknown id is an
       error; where the ids are traced, under `jax.jit`, it gives the base model.
 
@@ -68,11 +68,11 @@ def adapt(
     adapted = transform.adapt(fn, on_materialize=on_materialize)
 
     def batched(bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
-        ids = _checked_ids(bank, ids)
+        index = bank_index(bank)
+        ids = _checked_ids(index, ids)
         leaves, structure = jax.tree.flatten(args)
         axes = _leaf_axes(args, in_axes)
         _check_sizes(args, axes, ids.shape[0])
-        index = NodeIndex.of(bank)
         mapped = {place: axis for place, axis in enumerate(axes) if axis is not None}
 
         def one(adapter_id: Array, *examples: Array) -> Any:
@@ -113,8 +113,7 @@ def _fixed_jvp(primals: Any, tangents: Any) -> Any:
     )
 
 
-def _checked_ids(bank: Any, ids: Any) -> Array:
-    check_bank(bank)
+def _checked_ids(index: NodeIndex, ids: Any) -> Array:
     if not hasattr(ids, "dtype"):
         is_traced = any(map(is_tracer, jax.tree.leaves(ids)))
         ids = jnp.asarray(ids) if is_traced else np.asarray(ids)
@@ -127,7 +126,7 @@ def _checked_ids(bank: Any, ids: Any) -> Array:
             "gives all examples the same adapter."
         )
     if not is_tracer(ids):
-        check_known(bank, np.asarray(ids).tolist())
+        check_known(index, np.asarray(ids).tolist())
     return jnp.asarray(ids)
 
 

@@ -21,11 +21,11 @@ from lora_jax.arithmetic._alike import (
     with_rank,
 )
 from lora_jax.serving._bank import (
+    bank_index,
     capacity_of,
-    check_bank,
     check_known,
     checked_id,
-    ids,
+    occupied_slots,
 )
 from lora_jax.serving._slots import (
     empty_numbers,
@@ -59,8 +59,8 @@ def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
       >>> adapter_id
       1
     """
-    taken = set(ids(bank))
-    capacity = capacity_of(bank)
+    index = bank_index(bank)
+    taken, capacity = set(occupied_slots(index)), capacity_of(index)
     free = next((slot for slot in range(capacity) if slot not in taken), None)
     if free is None:
         raise ValueError(
@@ -68,7 +68,7 @@ def add(bank: Any, wrapped: Any) -> tuple[Any, int]:
             "serving.remove(bank, id) frees one, and serving.bank([...], capacity=...) makes a "
             "larger bank."
         )
-    return replace(bank, wrapped, adapter_id=free), free
+    return _replaced(index, wrapped, free), free
 
 
 def replace(bank: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
@@ -95,16 +95,10 @@ def replace(bank: Any, wrapped: Any, *, adapter_id: int | Array) -> Any:
       >>> lora_jax.serving.ids(lora_jax.serving.replace(bank, other, adapter_id=2))
       (0, 2)
     """
-    check_bank(bank)
+    index = bank_index(bank)
     if not is_tracer(adapter_id):
-        _check_slot(bank, checked_id(adapter_id))
-    check_adapter("`wrapped`", wrapped)
-    check_same_model("`wrapped`", wrapped, "`bank`", bank)
-
-    adapters = NodeIndex.of(wrapped).weights
-    return NodeIndex.of(bank).mapped(
-        lambda path, node: _with_slot(node, _fitting(path, adapters[path], node), adapter_id)
-    )
+        _check_slot(index, checked_id(adapter_id))
+    return _replaced(index, wrapped, adapter_id)
 
 
 def remove(bank: Any, adapter_id: int) -> Any:
@@ -129,13 +123,22 @@ def remove(bank: Any, adapter_id: int) -> Any:
       >>> lora_jax.serving.ids(lora_jax.serving.remove(bank, 0))
       (1,)
     """
-    check_bank(bank)
+    index = bank_index(bank)
     slot = checked_id(adapter_id)
-    _check_slot(bank, slot)
-    check_known(bank, [slot])
-
-    return NodeIndex.of(bank).mapped(
+    _check_slot(index, slot)
+    check_known(index, [slot])
+    return index.mapped(
         lambda _, node: _with_slot(node, empty_numbers(without_norm(slot_of(node, slot))), slot)
+    )
+
+
+def _replaced(index: NodeIndex, wrapped: Any, slot: int | Array) -> Any:
+    adapter = NodeIndex.of(wrapped)
+    check_adapter("`wrapped`", adapter)
+    check_same_model("`wrapped`", adapter, "`bank`", index)
+    weights = adapter.weights
+    return index.mapped(
+        lambda path, node: _with_slot(node, _fitting(path, weights[path], node), slot)
     )
 
 
@@ -182,8 +185,8 @@ def _written(bank: Array, array: Array, index: Array) -> Array:
     return bank.at[index].set(row, mode="drop", wrap_negative_indices=False)
 
 
-def _check_slot(bank: Any, slot: int) -> None:
-    capacity = capacity_of(bank)
+def _check_slot(index: NodeIndex, slot: int) -> None:
+    capacity = capacity_of(index)
     if not 0 <= slot < capacity:
         raise ValueError(
             f"`adapter_id` is {slot}; expected a slot of `bank`, from 0 to {capacity - 1}. "

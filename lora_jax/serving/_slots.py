@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import fixed_norms
+from lora_jax._algebra import fixed_norms, squared_norm_of
 from lora_jax._dtypes import common_dtype
 from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight
 
@@ -50,8 +50,7 @@ def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
     }
     # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
     chosen: dict[str, Any] = {
-        name: jnp.where(is_known, held[name], empty)
-        for name, empty in _empty(held, bank.squared_norm).items()
+        name: jnp.where(is_known, held[name], empty) for name, empty in _empty(held, bank).items()
     }
     return FixedLoRAWeight(
         base=bank.base,
@@ -99,12 +98,13 @@ def empty_numbers(adapter: LoRAWeight) -> dict[str, Any]:
     """
     like = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, "scale": adapter.scale}
     if adapter.magnitude is not None:
-        like |= {"magnitude": adapter.magnitude, "norm": adapter.squared_norm}
-    return _empty(like, adapter.squared_norm)
+        like |= {"magnitude": adapter.magnitude, "norm": squared_norm_of(adapter)}
+    return _empty(like, adapter)
 
 
-def _empty(like: dict[str, Any], squared_norm: Any) -> dict[str, Any]:
-    norm = None if squared_norm is None else jnp.sqrt(squared_norm)
+def _empty(like: dict[str, Any], node: LoRAWeight | LoRABank) -> dict[str, Any]:
+    """Returns what an empty slot of a node holds, in the dtypes of `like`."""
+    norm = None if node.magnitude is None else jnp.sqrt(squared_norm_of(node))
     return {
         name: jnp.zeros_like(array)
         if norm is None or name not in ("magnitude", "norm")

@@ -12,12 +12,12 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import ClosedJaxpr, evaluate
-from lora_jax._nodes import map_nodes, not_single
+from lora_jax._nodes import map_nodes
 from lora_jax._paths import path_strings
-from lora_jax._weight import FullWeight, has_factors, innermost_base, is_bank
+from lora_jax._weight import FullWeight, has_factors, innermost_base, is_adapter_node
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._dropout import Dropout, NoDropout
-from lora_jax.transform._factored import Factored, factored_weight
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._report import OnMaterialize, Recorder, Reporter, recorder_for
 from lora_jax.transform._sharing import SharedFunctions
@@ -28,6 +28,7 @@ from lora_jax.transform._static import (
     with_static,
     without_static,
 )
+from lora_jax.transform._symbolic import symbolic_weight
 from lora_jax.transform.rules import with_factors
 
 
@@ -109,13 +110,18 @@ def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
     """
     if isinstance(fn, functools.partial):
         function, (args, kwargs) = unbound(fn.func)
-        if args or kwargs or _holds_adapter((fn.args, fn.keywords)):
+        if args or kwargs or _holds_node((fn.args, fn.keywords)):
             return function, ((*args, *fn.args), {**kwargs, **fn.keywords})
-    elif _holds_adapter(getattr(fn, "__self__", None)):
+    elif _holds_node(getattr(fn, "__self__", None)):
         return fn.__func__, ((fn.__self__,), {})
-    elif _holds_adapter(fn):
+    elif _holds_node(fn):
         return type(fn).__call__, ((fn,), {})
     return fn, ((), {})
+
+
+def _holds_node(tree: Any) -> bool:
+    """Says whether a tree holds anything that the model must not meet: weights in full, too."""
+    return any(map(is_adapter_node, jax.tree.leaves(tree, is_leaf=is_adapter_node)))
 
 
 def _holds_adapter(tree: Any) -> bool:
@@ -239,7 +245,7 @@ def rewrite(
     reporter = Reporter(recorder)
     interpreter = Interpreter(with_factors(), SharedFunctions(), reporter, dropout)
     values = [
-        _symbolic(path, leaf) if has_factors(leaf) else leaf
+        symbolic_weight(leaf, path, reporter) if has_factors(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
     ]
     outputs = [
@@ -249,12 +255,6 @@ def rewrite(
         for value in interpreter.run(traced.closed_jaxpr, values)
     ]
     return jax.tree.unflatten(traced.output_structure, outputs)
-
-
-def _symbolic(path: str, node: Any) -> Factored:
-    if is_bank(node):
-        raise not_single(path, node)
-    return factored_weight(node, path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,11 @@ weight (a product, a convolution, a sum) takes the base as an array. Loops and c
 tree of arrays that they cut along the first axis.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import jax
+from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax.transform._factored import Factored
@@ -21,6 +24,11 @@ def base_of(value: Any) -> Any:
 def array_of(value: Any) -> Any:
     """Returns the array that an op computes with: the base's, or the value itself."""
     return base_of(value)
+
+
+def put_base(value: Factored, put: Callable[[Array], Array]) -> Any:
+    """Returns the base of a value with each of its arrays put somewhere, or laid out anew."""
+    return jax.tree.map(put, value.base)
 
 
 def moved_bases(equation: Equation, inputs: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,8 @@ import jax
 
 from lora_jax._compat import Equation
 from lora_jax._shapes import Size
-from lora_jax.transform._factored import Factored, dense_flops, dense_value, is_as_exact_dense
+from lora_jax.transform._dense import dense_flops, dense_value, is_as_exact_dense
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter, Use
 
 

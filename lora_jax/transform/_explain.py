@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lora_jax._nodes import levels_of
 from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, is_lora_weight
@@ -138,9 +139,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 def _adapted_weights(arguments: Any) -> list[tuple[str, LoRAWeight]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_lora_weight)
     return [
-        (path, leaf)
-        for path, (_, leaf) in zip(weight_paths(flat), flat, strict=True)
+        (path, node)
+        for top, (_, leaf) in zip(weight_paths(flat), flat, strict=True)
         if is_lora_weight(leaf)
+        for path, node in levels_of(top, leaf)
+        if is_lora_weight(node)
     ]
 
 

@@ -23,50 +23,55 @@ def head_products(closed_jaxpr: ClosedJaxpr, products: frozenset[Place]) -> froz
     no other product uses. A residual stream ends at many products and so has no head; statistics
     or a cache that are returned beside the logits come from layers that others build on.
     """
-    flow = _Flow(products, set())
     inputs: list[frozenset[Place]] = [frozenset()] * len(closed_jaxpr.jaxpr.invars)
-    outputs = flow.through(closed_jaxpr.jaxpr, (), inputs)
-    alone = {product for last in outputs if len(last) == 1 for product in last}
-    shared = {product for last in outputs if len(last) > 1 for product in last}
+    flow = _flow(products, closed_jaxpr.jaxpr, (), inputs)
+    alone = {product for last in flow.last if len(last) == 1 for product in last}
+    shared = {product for last in flow.last if len(last) > 1 for product in last}
     return frozenset((alone & products) - shared - flow.used_again)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-    """Tracks, for each value, the products with weights that it last passed through.
+    """What becomes of products with weights in a body or an equation.
 
     Attributes:
-      products: the products with weights.
-      used_again: collects the products that feed into another one.
+      last: for each output, the products that it last passed through.
+      used_again: the products that feed into another one inside.
     """
 
-    products: frozenset[Place]
-    used_again: set[Place]
+    last: Sequence[frozenset[Place]]
+    used_again: frozenset[Place]
 
-    def through(
-        self, jaxpr: Jaxpr, callers: Place, inputs: Sequence[frozenset[Place]]
-    ) -> list[frozenset[Place]]:
-        """Returns the last products of each output, from those of each input."""
-        last: dict[Any, frozenset[Place]] = dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def last_of(atom: Any) -> frozenset[Place]:
-            return frozenset() if isinstance(atom, Literal) else last.get(atom, frozenset())
+def _flow(
+    products: frozenset[Place], jaxpr: Jaxpr, callers: Place, inputs: Sequence[frozenset[Place]]
+) -> _Flow:
+    """Returns the flow through a body, from the last products of each of its inputs."""
+    last: dict[Any, frozenset[Place]] = dict(zip(jaxpr.invars, inputs, strict=True))
+    used_again: frozenset[Place] = frozenset()
 
-        for equation in jaxpr.eqns:
-            found = [last_of(atom) for atom in equation.invars]
-            outputs = self._after(equation, (*callers, id(equation)), found)
-            last.update(zip(equation.outvars, outputs, strict=True))
-        return [last_of(atom) for atom in jaxpr.outvars]
+    def last_of(atom: Any) -> frozenset[Place]:
+        return frozenset() if isinstance(atom, Literal) else last.get(atom, frozenset())
 
-    def _after(
-        self, equation: Equation, place: Place, inputs: Sequence[frozenset[Place]]
-    ) -> Sequence[frozenset[Place]]:
-        body = called_jaxpr(equation)
-        if body is not None:
-            return self.through(body, place, inputs)
-        joined = frozenset().union(*inputs)
-        # Everything that a loop does with weights counts as one product here.
-        if any(product[: len(place)] == place for product in self.products):
-            self.used_again.update(joined)
-            joined = frozenset({place})
-        return [joined] * len(equation.outvars)
+    for equation in jaxpr.eqns:
+        found = [last_of(atom) for atom in equation.invars]
+        after = _flow_of_equation(products, equation, (*callers, id(equation)), found)
+        last.update(zip(equation.outvars, after.last, strict=True))
+        used_again |= after.used_again
+    return _Flow([last_of(atom) for atom in jaxpr.outvars], used_again)
+
+
+def _flow_of_equation(
+    products: frozenset[Place],
+    equation: Equation,
+    place: Place,
+    inputs: Sequence[frozenset[Place]],
+) -> _Flow:
+    body = called_jaxpr(equation)
+    if body is not None:
+        return _flow(products, body, place, inputs)
+    joined = frozenset[Place]().union(*inputs)
+    # Everything that a loop does with weights counts as one product here.
+    if any(product[: len(place)] == place for product in products):
+        return _Flow([frozenset({place})] * len(equation.outvars), joined)
+    return _Flow([joined] * len(equation.outvars), frozenset())

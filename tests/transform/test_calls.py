@@ -137,3 +137,36 @@ def test_weights_trained_in_full() -> None:
 def test_options_are_checked_at_once(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):
         lora_jax.adapt(project, **options)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """A callable tree, as a module of Equinox is."""
+
+    W: Any
+    b: Any
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.W + self.b[None]
+
+    def apply(self, x: Any) -> Any:
+        return self(x)
+
+
+BOUND: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "a callable tree": lambda tree: tree,
+    "its method": lambda tree: tree.apply,
+    "a partial": lambda tree: functools.partial(lambda tree, x: tree(x), tree),
+    "a partial by name": lambda tree: functools.partial(lambda x, tree: tree(x), tree=tree),
+}
+
+
+@pytest.mark.parametrize("bound", BOUND.values(), ids=BOUND)
+def test_a_function_that_holds_nothing_but_weights_in_full(bound: Any) -> None:
+    params = Affine(jnp.ones((3, 2)), jnp.zeros(2))
+    x = jnp.ones((4, 3))
+    wrapped = dataclasses.replace(params, b=lora_jax.FullWeight(params.b, params.b + 1))
+    expected = dataclasses.replace(params, b=params.b + 1)(x)
+    assert_agree(lora_jax.adapt(bound(wrapped))(x), expected)
+    assert lora_jax.explain(bound(wrapped), x).targets == ()

@@ -137,7 +137,8 @@ def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
     if nested:
         raise CheckpointError(
             f"`wrapped` has an adapter on another one at {listed(nested)}; expected one for each "
-            "weight, as a file has: merge the inner one into its weight before."
+            "weight, as a file has. arithmetic.extract(params, merge(wrapped), targets, "
+            "rank=...) makes one of both."
         )
     nameless = [path for path in nodes if all(rule.fields_of(path) is None for rule in names)]
     if nameless:

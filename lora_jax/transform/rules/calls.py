@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import Equation, Primitive, primitives, rebound
+from lora_jax.transform._bases import put_base
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Reporter, Use
@@ -137,7 +138,7 @@ def _with_sharding(value: Any, sharding: Any) -> Any:
         return value
     if not isinstance(value, Factored):
         return jax.lax.with_sharding_constraint(value, sharding)
-    base = jax.lax.with_sharding_constraint(value.base, sharding)
+    base = put_base(value, lambda array: jax.lax.with_sharding_constraint(array, sharding))
     return placed(value, base, sharding, jax.lax.with_sharding_constraint)
 
 
@@ -146,7 +147,8 @@ def _with_layout(value: Any, layout: Any) -> Any:
     if not isinstance(layout, Layout):
         return value
     if isinstance(value, Factored):
-        return dataclasses.replace(value, base=with_layout_constraint(value.base, layout))
+        base = put_base(value, lambda array: with_layout_constraint(array, layout))
+        return dataclasses.replace(value, base=base)
     return with_layout_constraint(value, layout)
 
 

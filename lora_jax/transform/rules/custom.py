@@ -26,7 +26,8 @@ from lora_jax._compat import (
 )
 from lora_jax.transform._bases import array_of
 from lora_jax.transform._building import materialized
-from lora_jax.transform._factored import Factored, dense_value
+from lora_jax.transform._dense import dense_value
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform.rules._rule import Rule
 

@@ -11,8 +11,9 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, primitives
 from lora_jax._shapes import AxisRole, Size
-from lora_jax.transform._bases import computed_with_bases
-from lora_jax.transform._factored import Factored, dense_flops, dense_value
+from lora_jax.transform._bases import computed_with_bases, moved_bases
+from lora_jax.transform._dense import dense_flops, dense_value
+from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Use
 from lora_jax.transform._roles import note_roles
@@ -38,7 +39,9 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         or not _fills_alike(equation, value, looked_up, holding)
     ):
         return None
-    base = computed_with_bases(equation, inputs)[0]
+    gives_weight = "one" not in holding
+    # A weight that is picked out of a stack stays one; rows are activations.
+    base = (moved_bases if gives_weight else computed_with_bases)(equation, inputs)[0]
     picked = tuple(
         term.moved(
             _picked(equation, term.lora_A, indices, looked_up, base),
@@ -51,7 +54,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         _picked(equation, value.gain.aligned, indices, looked_up, base)
     )
     rows = Factored(base, picked, gain)
-    if "one" not in holding:
+    if gives_weight:
         return [rows]
     source = interpreter.reporter.source_of(equation)
     for path, part in rows.parts().items():

@@ -11,7 +11,8 @@ from lora_jax._compat import Equation, Primitive, emitted_primitive
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._bases import computed_with_bases
-from lora_jax.transform._factored import Factored, dense_flops, multiplied
+from lora_jax.transform._dense import dense_flops
+from lora_jax.transform._factored import Factored, multiplied
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Use
 from lora_jax.transform._roles import contraction_roles, note_roles

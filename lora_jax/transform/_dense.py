@@ -1,0 +1,62 @@
+"""A factored value as one array: how it is built, and what that costs."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lora_jax._dtypes import common_dtype
+from lora_jax._shapes import Size
+from lora_jax.transform._bases import array_of
+from lora_jax.transform._factored import Factored, multiplied
+from lora_jax.transform._product import product, without_unit_axes
+from lora_jax.transform._terms import Term, block_shape, padded
+
+
+def dense_value(value: Factored) -> Array:
+    """Returns gain ∘ (base + Σ terms) in the base's dtype, computed in the widest one."""
+    total = array_of(value)
+    for term in value.terms:
+        change = _dense_term(term, value.shape, value.dtype)
+        wide = common_dtype(total.dtype, change.dtype)
+        total = total.astype(wide) + change.astype(wide)
+    if value.gain is not None:
+        total = multiplied(total, value.gain.aligned.squeeze(-1))
+    return total.astype(value.dtype)
+
+
+def is_as_exact_dense(value: Factored) -> bool:
+    """Says whether the weight's dtype is wide enough for the terms' changes."""
+    factors = [factor.dtype for term in value.terms for factor in (term.lora_A, term.lora_B)]
+    return bool(common_dtype(value.dtype, *factors) == value.dtype)
+
+
+def dense_flops(value: Factored) -> Size:
+    """Returns the FLOPs of building base + Σ terms."""
+    return sum(
+        (2 * term.rank + 1) * math.prod(block_shape(term, value.shape)) for term in value.terms
+    )
+
+
+def _dense_term(term: Term, shape: tuple[Size, ...], dtype: Any) -> Array:
+    """Returns scale · Σ_r lora_A · lora_B in the weight's shape, in its dtype if that is wider."""
+    axes = range(len(shape))
+    rank_label = len(shape)
+    wide = common_dtype(dtype, term.lora_A.dtype, term.lora_B.dtype)
+    joined = product(
+        [
+            without_unit_axes(factor.astype(wide), (*axes, rank_label))
+            for factor in (term.lora_A, term.lora_B)
+        ],
+        axes,
+        scale=term.scale,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    absent = [axis for axis in axes if axis not in joined.labels]
+    block = jnp.broadcast_to(jnp.expand_dims(joined.array, absent), block_shape(term, shape))
+    for axis, window in enumerate(term.window):
+        if window is not None:
+            block = padded(block, axis, window, shape[axis])
+    return block

@@ -1,0 +1,82 @@
+"""The factored value that an adapted weight becomes when the interpreter takes it up."""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+from jaxtyping import Array
+
+from lora_jax._algebra import gain
+from lora_jax._nodes import check_base, check_single, levels_of
+from lora_jax._shapes import Places, factor_places, magnitude_places, spread_layers
+from lora_jax._weight import LoRABank, LoRAWeight, is_lora_weight
+from lora_jax.transform._building import materialized_value
+from lora_jax.transform._factored import Factored
+from lora_jax.transform._report import Reporter
+from lora_jax.transform._terms import Factor, Term
+
+
+def symbolic_weight(node: LoRAWeight | LoRABank, path: str, reporter: Reporter) -> Factored:
+    """Returns the factored value of an adapted weight; nothing frozen receives a gradient.
+
+    Where the base is a node itself, its terms come first, each under the path of its own level. A
+    gain multiplies only what it was made for, so that a base with a gain is built, before any
+    dropout; the reporter is told.
+
+    Args:
+      node: the weight.
+      path: its path in the arguments.
+      reporter: is told of a base that is built.
+
+    Raises:
+      ValueError: the node holds a bank, or has a base that no node can have.
+    """
+    check_base(path, node)
+    for each, level in levels_of(path, node):
+        check_single(each, cast(LoRAWeight, level))
+    return _value(cast(LoRAWeight, node), path, reporter)
+
+
+def _value(weight: LoRAWeight, path: str, reporter: Reporter) -> Factored:
+    stopped = {
+        name: jax.lax.stop_gradient(getattr(weight, name)) for name in ("scale", *weight.frozen)
+    }
+    weight = dataclasses.replace(weight, **stopped)
+    base, terms = _base_and_terms(weight.base, f"{path}/base", reporter)
+    return Factored(
+        base=base,
+        terms=(*terms, _term(weight, path)),
+        gain=None
+        if weight.magnitude is None
+        else _factor(weight, gain(weight), magnitude_places(weight.axes), elsewhere=1),
+    )
+
+
+def _base_and_terms(base: Any, path: str, reporter: Reporter) -> tuple[Array, tuple[Term, ...]]:
+    """Returns the array at the bottom of a base, and the terms that the base adds itself."""
+    if not is_lora_weight(base):
+        return jax.lax.stop_gradient(base), ()
+    value = _value(base, path, reporter)
+    if value.gain is None:
+        return value.base, value.terms
+    where = "an adapter of an adapter", "the start of the function"
+    return materialized_value(reporter, value, *where), ()
+
+
+def _term(weight: LoRAWeight, path: str) -> Term:
+    A_places, B_places = factor_places(weight.axes)
+    return Term(
+        factor_A=_factor(weight, weight.lora_A, A_places),
+        factor_B=_factor(weight, weight.lora_B, B_places),
+        scale=weight.scale,
+        window=(None,) * len(weight.axes),
+        origin=path,
+    )
+
+
+def _factor(weight: LoRAWeight, array: Array, places: Places, *, elsewhere: int = 0) -> Factor:
+    """Returns an array of the adapted layers extended to all; the others get no change."""
+    if weight.layers is not None:
+        axis = weight.axes.index("batch")
+        array = spread_layers(array, places[axis], weight.layers, weight.shape[axis], elsewhere)
+    return Factor(array, places)
