@@ -41,7 +41,7 @@ def resize(
 
     Args:
       wrapped: what `wrap` returned, trained or not; or a bank of adapters, each of which is
-        resized.
+        resized. A weight that is the base of another has the path of that one and `/base`.
       rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that no
         expression matches keep theirs.
       key: a random key for new columns; `jax.random.key(0)` unless given.

@@ -63,7 +63,7 @@ def check_fits(transformation: str, params: Any, trained: Collection[str]) -> No
         return
     if not any(map(has_factors, jax.tree.leaves(params, is_leaf=has_factors))):
         raise ValueError(
-            "`params` has no LoRAWeight; expected what `wrap` returned, or its trainable half from "
+            "`params` has no adapters; expected what `wrap` returned, or its trainable half from "
             "split(wrapped)."
         )
     found = set(jax.tree.leaves(labels(params)))

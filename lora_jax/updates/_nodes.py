@@ -56,7 +56,7 @@ def map_factors(function: Callable[..., Node], updates: Any, /, **trees: Any) ->
     places = leaves_with_paths(updates, is_leaf=_is_place)
     if not any(has_factors(node) for _, node in places):
         raise ValueError(
-            "`updates` has no LoRAWeight; expected the gradient of what `wrap` returned, or of its "
+            "`updates` has no adapters; expected the gradient of what `wrap` returned, or of its "
             "trainable half from split(wrapped)."
         )
     others = [_nodes_at(places, structure, name, tree) for name, tree in trees.items()]
@@ -131,7 +131,7 @@ def _nodes_at(
     for (path, update), node in zip(places, nodes, strict=True):
         if has_factors(update) and not has_factors(node):
             raise ValueError(
-                f"`{argument}` has a {type(node).__name__} at '{path}', where the updates have a "
-                "LoRAWeight; expected the tree whose gradient they are."
+                f"`{argument}` has a {type(node).__name__} at '{path}', where the updates have "
+                "factors; expected the tree whose gradient they are."
             )
     return list(nodes)

@@ -18,9 +18,9 @@ from tests.updates.reference import VARIANTS, Variant, wrapped_params
 def test_a_tree_without_adapters_raises(variant: Variant) -> None:
     params = {"kernel": jnp.ones((4, 3))}
     tx = variant.around(optax.sgd(1.0))
-    with pytest.raises(ValueError, match=r"`params` has no LoRAWeight; .*`wrap` returned"):
+    with pytest.raises(ValueError, match=r"`params` has no adapters; .*`wrap` returned"):
         tx.init(params)
-    with pytest.raises(ValueError, match=r"`updates` has no LoRAWeight; .*`wrap` returned"):
+    with pytest.raises(ValueError, match=r"`updates` has no adapters; .*`wrap` returned"):
         tx.update(params, tx.init(wrapped_params(FEW, dtype=jnp.float32)), params)
 
 
@@ -84,7 +84,7 @@ def test_no_parameters_raise(variant: Variant, around: Callable[[Any], Any]) -> 
         (lambda: {"kernel": jnp.ones((4, 3))}, "has a different structure from the updates"),
         (
             lambda: lora_jax.unwrap(wrapped_params(FEW, dtype=jnp.float32)),
-            "has a .* at 'dense/kernel', where the updates have a LoRAWeight",
+            "has a .* at 'dense/kernel', where the updates have factors",
         ),
     ],
     ids=["structure", "plain"],
