@@ -4,6 +4,7 @@ from lora_jax import arithmetic as arithmetic
 from lora_jax import checkpoint as checkpoint
 from lora_jax import exchange as exchange
 from lora_jax import init as init
+from lora_jax import quantization as quantization
 from lora_jax import serving as serving
 from lora_jax import transform as transform
 from lora_jax import updates as updates
@@ -11,6 +12,7 @@ from lora_jax._folders import CheckpointError as CheckpointError
 from lora_jax._merge import merge as merge
 from lora_jax._merge import unmerge as unmerge
 from lora_jax._optimizer import optimizer as optimizer
+from lora_jax._quantize import quantize as quantize
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary
@@ -26,6 +28,7 @@ from lora_jax._wrap import wrap as wrap
 from lora_jax.checkpoint import BaseMismatchWarning as BaseMismatchWarning
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
+from lora_jax.quantization import QuantizedWeight as QuantizedWeight
 from lora_jax.transform import MaterializationError as MaterializationError
 from lora_jax.transform import MaterializationWarning as MaterializationWarning
 from lora_jax.transform import adapt as adapt

@@ -28,6 +28,8 @@ from lora_jax._weight import (
     is_adapter_node,
     is_lora_weight,
 )
+from lora_jax.quantization._encode import requantized
+from lora_jax.quantization._weight import is_quantized
 
 _LETTERS = string.ascii_lowercase[:-2]
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -134,6 +136,8 @@ def original(node: Any) -> Any:
 
 def as_array(base: Any) -> Any:
     """Returns a base as an array: the value that it represents, if it is a node itself."""
+    if is_quantized(base):
+        return base.dequantize()
     return dense(base) if is_lora_weight(base) else base
 
 
@@ -308,9 +312,9 @@ def fixed_norms(weight: LoRAWeight) -> Array:
 
 
 def _shifted(
-    base: AnyArray, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
-) -> Array:
-    """Returns base + initial_A · initial_B in the base's dtype."""
+    base: Any, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
+) -> Any:
+    """Returns base + initial_A · initial_B in the base's dtype, quantised if the base is."""
 
     def shifted(base: AnyArray, initial_A: Array, initial_B: Array) -> Array:
         part = taken_layers(base, axes, layers)
@@ -318,7 +322,8 @@ def _shifted(
         moved = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)
         return with_layers(base, moved.astype(base.dtype), axes, layers)
 
-    return cut_as(base_sharding(base), shifted, base, initial_A, initial_B)
+    moved = cut_as(base_sharding(base), shifted, as_array(base), initial_A, initial_B)
+    return requantized(moved, base) if is_quantized(base) else moved
 
 
 def _over(magnitude: Array, norm: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from lora_jax._algebra import as_array
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._identity import Same, is_hashable
@@ -127,8 +128,8 @@ def _program(
         difference = () if keeps_base else _difference(base, weight2d, scale, *arrays)
         return (*(array.astype(dtype) for array in arrays), difference), _Kind(keeps_base, frozen)
 
-    def of_weight(key: PRNGKeyArray, weight: Array, statistics: tuple[Any, ...]) -> Any:
-        part = taken_layers(weight, axes, layers)
+    def of_weight(key: PRNGKeyArray, weight: Any, statistics: tuple[Any, ...]) -> Any:
+        part = taken_layers(as_array(weight), axes, layers)
         matrices = to_matrices(part, axes)
         known = [
             per_matrix(each, weight.shape, axes, layers, shaped_as_weights=shaped_as_weights)

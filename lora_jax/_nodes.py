@@ -16,6 +16,7 @@ from lora_jax._weight import (
     is_adapter_node,
     is_bank,
     is_lora_weight,
+    is_node,
 )
 
 
@@ -38,7 +39,7 @@ class NodeIndex:
         Raises:
           ValueError: two leaves have the same path.
         """
-        tree = PathIndex.of(wrapped, is_adapter_node)
+        tree = PathIndex.of(wrapped, is_node)
         nodes = {path: leaf for path, leaf in tree.items() if is_adapter_node(leaf)}
         for path, node in nodes.items():
             check_base(path, node)

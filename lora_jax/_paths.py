@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from lora_jax.quantization._weight import is_quantized
+
 KeyPath = tuple[Any, ...]
 
 # Wrappers around a single array (`nnx.Variable`) add a key of their own below the name that the
@@ -31,8 +33,8 @@ class PathIndex:
     leaves: tuple[Any, ...]
 
     @classmethod
-    def of(cls, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> "PathIndex":
-        """Returns the index of `tree`.
+    def of(cls, tree: Any, is_leaf: Callable[[Any], bool] = is_quantized) -> "PathIndex":
+        """Returns the index of `tree`, in which a quantised weight is one leaf.
 
         Raises:
           ValueError: two leaves have the same path.
@@ -53,14 +55,14 @@ class PathIndex:
 
 
 def leaves_with_paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    tree: Any, is_leaf: Callable[[Any], bool] = is_quantized
 ) -> list[tuple[str, Any]]:
     """Returns every leaf of `tree` beside its path, in the order of `jax.tree.leaves`."""
     return PathIndex.of(tree, is_leaf).items()
 
 
 def map_with_paths(
-    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = is_quantized
 ) -> Any:
     """Returns `tree` with every leaf replaced by `function(path, leaf)`."""
     return PathIndex.of(tree, is_leaf).mapped(function)

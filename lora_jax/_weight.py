@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Inexact
 
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
+from lora_jax.quantization._weight import is_quantized
 
 # The leaves of a node that train unless frozen.
 FACTORS = ("lora_A", "lora_B", "magnitude")
@@ -198,8 +199,18 @@ def is_adapter_node(node: Any) -> TypeGuard[AdapterNode]:
     return isinstance(node, LoRAWeight | LoRABank | FullWeight)
 
 
+def is_weight(leaf: Any) -> bool:
+    """Says whether a leaf is a weight that a model meets as an array: adapted or quantised."""
+    return has_factors(leaf) or is_quantized(leaf)
+
+
+def is_node(leaf: Any) -> bool:
+    """Says whether a leaf of a tree has arrays of its own: made by `wrap` or by `quantize`."""
+    return is_adapter_node(leaf) or is_quantized(leaf)
+
+
 def innermost_base(node: Any) -> Any:
-    """Returns the array at the bottom of a node, whose base may be a node itself."""
+    """Returns what is at the bottom of a node, whose base may be a node: the frozen weight."""
     while is_adapter_node(node):
         node = node.base
     return node

@@ -27,6 +27,7 @@ LAYERS = (
         "_shapes",
         "_tables",
         "_version",
+        "quantization",
     },
     {"_algebra", "_nodes", "_weight"},
     {
@@ -34,6 +35,7 @@ LAYERS = (
         "_initial_factors",
         "_merge",
         "_optimizer",
+        "_quantize",
         "_selection",
         "_settings",
         "_summary",

@@ -14,7 +14,8 @@ from jaxtyping import PRNGKeyArray
 from lora_jax._compat import ClosedJaxpr, evaluate
 from lora_jax._nodes import map_nodes
 from lora_jax._paths import path_strings
-from lora_jax._weight import FullWeight, has_factors, innermost_base, is_adapter_node
+from lora_jax._weight import FullWeight, has_factors, innermost_base, is_node, is_weight
+from lora_jax.transform._bases import stand_in
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._dropout import Dropout, NoDropout
 from lora_jax.transform._factored import Factored
@@ -121,11 +122,11 @@ def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
 
 def _holds_node(tree: Any) -> bool:
     """Says whether a tree holds anything that the model must not meet: weights in full, too."""
-    return any(map(is_adapter_node, jax.tree.leaves(tree, is_leaf=is_adapter_node)))
+    return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
 
 
-def _holds_adapter(tree: Any) -> bool:
-    return any(map(has_factors, jax.tree.leaves(tree, is_leaf=has_factors)))
+def _holds_weight(tree: Any) -> bool:
+    return any(map(is_weight, jax.tree.leaves(tree, is_leaf=is_weight)))
 
 
 def _with_bound(fn: Callable[..., Any], adapted: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,7 +195,7 @@ def _adapted(
 
     def adapted(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         arguments = with_trained_values(arguments)
-        if not _holds_adapter(arguments):
+        if not _holds_weight(arguments):
             args, kwargs = arguments
             return fn(*args, **kwargs)
         try:
@@ -237,15 +238,15 @@ def rewrite(
       recorder: is called with each use of an adapted weight.
       dropout: LoRA dropout.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=has_factors)
+    flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_weight)
     leaves = [leaf for _, leaf in flat]
     paths = weight_paths(flat)
-    plain = [innermost_base(leaf) for leaf in leaves]
+    plain = [stand_in(innermost_base(leaf)) for leaf in leaves]
     traced = traced_function(fn, structure, plain)
     reporter = Reporter(recorder)
     interpreter = Interpreter(with_factors(), SharedFunctions(), reporter, dropout)
     values = [
-        symbolic_weight(leaf, path, reporter) if has_factors(leaf) else leaf
+        symbolic_weight(leaf, path, reporter) if is_weight(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)
     ]
     outputs = [

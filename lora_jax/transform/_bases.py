@@ -1,9 +1,12 @@
 """What rules need from the frozen base of a weight, whatever its kind.
 
-A base passes through an equation in one of two ways. An op that moves a weight (a transpose, a
-slice, a change of dtype) is applied to the base, and gives a base. An op that computes with a
-weight (a product, a convolution, a sum) takes the base as an array. Loops and calls take it as a
-tree of arrays that they cut along the first axis.
+A base is an array, or deferred: a value such as a quantised weight, which becomes an array where an
+op needs it. A deferred base crosses into loops and calls as its parts. An op that computes with it
+computes the array too, within one rematerialised function, so that the backward pass keeps the
+parts, and computes the array again.
+
+An op uses a base in one of two ways. One that moves a weight (a transpose, a slice, a change of
+dtype) gives a base. One that computes with it (a product, a convolution) gives arrays.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,7 @@ import jax
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
+from lora_jax.transform._deferred import batch_ndim, dequantized, is_deferred, moved
 from lora_jax.transform._factored import Factored
 
 
@@ -22,8 +26,20 @@ def base_of(value: Any) -> Any:
 
 
 def array_of(value: Any) -> Any:
-    """Returns the array that an op computes with: the base's, or the value itself."""
-    return base_of(value)
+    """Returns the array that the base of a factored value stands for, or the value itself."""
+    return dequantized(base_of(value))
+
+
+def stand_in(value: Any) -> Any:
+    """Returns an array of the same shape as a value, for tracing."""
+    base = base_of(value)
+    return jax.ShapeDtypeStruct(base.shape, base.dtype) if is_deferred(base) else base
+
+
+def stacked_base(value: Factored) -> Any:
+    """Returns the base of a stack with all its arrays cut along the first axis, for a loop."""
+    base = value.base
+    return base if not is_deferred(base) or batch_ndim(base) else dequantized(base)
 
 
 def put_base(value: Factored, put: Callable[[Array], Array]) -> Any:
@@ -31,11 +47,27 @@ def put_base(value: Factored, put: Callable[[Array], Array]) -> Any:
     return jax.tree.map(put, value.base)
 
 
+def rematerialized(function: Callable[..., Any], *values: Any) -> Any:
+    """Returns `function(*values)`; where a base among them is deferred, only the values are kept.
+
+    The rest of what the backward pass needs is computed again there.
+    """
+    if not any(is_deferred(base_of(value)) for value in values):
+        return function(*values)
+    return jax.checkpoint(function)(*values)
+
+
 def moved_bases(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
     """Returns the outputs of an equation that moves weights, applied to their bases."""
-    return evaluate_equation(equation, [base_of(value) for value in inputs])
+    bases = [base_of(value) for value in inputs]
+    if not any(map(is_deferred, bases)):
+        return evaluate_equation(equation, bases)
+    return moved(equation, bases)
 
 
 def computed_with_bases(equation: Equation, inputs: Sequence[Any]) -> list[Any]:
     """Returns the outputs of an equation that computes with weights, of their bases alone."""
-    return evaluate_equation(equation, [array_of(value) for value in inputs])
+    return rematerialized(
+        lambda *bases: evaluate_equation(equation, list(map(dequantized, bases))),
+        *map(base_of, inputs),
+    )

@@ -1,13 +1,13 @@
 """When W + AB is built: where that is cheaper, and where no rule avoids it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from lora_jax._compat import Equation
 from lora_jax._shapes import Size
-from lora_jax.transform._dense import dense_flops, dense_value, is_as_exact_dense
+from lora_jax.transform._dense import built, dense_flops, dense_value, is_as_exact_dense
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter, Use
 
@@ -49,8 +49,8 @@ def chosen(
     term_flops: Sequence[Size],
     *,
     may_build: bool,
-) -> Factored | jax.Array:
-    """Returns a weight as an op should use it: built if that is cheaper, else unchanged.
+) -> Any:
+    """Returns a weight as an op should use it: without terms if that is cheaper, else unchanged.
 
     Building a half-precision weight would round away the factors' extra precision, so it stays
     factored.
@@ -86,7 +86,7 @@ def chosen(
                 dense_flops=dense_flops(part),
             )
         )
-    return dense_value(value) if is_dense else value
+    return built(value) if is_dense else value
 
 
 def materialized(reporter: Reporter, equation: Equation, values: Sequence[Any]) -> list[Any]:
@@ -98,10 +98,29 @@ def materialized(reporter: Reporter, equation: Equation, values: Sequence[Any]) 
     ]
 
 
+def materialized_inputs(reporter: Reporter, equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Returns the same for an equation that `computed_with_bases` evaluates: without terms."""
+    where = equation.primitive.name, reporter.source_of(equation)
+    return [
+        _told(reporter, value, *where, built) if isinstance(value, Factored) else value
+        for value in values
+    ]
+
+
 def materialized_value(
     reporter: Reporter, value: Factored, primitive: str, source: str
 ) -> jax.Array:
     """Returns base + Σ terms, which `primitive` at `source` needs."""
+    return _told(reporter, value, primitive, source, dense_value)
+
+
+def _told(
+    reporter: Reporter,
+    value: Factored,
+    primitive: str,
+    source: str,
+    build: Callable[[Factored], Any],
+) -> Any:
     for path, part in value.parts().items():
         reporter.tell(Use(path, primitive, source, "materialized", 0, None, dense_flops(part)))
-    return dense_value(value)
+    return build(value)

@@ -1,5 +1,6 @@
 """A factored value as one array: how it is built, and what that costs."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._bases import array_of
+from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored, multiplied
 from lora_jax.transform._product import product, without_unit_axes
 from lora_jax.transform._terms import Term, block_shape, padded
@@ -25,6 +27,42 @@ def dense_value(value: Factored) -> Array:
     if value.gain is not None:
         total = multiplied(total, value.gain.aligned.squeeze(-1))
     return total.astype(value.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The sum of a value with a deferred base, built where an op needs it.
+
+    Attributes:
+      value: the value.
+    """
+
+    value: Factored
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """The shape of the value."""
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value."""
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value."""
+        return self.value.dtype
+
+    def dequantize(self) -> Array:
+        """Returns the sum as an array."""
+        return dense_value(self.value)
+
+
+def built(value: Factored) -> Any:
+    """Returns a value without terms: an array, or a base that is built where an op needs it."""
+    return Factored(Built(value), ()) if is_deferred(value.base) else dense_value(value)
 
 
 def is_as_exact_dense(value: Factored) -> bool:

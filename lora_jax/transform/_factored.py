@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
+from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._terms import Factor, Term, without_windows
 
 
@@ -70,6 +71,11 @@ class Factored:
     def with_aligned(self) -> "Factored":
         """Returns the same value with factors that the trace at hand has aligned."""
         return self.map_factors(Factor.with_aligned)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether this is more than an array."""
+        return bool(self.terms) or self.gain is not None or is_deferred(self.base)
 
     @property
     def held_by_gain(self) -> frozenset[int]:

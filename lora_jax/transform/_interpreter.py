@@ -19,7 +19,8 @@ from lora_jax._compat import (
     settings_of,
 )
 from lora_jax._shapes import Size
-from lora_jax.transform._building import materialized
+from lora_jax.transform._bases import computed_with_bases
+from lora_jax.transform._building import materialized_inputs
 from lora_jax.transform._dropout import Dropout, NoDropout
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter
@@ -77,7 +78,7 @@ class Interpreter:
                 outputs = evaluation(self, equation, inputs)
             if outputs is not None:
                 return outputs
-        return evaluate_equation(equation, materialized(self.reporter, equation, inputs))
+        return computed_with_bases(equation, materialized_inputs(self.reporter, equation, inputs))
 
     def within(self, equation: Equation, times: Size = 1) -> "Interpreter":
         """Returns an interpreter for a body of an equation, which runs `times` times.
@@ -108,7 +109,9 @@ class Interpreter:
 
 def _aligned(value: Any) -> Any:
     """Returns a value as the equations of one body take it."""
-    return value.with_aligned() if isinstance(value, Factored) else value
+    if not isinstance(value, Factored):
+        return value
+    return value.with_aligned() if value.is_weight else value.base
 
 
 @contextlib.contextmanager

@@ -10,14 +10,17 @@ from lora_jax._algebra import gain
 from lora_jax._nodes import check_base, check_single, levels_of
 from lora_jax._shapes import Places, factor_places, magnitude_places, spread_layers
 from lora_jax._weight import LoRABank, LoRAWeight, is_lora_weight
+from lora_jax.quantization._weight import QuantizedWeight, is_quantized
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter
 from lora_jax.transform._terms import Factor, Term
 
 
-def symbolic_weight(node: LoRAWeight | LoRABank, path: str, reporter: Reporter) -> Factored:
-    """Returns the factored value of an adapted weight; nothing frozen receives a gradient.
+def symbolic_weight(
+    node: LoRAWeight | LoRABank | QuantizedWeight, path: str, reporter: Reporter
+) -> Factored:
+    """Returns the factored value of a weight; nothing frozen receives a gradient.
 
     Where the base is a node itself, its terms come first, each under the path of its own level. A
     gain multiplies only what it was made for, so that a base with a gain is built, before any
@@ -31,10 +34,13 @@ def symbolic_weight(node: LoRAWeight | LoRABank, path: str, reporter: Reporter) 
     Raises:
       ValueError: the node holds a bank, or has a base that no node can have.
     """
-    check_base(path, node)
-    for each, level in levels_of(path, node):
+    if is_quantized(node):
+        return Factored(_stopped(node), ())
+    weight = cast(LoRAWeight, node)
+    check_base(path, weight)
+    for each, level in levels_of(path, weight):
         check_single(each, cast(LoRAWeight, level))
-    return _value(cast(LoRAWeight, node), path, reporter)
+    return _value(weight, path, reporter)
 
 
 def _value(weight: LoRAWeight, path: str, reporter: Reporter) -> Factored:
@@ -55,12 +61,17 @@ def _value(weight: LoRAWeight, path: str, reporter: Reporter) -> Factored:
 def _base_and_terms(base: Any, path: str, reporter: Reporter) -> tuple[Array, tuple[Term, ...]]:
     """Returns the array at the bottom of a base, and the terms that the base adds itself."""
     if not is_lora_weight(base):
-        return jax.lax.stop_gradient(base), ()
+        return _stopped(base), ()
     value = _value(base, path, reporter)
     if value.gain is None:
         return value.base, value.terms
     where = "an adapter of an adapter", "the start of the function"
     return materialized_value(reporter, value, *where), ()
+
+
+def _stopped(base: Any) -> Any:
+    """Returns a frozen base: an array, or codes with scales."""
+    return jax.tree.map(jax.lax.stop_gradient, base)
 
 
 def _term(weight: LoRAWeight, path: str) -> Term:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from lora_jax._compat import Equation, Primitive, is_tracer, primitives
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
-from lora_jax.transform._bases import base_of, computed_with_bases
+from lora_jax.transform._bases import computed_with_bases, moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Evaluation, Interpreter
 from lora_jax.transform._roles import of_weights_alone
@@ -22,7 +22,7 @@ def neg(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns the negated weight: base and scale change sign."""
     (value,) = inputs
     terms = tuple(dataclasses.replace(term, scale=-term.scale) for term in value.terms)
-    return [Factored(computed_with_bases(equation, inputs)[0], terms, value.gain)]
+    return [Factored(moved_bases(equation, inputs)[0], terms, value.gain)]
 
 
 def mul(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -45,7 +45,7 @@ def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns a weight plus an array, or the sum of two weights: bases add, terms are listed."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    base = computed_with_bases(equation, inputs)[0]
+    base = _summed_bases(equation, inputs)
     return [Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.ndim)))]
 
 
@@ -53,16 +53,22 @@ def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     """Returns the difference of a weight and an array or another weight."""
     if any(gain_of(value) is not None for value in inputs):
         return None
-    base = computed_with_bases(equation, inputs)[0]
+    base = _summed_bases(equation, inputs)
     first, second = (_terms_on(value, base.ndim) for value in inputs)
     negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in second)
     return [Factored(base, first + negated)]
 
 
+def _summed_bases(equation: Equation, inputs: Sequence[Any]) -> Any:
+    """Returns the sum or difference of the bases: with an array, an array; else a base."""
+    with_array = any(not isinstance(value, Factored) and jnp.ndim(value) for value in inputs)
+    return (computed_with_bases if with_array else moved_bases)(equation, inputs)[0]
+
+
 def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
     """Returns the terms of a scalar, or of a value of `ndim` axes, as terms of `ndim` axes."""
     terms = terms_of(value)
-    if jnp.ndim(base_of(value)) == ndim:
+    if not terms or value.ndim == ndim:
         return terms
     ones = (1,) * ndim
     return tuple(
@@ -87,7 +93,7 @@ def _rescaled(
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
-    return [Factored(computed_with_bases(equation, inputs)[0], absorbed, value.gain)]
+    return [Factored(moved_bases(equation, inputs)[0], absorbed, value.gain)]
 
 
 def _rescaled_term(

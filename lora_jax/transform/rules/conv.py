@@ -13,7 +13,7 @@ from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import AxisRole, Size
 from lora_jax.transform._bases import computed_with_bases
 from lora_jax.transform._building import chosen
-from lora_jax.transform._factored import Factored, multiplied
+from lora_jax.transform._factored import Factored, multiplied, terms_of
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._product import Labelled, product
 from lora_jax.transform._roles import note_roles
@@ -52,7 +52,7 @@ def conv_general_dilated(
         *_costs(equation, weight),
         may_build=not interpreter.dropout.is_active,
     )
-    if not isinstance(choice, Factored):
+    if not terms_of(choice) and weight.terms:
         return computed_with_bases(equation, [x, choice])
     base = result = computed_with_bases(equation, inputs)[0]
     with scope_of(equation), jax.named_scope("lora"):

@@ -24,7 +24,7 @@ from lora_jax._compat import (
     evaluate_equation,
     primitives,
 )
-from lora_jax.transform._bases import array_of
+from lora_jax.transform._bases import stand_in
 from lora_jax.transform._building import materialized
 from lora_jax.transform._dense import dense_value
 from lora_jax.transform._factored import Factored
@@ -207,7 +207,7 @@ def _is_leaf_of_rule(leaf: Any) -> bool:
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:
     """Returns, for tracing, plain arrays of the same shapes."""
-    return [array_of(value) for value in values]
+    return list(map(stand_in, values))
 
 
 def rows_within(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:

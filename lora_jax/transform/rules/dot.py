@@ -17,8 +17,8 @@ from jaxtyping import Array
 from lora_jax._compat import Equation, Primitive, primitives
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import AnyArray, Size
-from lora_jax.transform._bases import array_of, computed_with_bases
-from lora_jax.transform._building import chosen, materialized
+from lora_jax.transform._bases import array_of, computed_with_bases, rematerialized
+from lora_jax.transform._building import chosen, materialized_inputs
 from lora_jax.transform._factored import Factored, multiplied, terms_of
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._product import (
@@ -53,7 +53,7 @@ def dot_general(
         for position in range(len(inputs))
     ]
     result = computed_with_bases(equation, choices)[0]
-    parts = [
+    parts: list[Any] = [
         # A weight that was built has no terms left.
         [None, *zip(terms_of(choice), of_terms, strict=False)]
         for choice, of_terms in zip(choices, plans, strict=True)
@@ -61,9 +61,10 @@ def dot_general(
     with scope_of(equation), jax.named_scope("lora"):
         for use, summand in enumerate(itertools.product(*parts)):
             if any(part is not None for part in summand):
-                result += _change(
+                changed = _changing(
                     interpreter, equation, use, choices, summand, labels, output, result
                 )
+                result += rematerialized(*changed)
         for gain in gains:
             result = multiplied(result, gain).astype(result.dtype)
     return [result]
@@ -149,7 +150,7 @@ def _with_gains_outside(
                 operands[1 - position] = _cut_as(other, scaled.astype(other.dtype))
             operands[position] = without_gain
         else:
-            operands[position] = materialized(interpreter.reporter, equation, [value])[0]
+            operands[position] = materialized_inputs(interpreter.reporter, equation, [value])[0]
     return operands, gains
 
 
@@ -226,6 +227,25 @@ def _chosen(
         [plan.flops for plan in plans],
         may_build=not interpreter.dropout.is_active,
     )
+
+
+def _changing(
+    interpreter: Interpreter,
+    equation: Equation,
+    use: int,
+    operands: Sequence[Any],
+    summand: Sequence[tuple[Term, Plan] | None],
+    *context: Any,
+) -> tuple[Any, ...]:
+    """Returns `_change` as a function of the operands that stand for themselves, and those."""
+    places = [place for place, part in enumerate(summand) if part is None]
+
+    def change(*own: Any) -> Array:
+        by_place = dict(zip(places, own, strict=True))
+        mixed = [by_place.get(place, operand) for place, operand in enumerate(operands)]
+        return _change(interpreter, equation, use, mixed, summand, *context)
+
+    return change, *(operands[place] for place in places)
 
 
 def _change(

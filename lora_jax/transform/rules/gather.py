@@ -12,6 +12,7 @@ from jaxtyping import Array
 from lora_jax._compat import Equation, Primitive, primitives
 from lora_jax._shapes import AxisRole, Size
 from lora_jax.transform._bases import computed_with_bases, moved_bases
+from lora_jax.transform._deferred import batch_ndim
 from lora_jax.transform._dense import dense_flops, dense_value
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
@@ -39,7 +40,7 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
         or not _fills_alike(equation, value, looked_up, holding)
     ):
         return None
-    gives_weight = "one" not in holding
+    gives_weight = "one" not in holding and (bool(terms) or _picks_matrices(value, looked_up))
     # A weight that is picked out of a stack stays one; rows are activations.
     base = (moved_bases if gives_weight else computed_with_bases)(equation, inputs)[0]
     picked = tuple(
@@ -96,6 +97,11 @@ def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Se
         for term in (without_windows(term, value.shape) for term in value.terms)
     )
     return [Factored(picked, terms)]
+
+
+def _picks_matrices(value: Factored, looked_up: Sequence[int]) -> bool:
+    """Says whether a lookup in a weight without terms picks whole matrices out of a stack."""
+    return all(axis < batch_ndim(value.base) for axis in looked_up)
 
 
 def _fills_alike(

@@ -22,7 +22,7 @@ from lora_jax._compat import (
     primitives,
     scan_counts,
 )
-from lora_jax.transform._bases import base_of
+from lora_jax.transform._bases import stacked_base
 from lora_jax.transform._building import materialized
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
@@ -254,7 +254,7 @@ class _Stack:
             for factor in (term.factor_A, term.factor_B)
         ]
         gain = self.value.gain
-        return base_of(self.value), factors, gain and _cut_leaf(gain)
+        return stacked_base(self.value), factors, gain and _cut_leaf(gain)
 
     def layer(self, leaves: Any) -> Any:
         """Returns one layer of the stack, from one step's cut of `leaves`."""

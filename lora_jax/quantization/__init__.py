@@ -1,0 +1,4 @@
+"""Quantised weights: formats, and the node that holds codes and scales."""
+
+from lora_jax.quantization._tree import dequantize as dequantize
+from lora_jax.quantization._weight import QuantizedWeight as QuantizedWeight

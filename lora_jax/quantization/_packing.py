@@ -1,0 +1,81 @@
+"""Codes of fewer than eight bits, packed into bytes along one axis.
+
+Neighbours along the axis share bytes, the first in the highest bits: two codes of four bits in one
+byte, four codes of six bits in three. So a part of the axis is a part of the bytes, wherever it is
+cut between whole groups.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def group_of(bits: int) -> tuple[int, int]:
+    """Returns how many codes share how many bytes."""
+    common = math.lcm(bits, 8)
+    return common // bits, common // 8
+
+
+def packed_bits(count: int, bits: int) -> int:
+    """Returns the bytes that `count` codes take."""
+    codes, width = group_of(bits)
+    return -(-count // codes) * width
+
+
+def packed(codes: Array, bits: int, axis: int) -> Array:
+    """Returns codes of the given width in bytes along an axis, the last group filled with zeros.
+
+    Args:
+      codes: codes in the lowest bits of uint8.
+      bits: the width of a code.
+      axis: the axis along which neighbours share bytes.
+    """
+    count, width = group_of(bits)
+    size = codes.shape[axis]
+    padding = [(0, 0)] * codes.ndim
+    padding[axis] = (0, -size % count)
+    groups = _grouped(jnp.pad(codes, padding), count, axis)
+    word = jnp.zeros((), jnp.uint32)
+    for place in range(count):
+        part = groups.take(place, axis=axis + 1).astype(jnp.uint32)
+        word = word | (part << (bits * (count - 1 - place)))
+    parts = [(word >> (8 * (width - 1 - place))) & 0xFF for place in range(width)]
+    return _joined(jnp.stack(parts, axis=axis + 1), axis).astype(jnp.uint8)
+
+
+def unpacked(packed_codes: Array, bits: int, axis: int, size: int) -> Array:
+    """Returns the codes in bytes of their own, the first `size` along the axis.
+
+    Args:
+      packed_codes: what `packed` returned.
+      bits: the width of a code.
+      axis: the axis along which neighbours share bytes.
+      size: the number of codes along the axis.
+    """
+    count, width = group_of(bits)
+    mask = (1 << bits) - 1
+    if width == 1:
+        shape = [1] * (packed_codes.ndim + 1)
+        shape[axis + 1] = count
+        shifts = (bits * jnp.arange(count - 1, -1, -1)).astype(jnp.uint8).reshape(shape)
+        codes = (jnp.expand_dims(packed_codes, axis + 1) >> shifts) & jnp.uint8(mask)
+    else:
+        groups = _grouped(packed_codes, width, axis).astype(jnp.uint32)
+        word = jnp.zeros((), jnp.uint32)
+        for place in range(width):
+            word = word | (groups.take(place, axis=axis + 1) << (8 * (width - 1 - place)))
+        parts = [(word >> (bits * (count - 1 - place))) & mask for place in range(count)]
+        codes = jnp.stack(parts, axis=axis + 1).astype(jnp.uint8)
+    codes = _joined(codes, axis)
+    return codes[(slice(None),) * axis + (slice(size),)] if codes.shape[axis] != size else codes
+
+
+def _grouped(array: Array, count: int, axis: int) -> Array:
+    shape = array.shape
+    return array.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
+
+
+def _joined(array: Array, axis: int) -> Array:
+    shape = array.shape
+    return array.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])

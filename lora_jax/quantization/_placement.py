@@ -1,0 +1,57 @@
+"""How the arrays of a quantised weight are cut over a mesh where the weight is."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from lora_jax.quantization._weight import QuantizedWeight
+
+
+def leaf_specs(
+    weight: QuantizedWeight, spec: Sequence[Any], mesh_shape: Mapping[str, int]
+) -> QuantizedWeight:
+    """Returns the weight with a `PartitionSpec` in place of each array.
+
+    An array is cut along the batch axes and the features as the weight is. Along the first blocked
+    axis it is cut where the mesh divides it. Scales that are quantised themselves are cut along
+    the batch axes alone, since their blocks run across features.
+
+    Args:
+      weight: the weight; its arrays may be abstract.
+      spec: for each axis of the weight what stands in a `PartitionSpec`.
+      mesh_shape: the sizes of the axes of the mesh.
+    """
+    cuts = (*spec, *(None,) * (weight.ndim - len(spec)))
+    batch, ndim = weight.batch_ndim, weight.ndim
+    in_blocks = cuts[ndim + weight.blocked[0]] if weight.blocked else None
+    features = [cuts[ndim + axis] for axis in weight.features]
+
+    def of_array(array: Any) -> PartitionSpec:
+        wanted = (*cuts[:batch], in_blocks, *features)
+        return PartitionSpec(
+            *(
+                cut if size % _parts(cut, mesh_shape) == 0 else None
+                for cut, size in zip(wanted, array.shape, strict=True)
+            )
+        )
+
+    def of_numbers(numbers: Any) -> Any:
+        if isinstance(numbers, QuantizedWeight):
+            return leaf_specs(numbers, cuts[:batch], mesh_shape)
+        return None if numbers is None else of_array(numbers)
+
+    return dataclasses.replace(
+        weight,
+        codes=of_array(weight.codes),
+        scales=of_numbers(weight.scales),
+        offsets=of_numbers(weight.offsets),
+        codebook=None if weight.codebook is None else PartitionSpec(*cuts[:batch]),
+    )
+
+
+def _parts(cut: Any, mesh_shape: Mapping[str, int]) -> int:
+    names = () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
+    return math.prod(mesh_shape[name] for name in names)
