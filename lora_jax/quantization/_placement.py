@@ -33,7 +33,7 @@ def leaf_specs(
         wanted = (*cuts[:batch], in_blocks, *features)
         return PartitionSpec(
             *(
-                cut if size % _parts(cut, mesh_shape) == 0 else None
+                cut if size % parts(cut, mesh_shape) == 0 else None
                 for cut, size in zip(wanted, array.shape, strict=True)
             )
         )
@@ -52,6 +52,7 @@ def leaf_specs(
     )
 
 
-def _parts(cut: Any, mesh_shape: Mapping[str, int]) -> int:
+def parts(cut: Any, mesh_shape: Mapping[str, int]) -> int:
+    """Returns into how many parts an entry of a `PartitionSpec` cuts an axis."""
     names = () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
     return math.prod(mesh_shape[name] for name in names)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from lora_jax._compat import Equation, evaluate_equation
 from lora_jax.transform._deferred import batch_ndim, dequantized, is_deferred, moved
@@ -31,20 +30,15 @@ def array_of(value: Any) -> Any:
 
 
 def stand_in(value: Any) -> Any:
-    """Returns an array of the same shape as a value, for tracing."""
+    """Returns a value of the same type as the array that a value stands for, for tracing."""
     base = base_of(value)
-    return jax.ShapeDtypeStruct(base.shape, base.dtype) if is_deferred(base) else base
+    return jax.eval_shape(dequantized, base) if is_deferred(base) else base
 
 
 def stacked_base(value: Factored) -> Any:
     """Returns the base of a stack with all its arrays cut along the first axis, for a loop."""
     base = value.base
     return base if not is_deferred(base) or batch_ndim(base) else dequantized(base)
-
-
-def put_base(value: Factored, put: Callable[[Array], Array]) -> Any:
-    """Returns the base of a value with each of its arrays put somewhere, or laid out anew."""
-    return jax.tree.map(put, value.base)
 
 
 def rematerialized(function: Callable[..., Any], *values: Any) -> Any:

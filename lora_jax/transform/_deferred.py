@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, evaluate_equation, primitives
@@ -205,7 +206,10 @@ def _split(equation: Equation, base: Any) -> list[Any] | None:
 
 
 def _picked(equation: Equation, base: Any, indices: Any) -> list[Any] | None:
-    """Returns layers or experts picked by their indices, which become the batch axes."""
+    """Returns layers or experts picked by their indices, which become the batch axes.
+
+    Where an index is out of bounds and the array would be NaN or zero, its scales and offsets are.
+    """
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     batch = batch_ndim(base)
     picked = numbers.start_index_map
@@ -215,6 +219,7 @@ def _picked(equation: Equation, base: Any, indices: Any) -> list[Any] | None:
         or tuple(numbers.collapsed_slice_dims) != tuple(range(batch))
         or numbers.operand_batching_dims
         or tuple(sizes[batch:]) != tuple(base.shape[batch:])
+        or not _scales_give(equation.params["fill_value"])
     ):
         return None
     places = indices.ndim - 1
@@ -228,9 +233,19 @@ def _picked(equation: Equation, base: Any, indices: Any) -> list[Any] | None:
             "dimension_numbers": numbers._replace(offset_dims=offsets),
             "slice_sizes": (*sizes[:batch], *leaf.shape[batch:]),
         }
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            params["mode"] = _IN_BOUNDS.get(params["mode"], params["mode"])
         return equation.primitive.bind(leaf, indices, **params)
 
     return [jax.tree.map(pick, base)]
+
+
+def _scales_give(fill_value: Any) -> bool:
+    """Says whether a weight is `fill_value` where its scales and offsets are."""
+    return fill_value is None or bool(np.isnan(fill_value) or fill_value == 0)
+
+
+_IN_BOUNDS = {jax.lax.GatherScatterMode.FILL_OR_DROP: jax.lax.GatherScatterMode.CLIP}
 
 
 def _moves() -> Mapping[Primitive, Callable[..., list[Any] | None]]:

@@ -6,13 +6,17 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 import lora_jax
+from lora_jax.quantization._placement import leaf_specs
+from lora_jax.quantization._weight import is_quantized
 from tests.battery.layouts import Layout
 from tests.battery.options import Option
 from tests.battery.registry import ROWS, WIDTH
+from tests.dequantized import dequantized
 
 RANKS = {"w": 2, "v": 1}
 ALPHA = 3.0
@@ -47,6 +51,7 @@ def problem_of(layout: Layout, option: Option) -> Problem:
         name: weight_of(random, layout, option, dtype=option.dtype_of(name), rank=rank)
         for name, rank in RANKS.items()
     }
+    wrapped |= {name: wrapped[name].base for name in option.alone}
     adapters, frozen = lora_jax.split(wrapped)
     other = jax.tree.map(
         lambda label, x: (x * np.asarray(_OTHER[label], x.dtype)) if label in _OTHER else None,
@@ -77,6 +82,8 @@ def weight_of(
     if option.zero_feature:
         base[tuple(0 if role == "out" else slice(None) for role in layout.axes)] = 0
     base = base.astype(dtype)
+    if option.format is not None:
+        base = quantized(base, layout, option.format)
     node = lora_jax.LoRAWeight(
         base=base,
         lora_A=drawn(*batch, *inputs, rank).astype(factor_dtype),
@@ -87,12 +94,29 @@ def weight_of(
     )
     if not option.dora:
         return node
-    norms = _sum_of_squares(_taken(base.astype(np.float64), layout.axes, option.layers), layout)
+    norms = _sum_of_squares(_taken(_dense(base), layout.axes, option.layers), layout)
     return dataclasses.replace(
         node,
         magnitude=random.uniform(0.5, 1.5, norms.shape).astype(factor_dtype),
         squared_norm=norms.astype(factor_dtype),
     )
+
+
+def quantized(base: np.ndarray, layout: Layout, name: str) -> lora_jax.QuantizedWeight:
+    """Returns a weight quantised along its inputs, in blocks of which the last one is short."""
+    params = {"w": jnp.asarray(base)}
+    axes = {"w": layout.axes}
+    codes = lora_jax.quantize(params, "w", format=name, block=_BLOCK, axes=axes)["w"]
+    return jax.device_get(codes)
+
+
+# Some inputs have 4, 6 or 8 weights, or the product of two of these.
+_BLOCK = 5
+
+
+def _dense(base: Any) -> np.ndarray:
+    is_quantized = isinstance(base, lora_jax.QuantizedWeight)
+    return dequantized(base) if is_quantized else np.asarray(base, np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +131,12 @@ class Dense:
     layout: Layout
 
     @classmethod
-    def of(cls, node: lora_jax.LoRAWeight) -> "Dense":
+    def of(cls, node: Any) -> "Dense":
+        if isinstance(node, lora_jax.QuantizedWeight):
+            value = dequantized(node)
+            return cls(value, value, None, None, None, Layout((), node.shape))
         layout = Layout(node.axes, node.shape)
+        node = dataclasses.replace(node, base=_dense(node.base))
         node = jax.tree.map(lambda x: np.asarray(x, np.float64), node)
         change = np.einsum(f"{_A(layout)},{_B(layout)}->{_W(layout)}", node.lora_A, node.lora_B)
         total = _taken(node.base, node.axes, node.layers) + node.scale * change
@@ -141,6 +169,8 @@ class Dense:
     def gradient(self, of_value: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the gradient of the adapter, by the chain rule; a norm is a constant in it."""
         layout, node = self.layout, self.node
+        if node is None:
+            return {}
         part = _taken(of_value, node.axes, node.layers)
         gradient = {}
         if self.gain is not None:
@@ -212,15 +242,22 @@ def shapes_of(problem: Problem, mesh: jax.sharding.Mesh | None) -> tuple[Any, An
         sharding = None if mesh is None else jax.NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    def quantized_shapes(weight: Any) -> Any:
+        if weight.codes is None:
+            return weight
+        specs = leaf_specs(weight, (*(None,) * last, "d"), {"d": 2})
+        return jax.tree.map(lambda leaf, spec: shape(leaf, tuple(spec)), weight, specs)
+
     def shapes(tree: Any, *, stacked: bool = False) -> Any:
         front = (None,) if stacked else ()
-        return jax.tree_util.tree_map_with_path(
-            lambda key_path, leaf: shape(
-                leaf,
-                (*front, *("d" if axis == last else None for axis in held[key_path[-1].name])),
-            ),
-            tree,
-        )
+
+        def of(key_path: Any, leaf: Any) -> Any:
+            if is_quantized(leaf):
+                return quantized_shapes(leaf)
+            cuts = ("d" if axis == last else None for axis in held[key_path[-1].name])
+            return shape(leaf, (*front, *cuts))
+
+        return jax.tree_util.tree_map_with_path(of, tree, is_leaf=is_quantized)
 
     return (
         shapes(problem.stacked_adapters, stacked=True),

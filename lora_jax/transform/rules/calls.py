@@ -14,7 +14,9 @@ from jax.sharding import Sharding
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import Equation, Primitive, primitives, rebound
-from lora_jax.transform._bases import put_base
+from lora_jax.transform._base_shards import placed_base
+from lora_jax.transform._bases import base_of
+from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Reporter, Use
@@ -138,17 +140,16 @@ def _with_sharding(value: Any, sharding: Any) -> Any:
         return value
     if not isinstance(value, Factored):
         return jax.lax.with_sharding_constraint(value, sharding)
-    base = put_base(value, lambda array: jax.lax.with_sharding_constraint(array, sharding))
+    base = placed_base(value.base, sharding, jax.lax.with_sharding_constraint)
     return placed(value, base, sharding, jax.lax.with_sharding_constraint)
 
 
 def _with_layout(value: Any, layout: Any) -> Any:
-    """Returns a value, or the base of a factored one, in a layout."""
-    if not isinstance(layout, Layout):
+    """Returns a value, or the array that is the base of a factored one, in a layout."""
+    if not isinstance(layout, Layout) or is_deferred(base_of(value)):
         return value
     if isinstance(value, Factored):
-        base = put_base(value, lambda array: with_layout_constraint(array, layout))
-        return dataclasses.replace(value, base=base)
+        return dataclasses.replace(value, base=with_layout_constraint(value.base, layout))
     return with_layout_constraint(value, layout)
 
 

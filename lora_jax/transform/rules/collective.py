@@ -26,7 +26,8 @@ from lora_jax._compat import (
     primitives,
     varying_axes,
 )
-from lora_jax.transform._bases import array_of, moved_bases
+from lora_jax.transform._base_shards import varying_axes_of
+from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._terms import Factor, Term
@@ -48,14 +49,14 @@ class _Group:
 
     equation: Equation
     names: frozenset[str]
-    base: Array
+    base: Any
 
     def varies(self, factor: Factor) -> bool:
         """Whether a factor may differ between these devices."""
         return self._varies(factor.stored, factor.alike_over)
 
     def _varies(self, array: Array, alike_over: frozenset[str]) -> bool:
-        if self.names <= varying_axes(self.base):
+        if self.names <= varying_axes_of(self.base):
             return bool(self.names & varying_axes(array))
         return not self.names <= alike_over
 
@@ -65,7 +66,7 @@ class _Group:
 
     def moved(self, array: Array) -> Array:
         """Returns an array with the collective done to it."""
-        missing = self.names & varying_axes(self.base) - varying_axes(array)
+        missing = self.names & varying_axes_of(self.base) - varying_axes(array)
         primitive = self.equation.primitive
         outputs = primitive.bind(as_varying(array, missing), **self.equation.params)
         return outputs[0] if primitive.multiple_results else outputs
@@ -279,7 +280,7 @@ def _factored(base: Array, terms: Sequence[Term | None], gain: Array | None) -> 
 def _group(equation: Equation, value: Factored) -> _Group:
     names = equation.params.get("axis_name", equation.params.get("axes"))
     names = names if isinstance(names, tuple) else (names,)
-    return _Group(equation, frozenset(names), array_of(value))
+    return _Group(equation, frozenset(names), value.base)
 
 
 def _without_windows(value: Any, axes: Collection[int] | None = None) -> Any:

@@ -14,7 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, emitted_primitive, primitives
-from lora_jax.transform._bases import moved_bases
+from lora_jax.transform._base_shards import placed_base
+from lora_jax.transform._bases import base_of, moved_bases
+from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._terms import Factor
@@ -23,7 +25,13 @@ from lora_jax.transform.rules._rule import Rule
 
 def device_put(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns each value on its device or in its memory, the factors of a weight beside it."""
-    bases = moved_bases(equation, inputs)
+    if any(is_deferred(base_of(value)) for value in inputs):
+        bases = [
+            placed_base(base_of(value), where, _put)
+            for value, where in zip(inputs, equation.params["devices"], strict=True)
+        ]
+    else:
+        bases = moved_bases(equation, inputs)
     return [
         placed(value, base, where, _put) if isinstance(value, Factored) else base
         for value, base, where in zip(inputs, bases, equation.params["devices"], strict=True)
@@ -38,21 +46,31 @@ def sharding_constraint(
     interpreter: Interpreter, equation: Equation, inputs: list[Any]
 ) -> list[Any]:
     """Returns the weight cut as the model says, and its factors in the same way."""
-    (value,) = inputs
-    base = moved_bases(equation, inputs)[0]
-    return [placed(value, base, equation.params["sharding"], jax.lax.with_sharding_constraint)]
+    return [
+        _constrained(
+            equation, inputs[0], equation.params["sharding"], jax.lax.with_sharding_constraint
+        )
+    ]
 
 
 def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns the weight, and its factors, cut over explicit axes as the model says."""
-    (value,) = inputs
-    base = moved_bases(equation, inputs)[0]
-    return [placed(value, base, equation.params["dst_sharding"], jax.sharding.reshard)]
+    return [
+        _constrained(equation, inputs[0], equation.params["dst_sharding"], jax.sharding.reshard)
+    ]
 
 
-def placed(
-    value: Factored, base: Array, where: Any, put: Callable[[Array, Any], Array]
+def _constrained(
+    equation: Equation, value: Factored, sharding: Any, put: Callable[[Array, Any], Array]
 ) -> Factored:
+    if is_deferred(value.base):
+        base = placed_base(value.base, sharding, put)
+    else:
+        base = moved_bases(equation, [value])[0]
+    return placed(value, base, sharding, put)
+
+
+def placed(value: Factored, base: Any, where: Any, put: Callable[[Array, Any], Array]) -> Factored:
     """Returns a weight whose base was put somewhere, with its factors and scales there too.
 
     Args:
@@ -88,6 +106,10 @@ def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:
         where = NamedSharding(mesh, spec_of_factor)
         return factor.with_stored(jax.sharding.reshard(factor.stored, where))
 
+    if is_deferred(value.base):
+        cuts = PartitionSpec(*(_within(axis, explicit) for axis in spec))
+        base = placed_base(value.base, NamedSharding(mesh, cuts), jax.sharding.reshard)
+        value = dataclasses.replace(value, base=base)
     return value.map_factors(cut)
 
 

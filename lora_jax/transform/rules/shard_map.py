@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import Equation, Primitive, emitted_primitive, one_shard
+from lora_jax.transform._base_shards import base_for_shards, base_specs, local_base
 from lora_jax.transform._building import materialized
+from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._terms import Factor
@@ -24,9 +26,14 @@ def shard_map(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -
     values = [
         _for_shards(value, mesh, spec, names) for value, spec in zip(inputs, in_specs, strict=True)
     ]
-    specs = [_factored_specs(value, spec) for value, spec in zip(values, in_specs, strict=True)]
+    specs = [
+        _factored_specs(value, spec, mesh) for value, spec in zip(values, in_specs, strict=True)
+    ]
 
     def body(key: PRNGKeyArray | None, *arguments: Any) -> list[Any]:
+        arguments = tuple(
+            _on_shard(value, spec, mesh) for value, spec in zip(arguments, in_specs, strict=True)
+        )
         shard = interpreter.within(equation)
         if equation.params["check_vma"]:
             # The axes that an array varies over are known where dropout is applied.
@@ -70,6 +77,9 @@ def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any
         alike_over = factor.alike_over | frozenset(names) - frozenset(cut)
         return dataclasses.replace(factor, alike_over=alike_over)
 
+    if is_deferred(value.base):
+        base = base_for_shards(value.base, spec, dict(mesh.shape))
+        value = dataclasses.replace(value, base=base)
     value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
     terms = tuple(
         dataclasses.replace(term, scale_alike_over=term.scale_alike_over | frozenset(names))
@@ -78,7 +88,14 @@ def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any
     return dataclasses.replace(value, terms=terms)
 
 
-def _factored_specs(value: Any, spec: Any) -> Any:
+def _on_shard(value: Any, spec: Any, mesh: Any) -> Any:
+    """Returns a value that one shard was given as the function of shards takes it."""
+    if not isinstance(value, Factored):
+        return value
+    return dataclasses.replace(value, base=local_base(value.base, spec, dict(mesh.shape)))
+
+
+def _factored_specs(value: Any, spec: Any, mesh: Any) -> Any:
     """Returns the spec of each array of a factored weight: that of W, where the array holds it."""
     if not isinstance(value, Factored):
         return spec
@@ -89,7 +106,8 @@ def _factored_specs(value: Any, spec: Any) -> Any:
 
     specs: Any = value.map_factors(spec_of)
     terms = tuple(dataclasses.replace(term, scale=PartitionSpec()) for term in specs.terms)
-    return dataclasses.replace(specs, base=spec, terms=terms)
+    base = base_specs(value.base, spec, dict(mesh.shape))
+    return dataclasses.replace(specs, base=base, terms=terms)
 
 
 def rules() -> dict[Primitive, Rule]:
