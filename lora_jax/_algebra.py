@@ -29,14 +29,15 @@ from lora_jax._weight import (
     is_lora_weight,
 )
 from lora_jax.quantization._encode import requantized
-from lora_jax.quantization._weight import is_quantized
+from lora_jax.quantization._foreign import ForeignWeight
+from lora_jax.quantization._weight import AnyWeight, QuantizedWeight, is_quantized
 
 _LETTERS = string.ascii_lowercase[:-2]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def lora_weight(
-    original: AnyArray | jax.ShapeDtypeStruct | LoRAWeight,
+    original: AnyWeight | LoRAWeight,
     lora_A: Array,
     lora_B: Array,
     scale: Array,
@@ -72,7 +73,7 @@ def lora_weight(
 
 
 def lora_bank(
-    original: AnyArray | LoRAWeight,
+    original: AnyWeight | LoRAWeight,
     lora_A: Array,
     lora_B: Array,
     scale: Array,
@@ -323,7 +324,12 @@ def _shifted(
         return with_layers(base, moved.astype(base.dtype), axes, layers)
 
     moved = cut_as(base_sharding(base), shifted, as_array(base), initial_A, initial_B)
-    return requantized(moved, base) if is_quantized(base) else moved
+    if isinstance(base, ForeignWeight):
+        raise ValueError(
+            "An initialiser changes the base, which is a quantised array of another library; "
+            "expected one that keeps it, such as 'kaiming', or quantization.dequantize(params)."
+        )
+    return requantized(moved, base) if isinstance(base, QuantizedWeight) else moved
 
 
 def _over(magnitude: Array, norm: Array) -> Array:

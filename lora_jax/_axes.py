@@ -6,8 +6,9 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from lora_jax._paths import compile_expression, leaves_with_paths, listed, nearest_paths
-from lora_jax._shapes import AnyArray, Axes
+from lora_jax._shapes import Axes
 from lora_jax._tables import table
+from lora_jax.quantization._weight import AnyWeight
 
 _ROLES = ("in", "out", "batch")
 
@@ -161,7 +162,7 @@ def _sides(uses: tuple[WeightUse, ...]) -> set[frozenset[frozenset[int]]]:
     }
 
 
-def axes_of(path: str, leaf: AnyArray, axes: Mapping[str, Sequence[str]] | None) -> Axes:
+def axes_of(path: str, leaf: AnyWeight, axes: Mapping[str, Sequence[str]] | None) -> Axes:
     """Returns the axes of a weight, as `axes` gives them or as its two axes must be.
 
     Raises:

@@ -17,9 +17,10 @@ from lora_jax._identity import Same, is_hashable
 from lora_jax._keys import own_key
 from lora_jax._partition import cut_as, factor_shardings, uncut
 from lora_jax._settings import Settings
-from lora_jax._shapes import AnyArray, Axes, Layers, factor_shapes, taken_layers, to_matrices
+from lora_jax._shapes import Axes, Layers, factor_shapes, taken_layers, to_matrices
 from lora_jax.init import DataInitializer, Frozen
 from lora_jax.init._data import per_matrix
+from lora_jax.quantization._weight import AnyWeight
 
 # How many compiled initialisers are kept: one for each set of settings.
 _KEPT = 256
@@ -44,7 +45,7 @@ class InitialFactors:
 
 def initial_factors(
     path: str,
-    weight: AnyArray,
+    weight: AnyWeight,
     axes: Axes,
     layers: Layers | None,
     settings: Settings,

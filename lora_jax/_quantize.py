@@ -143,7 +143,9 @@ def _check_finite(weights: Mapping[str, Any]) -> None:
         )
 
 
-def _quantized(leaf: AnyArray, axes: Axes, encoding: Encoding) -> QuantizedWeight:
+def _quantized(
+    leaf: AnyArray | jax.ShapeDtypeStruct, axes: Axes, encoding: Encoding
+) -> QuantizedWeight:
     program = _program(axes, encoding)
     abstract = jax.eval_shape(program, leaf)
     shardings = _leaf_shardings(leaf, abstract)

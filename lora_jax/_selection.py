@@ -9,8 +9,9 @@ from lora_jax._dtypes import is_narrow_float
 from lora_jax._leaf_kinds import Neighbourhood, floating_obstacle, weight_obstacle
 from lora_jax._nodes import check_plain
 from lora_jax._paths import leaves_with_paths, listed
-from lora_jax._shapes import AnyArray, Axes
+from lora_jax._shapes import Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
+from lora_jax.quantization._weight import AnyWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SelectedWeight:
       selection: how it was selected.
     """
 
-    leaf: AnyArray
+    leaf: AnyWeight
     axes: Axes
     selection: Selection
 

@@ -17,10 +17,11 @@ from lora_jax._nodes import map_nodes
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
 from lora_jax._settings import Settings, check_rank_fits
-from lora_jax._shapes import AnyArray, Axes, Layers, largest_rank
+from lora_jax._shapes import Axes, Layers, largest_rank
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.init import DataInitializer, Initializer
+from lora_jax.quantization._weight import AnyWeight
 
 
 def wrap(
@@ -152,7 +153,7 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def _wrapped_weight(
-    path: str, leaf: AnyArray, axes: Axes, settings: Settings, key: PRNGKeyArray
+    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray
 ) -> LoRAWeight:
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
@@ -175,7 +176,7 @@ def _wrapped_weight(
     return _with_magnitude(weight, leaf, wide) if settings.dora else weight
 
 
-def _with_magnitude(weight: LoRAWeight, leaf: AnyArray, dtype: Any) -> LoRAWeight:
+def _with_magnitude(weight: LoRAWeight, leaf: AnyWeight, dtype: Any) -> LoRAWeight:
     """Returns a DoRA weight whose magnitudes are its initial norms."""
     norms = squared_norms(weight.base, weight.axes, weight.layers)
     whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
@@ -199,7 +200,7 @@ def _check_trains(path: str, frozen: tuple[str, ...], lora_B: Array, *, dora: bo
         )
 
 
-def _fitting_layers(path: str, leaf: AnyArray, axes: Axes, layers: Layers | None) -> Layers | None:
+def _fitting_layers(path: str, leaf: AnyWeight, axes: Axes, layers: Layers | None) -> Layers | None:
     """Returns the adapted indices of the first batch axis in order, or None for all of them."""
     if layers is None:
         return None

@@ -52,6 +52,7 @@ CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(valu
 
 # Classes that no user makes, and the function or class whose example shows where they come from.
 SHOWN_BY = {
+    "ForeignWeight": lora_jax.quantization.declare,
     "FullWeight": lora_jax.wrap,
     "InferredAxes": lora_jax.infer_axes,
     "Initializer": lora_jax.init.initializer,

@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from lora_jax._compat import is_tracer
 from lora_jax._serialization import exportable, introduce_to_flax
-from lora_jax._shapes import Size
+from lora_jax._shapes import AnyArray, Size
+from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._formats import FORMATS, Format
 from lora_jax.quantization._packing import unpacked
 
@@ -196,6 +197,10 @@ def _numbers(form: Format, codes: Array, codebook: Any, batch: int) -> Array:
     return lookup(codes, jnp.asarray(codebook))
 
 
-def is_quantized(leaf: Any) -> TypeGuard[QuantizedWeight]:
+# What a tree may have as a weight: an array, its shape, or a quantised one.
+AnyWeight = AnyArray | jax.ShapeDtypeStruct | QuantizedWeight | ForeignWeight
+
+
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedWeight | ForeignWeight]:
     """Says whether a leaf of a parameter tree is a quantised weight."""
-    return isinstance(leaf, QuantizedWeight)
+    return isinstance(leaf, QuantizedWeight | ForeignWeight)

@@ -31,7 +31,7 @@ def placed_base(base: Any, where: Any, put: Callable[[Array, Any], Array]) -> An
         return put(dequantized(base), where)
     if not isinstance(where, NamedSharding):
         return jax.tree.map(lambda leaf: put(leaf, where), base)
-    specs = leaf_specs(base, where.spec, dict(where.mesh.shape))
+    specs = leaf_specs(base, tuple(where.spec), dict(where.mesh.shape))
 
     def put_leaf(leaf: Array, spec: PartitionSpec) -> Array:
         return put(leaf, NamedSharding(where.mesh, spec, memory_kind=where.memory_kind))

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, evaluate_equation, primitives
 from lora_jax._shapes import Size
+from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight
 
 
@@ -100,7 +101,7 @@ def batch_ndim(base: Any) -> int:
     """Returns how many leading axes all arrays of a base have in common."""
     if isinstance(base, Cast):
         return batch_ndim(base.base)
-    return base.batch_ndim if isinstance(base, QuantizedWeight) else 0
+    return base.batch_ndim if isinstance(base, QuantizedWeight | ForeignWeight) else 0
 
 
 def moved(equation: Equation, inputs: Sequence[Any]) -> list[Any]:

@@ -58,7 +58,7 @@ def _value(weight: LoRAWeight, path: str, reporter: Reporter) -> Factored:
     )
 
 
-def _base_and_terms(base: Any, path: str, reporter: Reporter) -> tuple[Array, tuple[Term, ...]]:
+def _base_and_terms(base: Any, path: str, reporter: Reporter) -> tuple[Any, tuple[Term, ...]]:
     """Returns the array at the bottom of a base, and the terms that the base adds itself."""
     if not is_lora_weight(base):
         return _stopped(base), ()

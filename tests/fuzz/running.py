@@ -30,6 +30,9 @@ def reason_against(program: Program) -> str:
         name: weight_of(random, layout, option, dtype=option.dtype, rank=rank)
         for name, (layout, option, rank) in program.weights.items()
     }
+    for name, (_, option, _) in program.weights.items():
+        if name in option.alone:
+            wrapped[name] = wrapped[name].base
     adapters, frozen = lora_jax.split(wrapped)
     other = jax.tree.map(lambda x: x * np.asarray(-0.5, x.dtype), adapters)
     xs = random.integers(-16, 16, (2, 3, WIDTH)).astype(np.float32) / 8

@@ -1,5 +1,6 @@
 """Writing a program that is valid by construction."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ class Writer:
     def __init__(self, seed: int, case: int) -> None:
         """Takes the seed of a run and the number of the case in it."""
         self.random = np.random.default_rng([seed, case])
+        self.quantises = case % 3 == 1
+        self.formats = np.random.default_rng([seed, case, 1])
         self.lines: list[Line] = []
         self.weights: list[Value] = []
         self.seed = seed, case
@@ -37,6 +40,11 @@ class Writer:
         for _ in range(self.choice([0, 1, 1, 2])):
             layouts.append(self.choice([layouts[0], self.layout()]))
         weights = {f"w{i}": (each, *self.option(each, dtype)) for i, each in enumerate(layouts)}
+        if self.quantises:
+            weights = {
+                name: (each, self.quantised(option, name), rank)
+                for name, (each, option, rank) in weights.items()
+            }
         for name, (layout, _, _) in weights.items():
             self.weights.append(self.write(f"p['{name}']", layout.shape, ()))
         for _ in range(int(self.random.integers(3, 7))):
@@ -59,6 +67,19 @@ class Writer:
             layers = tuple(sorted({int(i) for i in self.random.integers(0, count, 2)}))
         name = f"{np.dtype(dtype).name}{', dora' * dora}{f', layers {layers}' if layers else ''}"
         return Option(name, dora=dora, layers=layers, dtype=dtype), self.choice([1, 2, 2, 3])
+
+    def quantised(self, option: Option, name: str) -> Option:
+        """Returns an option with a format or without; what is not the first weight may be alone."""
+        found = str(self.formats.choice(["", "nf4", "int8", "int4", "fp8_e4m3"]))
+        if not found:
+            return option
+        is_alone = name != "w0" and bool(self.formats.integers(3) == 0)
+        return dataclasses.replace(
+            option,
+            name=f"{option.name}, {found}{', alone' * is_alone}",
+            format=found,
+            alone=(name,) if is_alone else (),
+        )
 
     def write(
         self, expression: str, shape: Sequence[int], reads: Sequence[Value], *, result: bool = False

@@ -189,7 +189,7 @@ def _each_moved(
 ) -> list[Any] | None:
     """Returns the outputs of a collective that moves each factor on its own, or None."""
 
-    def moved_term(group: _Group, term: Term, base: Array) -> Term | None:
+    def moved_term(group: _Group, term: Term, base: Any) -> Term | None:
         windows = term.window
         if new_axis is not None:
             windows = (*windows[:new_axis], None, *windows[new_axis:])
@@ -208,7 +208,7 @@ def _each_summed(
 ) -> list[Any] | None:
     """Returns the outputs of a collective that sums, which is linear in one factor, or None."""
 
-    def summed_term(group: _Group, term: Term, base: Array) -> Term | None:
+    def summed_term(group: _Group, term: Term, base: Any) -> Term | None:
         return _summed_term(group, term, moved, kept, base.ndim)
 
     def kept_gain(group: _Group, gain: Factor) -> Array | None:
@@ -220,7 +220,7 @@ def _each_summed(
 def _each(
     equation: Equation,
     inputs: Sequence[Any],
-    term_of: Callable[[_Group, Term, Array], Term | None],
+    term_of: Callable[[_Group, Term, Any], Term | None],
     gain_of: _Move,
 ) -> list[Any] | None:
     """Returns the outputs of a collective, or None where a term or a gain has no counterpart.
@@ -272,7 +272,7 @@ def _with_factors(
     return term.moved(lora_A, lora_B, window)
 
 
-def _factored(base: Array, terms: Sequence[Term | None], gain: Array | None) -> Factored:
+def _factored(base: Any, terms: Sequence[Term | None], gain: Array | None) -> Factored:
     known = tuple(term for term in terms if term is not None)
     return Factored(base, known, None if gain is None else Factor.of_aligned(gain))
 

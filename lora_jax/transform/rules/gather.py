@@ -138,7 +138,7 @@ def _holding(term: Term, axes: Sequence[int]) -> str | None:
 
 
 def _picked(
-    equation: Equation, factor: Array, indices: Array, looked_up: Sequence[int], base: Array
+    equation: Equation, factor: Array, indices: Array, looked_up: Sequence[int], base: Any
 ) -> Array:
     """Returns the part of a factor that belongs to the picked part of the weight, aligned."""
     numbers = equation.params["dimension_numbers"]
