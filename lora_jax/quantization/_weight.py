@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._compat import is_tracer
+from lora_jax._partition import cut_as
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import AnyArray, Size
 from lora_jax.quantization._foreign import ForeignWeight
@@ -127,6 +128,9 @@ class QuantizedWeight:
 
     def dequantize(self) -> Array:
         """Returns the weight as an array of its `dtype`, computed in float32 and cast once."""
+        return cut_as(self.sharding, QuantizedWeight._dequantized, self)
+
+    def _dequantized(self) -> Array:
         batch, count = self.batch_ndim, math.prod(self.blocked_shape)
         form = FORMATS[self.format]
         codes = jnp.asarray(self.codes)

@@ -72,7 +72,16 @@ def is_possible(row: Row) -> bool:
         and (transform.name != "symbolic rows" or (op.symbolic and option.mesh is None))
         and (option.mesh is None or op.meshes)
         and (option.mesh != "explicit" or op.explicit)
+        and (option.format is None or option.mesh != "explicit" or _is_cut_in_blocks(row.layout))
     )
+
+
+def _is_cut_in_blocks(layout: Layout) -> bool:
+    """Says whether codes can be cut as their weight is: along the first of its inputs, or others.
+
+    Codes that can't are whole on every device. On an explicit mesh the model would see it.
+    """
+    return layout.axes[-1] != "in" or layout.axes.count("in") == 1
 
 
 def jax_refuses(row: Row) -> bool:

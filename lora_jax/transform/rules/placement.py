@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, emitted_primitive, primitives
-from lora_jax.transform._base_shards import placed_base
+from lora_jax.transform._base_shards import base_for_shards, placed_base
 from lora_jax.transform._bases import base_of, moved_bases
 from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
@@ -89,9 +89,9 @@ def placed(value: Factored, base: Any, where: Any, put: Callable[[Array, Any], A
 
 
 def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:
-    """Returns a value whose factors are cut over explicit mesh axes as a function of shards asks.
+    """Returns a value that can be cut over a mesh as a function of shards asks.
 
-    Over the other axes of a mesh JAX cuts on its own.
+    Over explicit axes its factors are cut here; over the other ones JAX cuts on its own.
     """
     explicit = {
         name
@@ -99,18 +99,21 @@ def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:
         if kind == AxisType.Explicit
     }
     if not explicit:
-        return value
+        shards = base_for_shards(value.base, spec, dict(mesh.shape))
+        return dataclasses.replace(value, base=shards)
 
     def cut(factor: Factor) -> Factor:
         spec_of_factor = PartitionSpec(*(_within(axis, explicit) for axis in factor.spec(spec)))
         where = NamedSharding(mesh, spec_of_factor)
         return factor.with_stored(jax.sharding.reshard(factor.stored, where))
 
-    if is_deferred(value.base):
+    base = value.base
+    if is_deferred(base):
+        # An array is cut so already, as the model's function asks for it.
         cuts = PartitionSpec(*(_within(axis, explicit) for axis in spec))
-        base = placed_base(value.base, NamedSharding(mesh, cuts), jax.sharding.reshard)
-        value = dataclasses.replace(value, base=base)
-    return value.map_factors(cut)
+        shards = base_for_shards(base, spec, dict(mesh.shape))
+        base = placed_base(shards, NamedSharding(mesh, cuts), jax.sharding.reshard)
+    return dataclasses.replace(value.map_factors(cut), base=base)
 
 
 def _within(axis: Any, names: set[str]) -> Any:

@@ -9,9 +9,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from lora_jax._compat import Equation, Primitive, emitted_primitive, one_shard
-from lora_jax.transform._base_shards import base_for_shards, base_specs, local_base
+from lora_jax.transform._base_shards import base_specs, local_base
 from lora_jax.transform._building import materialized
-from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._terms import Factor
@@ -77,9 +76,6 @@ def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any
         alike_over = factor.alike_over | frozenset(names) - frozenset(cut)
         return dataclasses.replace(factor, alike_over=alike_over)
 
-    if is_deferred(value.base):
-        base = base_for_shards(value.base, spec, dict(mesh.shape))
-        value = dataclasses.replace(value, base=base)
     value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
     terms = tuple(
         dataclasses.replace(term, scale_alike_over=term.scale_alike_over | frozenset(names))
