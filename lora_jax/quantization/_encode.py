@@ -101,9 +101,10 @@ def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
     inverse = form.largest / jnp.maximum(absmax, _SMALLEST)
     scaled = (blocks * inverse[:, None]).reshape(-1, *rows.shape[1:])[:count]
     codes = _codes(scaled, form)
+    scales = absmax / form.largest
     return QuantizedWeight(
         codes=packed(codes, form.bits, 0) if form.is_packed else codes,
-        scales=_double(absmax) if encoding.double else absmax / form.largest,
+        scales=_double(scales) if encoding.double else scales,
         format=encoding.format,
         block=encoding.block,
         blocked=(-rows.ndim,),
@@ -115,12 +116,12 @@ def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
 _SMALLEST = 1e-37
 
 
-def _double(absmax: Array) -> QuantizedWeight:
+def _double(of_blocks: Array) -> QuantizedWeight:
     """Returns the scales of the blocks quantised to 8 bits, with their mean taken out.
 
     Source: Dettmers et al. 2023, section 3, "Double Quantization".
     """
-    scales = jnp.moveaxis(absmax, 0, -1)
+    scales = jnp.moveaxis(of_blocks, 0, -1)
     mean = jnp.mean(scales)
     flat = (scales - mean).reshape(-1)
     found = _quantized_rows(flat, Encoding("dynamic8", _SCALES_IN_BLOCK, double=False))

@@ -10,6 +10,7 @@ from lora_jax._algebra import gain
 from lora_jax._nodes import check_base, check_single, levels_of
 from lora_jax._shapes import Places, factor_places, magnitude_places, spread_layers
 from lora_jax._weight import LoRABank, LoRAWeight, is_lora_weight
+from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight, is_quantized
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._factored import Factored
@@ -18,7 +19,7 @@ from lora_jax.transform._terms import Factor, Term
 
 
 def symbolic_weight(
-    node: LoRAWeight | LoRABank | QuantizedWeight, path: str, reporter: Reporter
+    node: LoRAWeight | LoRABank | QuantizedWeight | ForeignWeight, path: str, reporter: Reporter
 ) -> Factored:
     """Returns the factored value of a weight; nothing frozen receives a gradient.
 
