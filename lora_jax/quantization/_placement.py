@@ -11,7 +11,7 @@ from lora_jax.quantization._weight import QuantizedWeight
 
 
 def leaf_specs(
-    weight: QuantizedWeight, spec: Sequence[Any], mesh_shape: Mapping[str, int]
+    weight: QuantizedWeight, spec: Sequence[Any] | PartitionSpec, mesh_shape: Mapping[str, int]
 ) -> QuantizedWeight:
     """Returns the weight with a `PartitionSpec` in place of each array.
 

@@ -39,7 +39,9 @@ def placed_base(base: Any, where: Any, put: Callable[[Array, Any], Array]) -> An
     return jax.tree.map(put_leaf, base, specs)
 
 
-def base_for_shards(base: Any, spec: Sequence[Any], mesh_shape: Mapping[str, int]) -> Any:
+def base_for_shards(
+    base: Any, spec: Sequence[Any] | PartitionSpec, mesh_shape: Mapping[str, int]
+) -> Any:
     """Returns a base whose parts can be cut as `spec` cuts it, block by block.
 
     Scales that are quantised run across features, and are dequantised where a feature is cut. A
@@ -68,7 +70,9 @@ def base_specs(base: Any, spec: Any, mesh_shape: Mapping[str, int]) -> Any:
     return leaf_specs(base, spec, mesh_shape) if isinstance(base, QuantizedWeight) else spec
 
 
-def local_base(base: Any, spec: Sequence[Any], mesh_shape: Mapping[str, int]) -> Any:
+def local_base(
+    base: Any, spec: Sequence[Any] | PartitionSpec, mesh_shape: Mapping[str, int]
+) -> Any:
     """Returns a base on one shard, where its arrays are cut already."""
     if isinstance(base, Cast):
         return dataclasses.replace(base, base=local_base(base.base, spec, mesh_shape))
@@ -85,7 +89,7 @@ def varying_axes_of(base: Any) -> frozenset[str]:
 
 
 def _is_cut_between_blocks(
-    base: QuantizedWeight, spec: Sequence[Any], mesh_shape: Mapping[str, int]
+    base: QuantizedWeight, spec: Sequence[Any] | PartitionSpec, mesh_shape: Mapping[str, int]
 ) -> bool:
     first, *others = base.blocked
     if any(_cut_of(base, axis, spec) is not None for axis in others):
@@ -97,6 +101,6 @@ def _is_cut_between_blocks(
     return count == 1 or (base.blocked_shape[0] % count == 0 and (size // count) % whole == 0)
 
 
-def _cut_of(base: QuantizedWeight, axis: int, spec: Sequence[Any]) -> Any:
+def _cut_of(base: QuantizedWeight, axis: int, spec: Sequence[Any] | PartitionSpec) -> Any:
     cuts = (*spec, *(None,) * (base.ndim - len(spec)))
     return cuts[base.ndim + axis]
