@@ -83,6 +83,48 @@ def local_base(
     return dataclasses.replace(base, blocked_shape=(first, *rest))
 
 
+def gathered_base(
+    base: Any, axis: int, count: int, gather: Callable[[Array, int], Array], *, is_tiled: bool
+) -> Any | None:
+    """Returns a base with the shards of all devices joined part by part, or None if it can't be.
+
+    Args:
+      base: the base on one device.
+      axis: the axis of the base along which shards are joined, or the new one.
+      count: the number of shards.
+      gather: joins an array of all devices along one of its axes.
+      is_tiled: whether shards are joined along an axis that the base has.
+    """
+    if isinstance(base, Cast):
+        inner = gathered_base(base.base, axis, count, gather, is_tiled=is_tiled)
+        return None if inner is None else dataclasses.replace(base, base=inner)
+    if not isinstance(base, QuantizedWeight):
+        return None
+    batch, place = base.batch_ndim, axis - base.ndim
+    if axis < batch or (not is_tiled and axis == 0):
+        return jax.tree.map(lambda leaf: gather(leaf, axis), base)
+    if not is_tiled or isinstance(base.scales, QuantizedWeight):
+        return None
+    numbers = [each for each in (base.scales, base.offsets) if each is not None]
+    if place in base.features:
+        at = batch + 1 + base.features.index(place)
+        scales, *offsets = (gather(each, at) for each in numbers)
+        shape = base.blocked_shape
+    elif place == base.blocked[0] and _is_whole(base, math.prod(base.blocked_shape)):
+        at = batch
+        scales, *offsets = (each if base.block is None else gather(each, at) for each in numbers)
+        shape = (count * base.blocked_shape[0], *base.blocked_shape[1:])
+    else:
+        return None
+    return dataclasses.replace(
+        base,
+        codes=gather(base.codes, at),
+        scales=scales,
+        offsets=offsets[0] if offsets else None,
+        blocked_shape=shape,
+    )
+
+
 def varying_axes_of(base: Any) -> frozenset[str]:
     """Returns the mesh axes over which a base in `shard_map` varies."""
     return frozenset[str]().union(*map(varying_axes, jax.tree.leaves(base)))
@@ -96,9 +138,13 @@ def _is_cut_between_blocks(
         return False
     count = parts(_cut_of(base, first, spec), mesh_shape)
     size = math.prod(base.blocked_shape)
+    return count == 1 or (base.blocked_shape[0] % count == 0 and _is_whole(base, size // count))
+
+
+def _is_whole(base: QuantizedWeight, size: int) -> bool:
+    """Says whether so many neighbours fill whole blocks, and bytes that no others share."""
     in_bytes, _ = group_of(FORMATS[base.format].bits)
-    whole = math.lcm(base.block or 1, in_bytes)
-    return count == 1 or (base.blocked_shape[0] % count == 0 and (size // count) % whole == 0)
+    return size % math.lcm(base.block or 1, in_bytes) == 0
 
 
 def _cut_of(base: QuantizedWeight, axis: int, spec: Sequence[Any] | PartitionSpec) -> Any:

@@ -136,6 +136,41 @@ def cut_over_devices(w: Any, x: Any) -> Any:
     return each(w, x)
 
 
+@use
+def gathered_from_shards(w: Any, x: Any) -> Any:
+    """FSDP by hand: each device holds some rows of each matrix, and gathers them to compute."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gathered(h: Any, w: Any) -> Any:
+        return layer(h, jax.lax.all_gather(w, "d", axis=0, tiled=True))
+
+    each = jax.shard_map(
+        lambda w, x: jax.lax.scan(gathered, x, w)[0],
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, "d"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return each(w, x)
+
+
+@use
+def a_stack_gathered_from_shards(w: Any, x: Any) -> Any:
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def computed(w: Any, x: Any) -> Any:
+        return jax.lax.scan(layer, x, jax.lax.all_gather(w, "d", axis=2, tiled=True))[0]
+
+    each = jax.shard_map(
+        computed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, None, "d"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return each(w, x)
+
+
 def equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation

@@ -10,6 +10,7 @@ something else is mixed in.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from lora_jax._compat import (
     primitives,
     varying_axes,
 )
-from lora_jax.transform._base_shards import varying_axes_of
+from lora_jax.transform._base_shards import gathered_base, varying_axes_of
 from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
@@ -64,11 +65,11 @@ class _Group:
         """Whether a term has the same scale on all of these devices."""
         return not self._varies(term.scale, term.scale_alike_over)
 
-    def moved(self, array: Array) -> Array:
-        """Returns an array with the collective done to it."""
+    def moved(self, array: Array, **params: Any) -> Array:
+        """Returns an array with the collective done to it, some of its parameters changed."""
         missing = self.names & varying_axes_of(self.base) - varying_axes(array)
         primitive = self.equation.primitive
-        outputs = primitive.bind(as_varying(array, missing), **self.equation.params)
+        outputs = primitive.bind(as_varying(array, missing), **{**self.equation.params, **params})
         return outputs[0] if primitive.multiple_results else outputs
 
     def with_same_scale(self, term: Term) -> Term:
@@ -102,8 +103,31 @@ def all_gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) 
         return None if group.varies(factor) else array
 
     return _each_moved(
-        equation, inputs, moved, (axis,) if is_tiled else (), None if is_tiled else axis
+        equation,
+        inputs,
+        moved,
+        (axis,) if is_tiled else (),
+        None if is_tiled else axis,
+        functools.partial(_gathered_bases, axis=axis, is_tiled=is_tiled),
     )
+
+
+def _gathered_bases(
+    equation: Equation, inputs: Sequence[Any], *, axis: int, is_tiled: bool
+) -> list[Any]:
+    """Returns the gathered bases, as codes where a device has whole blocks of them."""
+    bases: list[Any] = []
+    for value in inputs:
+        if not isinstance(value, Factored):
+            return moved_bases(equation, inputs)
+        group = _group(equation, value)
+
+        def gather(array: Array, at: int, group: _Group = group) -> Array:
+            return group.moved(array, all_gather_dimension=at)
+
+        count = equation.params["axis_size"]
+        bases.append(gathered_base(value.base, axis, count, gather, is_tiled=is_tiled))
+    return moved_bases(equation, inputs) if None in bases else bases
 
 
 def all_to_all(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Any:
@@ -186,6 +210,7 @@ def _each_moved(
     moved: _Move,
     without_windows_on: Sequence[int],
     new_axis: int | None,
+    bases_of: Callable[[Equation, Sequence[Any]], list[Any]] = moved_bases,
 ) -> list[Any] | None:
     """Returns the outputs of a collective that moves each factor on its own, or None."""
 
@@ -197,7 +222,7 @@ def _each_moved(
         return _with_factors(term, first, second, windows)
 
     values = [_without_windows(value, without_windows_on) for value in inputs]
-    return _each(equation, values, moved_term, moved)
+    return _each(equation, values, moved_term, moved, bases_of)
 
 
 def _each_summed(
@@ -222,6 +247,7 @@ def _each(
     inputs: Sequence[Any],
     term_of: Callable[[_Group, Term, Any], Term | None],
     gain_of: _Move,
+    bases_of: Callable[[Equation, Sequence[Any]], list[Any]] = moved_bases,
 ) -> list[Any] | None:
     """Returns the outputs of a collective, or None where a term or a gain has no counterpart.
 
@@ -231,8 +257,9 @@ def _each(
       term_of: a function from a term with one scale for all devices, and the new base, to the new
         term.
       gain_of: the same for a gain.
+      bases_of: from the collective and its inputs to their bases after it.
     """
-    bases = moved_bases(equation, inputs)
+    bases = bases_of(equation, inputs)
     outputs: list[Any] = []
     for value, base in zip(inputs, bases, strict=True):
         if not isinstance(value, Factored):
