@@ -186,9 +186,21 @@ def block_numbers(numbers: Any, batch: int) -> Array:
     """Returns scales or offsets as float32 of shape (*batch, blocks, *features)."""
     if not isinstance(numbers, QuantizedWeight):
         return jnp.asarray(numbers).astype(jnp.float32)
-    # They are few, and are computed once rather than again for each weight of their block.
-    array = jax.lax.optimization_barrier(numbers.dequantize().astype(jnp.float32))
-    return jnp.moveaxis(array, -1, batch)
+    return _with_blocks_in_front(numbers.dequantize().astype(jnp.float32), batch)
+
+
+def _with_blocks_in_front(array: Array, batch: int) -> Array:
+    """Returns an array (*batch, *features, blocks) as (*batch, blocks, *features).
+
+    It is a lookup instead of a transpose: what XLA fuses a transpose into would compute each scale
+    again for each weight of its block, from numbers that are far apart.
+    """
+    *features, blocks = array.shape[batch:]
+    count = math.prod(features)
+    places = jnp.arange(blocks)[:, None] + blocks * jnp.arange(count)[None, :]
+    flat = array.reshape(*array.shape[:batch], count * blocks)
+    found = flat.at[..., places].get(mode="promise_in_bounds")
+    return found.reshape(*array.shape[:batch], blocks, *features)
 
 
 def _numbers(form: Format, codes: Array, codebook: Any, batch: int) -> Array:
