@@ -36,21 +36,23 @@ from lora_jax.transform.rules import with_factors
 def adapt(
     fn: Callable[..., Any], *, on_materialize: OnMaterialize = "warn", dropout: float = 0.0
 ) -> Callable[..., Any]:
-    r"""Returns `fn` as a function of wrapped parameters, without changes to its code.
+    r"""Returns `fn` as a function of wrapped or quantised parameters, without changes to its code.
 
     The result is that of `fn` with $W + s \cdot A B$ in place of each adapted weight $W$; a
-    contraction $x W$ becomes $x W + s\,(x A) B$, and the sum is never built. The result
-    differentiates, jits, vmaps, scans, remats and shards as `fn` does. `base` and `scale` receive
-    no gradient.
+    contraction $x W$ becomes $x W + s\,(x A) B$, and the sum is never built. A quantised weight,
+    adapted or not, is what it dequantises to; loops and the backward pass keep its codes. The
+    result differentiates, jits, vmaps, scans, remats and shards as `fn` does. `base` and `scale`
+    receive no gradient.
 
     Args:
       fn: any JAX function: `model.apply`, a bound method, a loss, or one that holds adapters
-        itself, such as a wrapped Equinox module. Without adapters in its arguments, it is called
-        unchanged. Otherwise it is traced once for each structure, shape and dtype of its arguments.
-        A Python float that `fn` only combines with arrays is traced, as under `jax.jit`, so a new
-        value does not retrace; where `fn` reads its value or computes with it in Python, it is
-        static. Other arguments that are not arrays (flags, whole numbers, strings, functions,
-        configurations) are static too; changing them or their own attributes retraces.
+        itself, such as a wrapped Equinox module. With neither adapters nor quantised weights in its
+        arguments, it is called unchanged. Otherwise it is traced once for each structure, shape and
+        dtype of its arguments. A Python float that `fn` only combines with arrays is traced, as
+        under `jax.jit`, so a new value does not retrace; where `fn` reads its value or computes
+        with it in Python, it is static. Other arguments that are not arrays (flags, whole numbers,
+        strings, functions, configurations) are static too; changing them or their own attributes
+        retraces.
       on_materialize: what to do at an op that no rule covers, where W + AB must be built: `"warn"`
         (a `MaterializationWarning` that names path, op and source line), `"error"`, `"ignore"`.
       dropout: the probability of dropping an element of an adapter's input, rounded to a multiple
@@ -59,8 +61,8 @@ def adapt(
         functions with their own derivative rules.
 
     Returns:
-      A function of the same arguments, with `LoRAWeight` nodes anywhere in them, and of
-      `lora_key`.
+      A function of the same arguments, with `LoRAWeight` and `QuantizedWeight` nodes anywhere in
+      them, and of `lora_key`.
 
     Raises:
       ValueError: `on_materialize` or `dropout` is out of range; `fn` has an argument `lora_key` of
@@ -230,7 +232,7 @@ def rewrite(
     recorder: Recorder,
     dropout: Dropout | NoDropout,
 ) -> Any:
-    """Returns the outputs of `fn` on (args, kwargs) that hold `LoRAWeight` nodes.
+    """Returns the outputs of `fn` on (args, kwargs) that hold adapted or quantised weights.
 
     Args:
       fn: the function as its author wrote it.

@@ -6,6 +6,7 @@ another dtype it is a `Cast`, and after any other op it is a `Moved`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -249,6 +250,7 @@ def _scales_give(fill_value: Any) -> bool:
 _IN_BOUNDS = {jax.lax.GatherScatterMode.FILL_OR_DROP: jax.lax.GatherScatterMode.CLIP}
 
 
+@functools.cache
 def _moves() -> Mapping[Primitive, Callable[..., list[Any] | None]]:
     """Returns the ops that keep a base quantised: each gives its outputs, or None."""
     return {
