@@ -17,6 +17,7 @@ from lora_jax._shapes import AnyArray, Size
 from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._formats import FORMATS, Format
 from lora_jax.quantization._packing import unpacked
+from lora_jax.quantization._reshape import Regrouped, completed, regrouped
 
 
 @exportable
@@ -165,6 +166,36 @@ class QuantizedWeight:
             features=tuple(moved[axis] for axis in self.features),
         )
 
+    def reshape(self, shape: Sequence[int]) -> "QuantizedWeight":
+        """Returns the weight with axes split and joined; no number is touched.
+
+        Neighbours join if they are blocked axes that are flattened in this order, or features: so a
+        kernel (in, heads * dim) becomes one of (in, heads, dim), and back.
+
+        Args:
+          shape: the new shape, as for an array; the batch axes stay as they are.
+
+        Raises:
+          ValueError: the weight can't have the shape, or not without other codes and scales.
+        """
+        batch, own = self.batch_ndim, self.shape
+        new = completed(tuple(shape), math.prod(own))
+        if new[:batch] != own[:batch]:
+            raise ValueError(
+                f"`shape` is {new}; expected the batch axes of a quantised weight in front, as "
+                f"{own[:batch]}."
+            )
+        found = regrouped(own[batch:], new[batch:], self.blocked, self.features)
+        return dataclasses.replace(
+            self,
+            codes=_regrouped_array(self.codes, found, batch),
+            scales=_regrouped_numbers(self.scales, found, batch),
+            offsets=_regrouped_numbers(self.offsets, found, batch),
+            blocked=found.blocked,
+            blocked_shape=found.blocked_shape,
+            features=found.features,
+        )
+
     def _order(self) -> tuple[int, ...]:
         """Returns the axes of (*batch, *blocked, *features) in the order of the weight's."""
         batch, ndim = self.batch_ndim, self.ndim
@@ -201,6 +232,25 @@ def _with_blocks_in_front(array: Array, batch: int) -> Array:
     flat = array.reshape(*array.shape[:batch], count * blocks)
     found = flat.at[..., places].get(mode="promise_in_bounds")
     return found.reshape(*array.shape[:batch], blocks, *features)
+
+
+def _regrouped_array(array: Any, found: Regrouped, batch: int) -> Any:
+    """Returns an array (*batch, n, *features) with its features regrouped."""
+    order = (*range(batch + 1), *(batch + 1 + place for place in found.feature_order))
+    return array.transpose(order).reshape(*array.shape[: batch + 1], *found.feature_shape)
+
+
+def _regrouped_numbers(numbers: Any, found: Regrouped, batch: int) -> Any:
+    """Returns scales or offsets with their features regrouped."""
+    if numbers is None:
+        return None
+    if not isinstance(numbers, QuantizedWeight):
+        # Offsets of all blocks together have no features.
+        has_features = len(numbers.shape) > batch + 1
+        return _regrouped_array(numbers, found, batch) if has_features else numbers
+    order = (*range(batch), *(batch + place for place in found.feature_order), numbers.ndim - 1)
+    moved = numbers.transpose(order)
+    return moved.reshape((*moved.shape[:batch], *found.feature_shape, moved.shape[-1]))
 
 
 def _numbers(form: Format, codes: Array, codebook: Any, batch: int) -> Array:
