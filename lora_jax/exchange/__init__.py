@@ -1,3 +1,4 @@
-"""Adapters in the file formats of other projects, one module for each format."""
+"""Adapters and models in the file formats of other projects, one module for each format."""
 
+from lora_jax.exchange import gguf as gguf
 from lora_jax.exchange import peft as peft
