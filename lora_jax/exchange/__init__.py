@@ -1,4 +1,5 @@
 """Adapters and models in the file formats of other projects, one module for each format."""
 
+from lora_jax.exchange import bitsandbytes as bitsandbytes
 from lora_jax.exchange import gguf as gguf
 from lora_jax.exchange import peft as peft

@@ -42,17 +42,31 @@ def _dynamic_levels() -> tuple[float, ...]:
     """Returns 256 levels in [-1, 1], spaced by decades: 2^i fractions at each power of ten.
 
     With i leading bits for the exponent, decade i of seven holds the means of neighbouring points
-    of 2^i + 1 that divide [0.1, 1], times 10^(i - 6).
+    of 2^i + 1 that divide [0.1, 1], times 10^(i - 6). They are those of bitsandbytes to the last
+    bit, so that its files need no levels of their own.
 
     Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2016, section 2.2;
     Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, section 2.1.
     """
     positive = []
     for decade in range(7):
-        points = np.linspace(0.1, 1, 2**decade + 1, dtype=np.float32)
+        points = _divided(2**decade)
         positive += list(np.float32(10.0 ** (decade - 6)) * ((points[:-1] + points[1:]) / 2))
     levels = [*positive, *(-level for level in positive), np.float32(0), np.float32(1)]
     return tuple(sorted(map(float, levels)))
+
+
+def _divided(parts: int) -> np.ndarray:
+    """Returns the points that divide [0.1, 1] into parts, as `torch.linspace` has them.
+
+    The step is a float32. From each end, whole steps are added and rounded once, to the middle.
+    """
+    start, stop = np.float32(0.1), np.float32(1)
+    step = (stop - start) / np.float32(parts)
+    places = np.arange(parts + 1, dtype=np.float64)
+    lower = start + places * np.float64(step)
+    upper = stop - places[::-1] * np.float64(step)
+    return np.where(places < (parts + 1) // 2, lower, upper).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

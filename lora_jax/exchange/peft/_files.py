@@ -201,14 +201,16 @@ def check_finite(subject: str, key: str, tensor: np.ndarray) -> None:
         )
 
 
-def safetensors_package() -> Any:
-    """Returns the package, imported where it is used: importing lora_jax stays cheap."""
+def safetensors_package(module: str = "lora_jax.exchange.peft") -> Any:
+    """Returns the package, imported where it is used: importing lora_jax stays cheap.
+
+    Args:
+      module: what needs it, for the error where it is missing.
+    """
     try:
         import safetensors
     except ImportError as error:
-        raise ImportError(
-            "lora_jax.exchange.peft needs safetensors: pip install 'lora-jax[peft]'."
-        ) from error
+        raise ImportError(f"{module} needs safetensors: pip install 'lora-jax[peft]'.") from error
     return safetensors
 
 
