@@ -3,3 +3,4 @@
 from lora_jax.exchange import bitsandbytes as bitsandbytes
 from lora_jax.exchange import gguf as gguf
 from lora_jax.exchange import peft as peft
+from lora_jax.exchange._place import place as place

@@ -173,7 +173,7 @@ class _Stored:
 
 
 def _rows_last(flat: np.ndarray, rows: Shape) -> np.ndarray:
-    """Returns what is stored row by row as (n, \\*rows)."""
+    r"""Returns what is stored row by row as (n, \*rows)."""
     return np.ascontiguousarray(np.moveaxis(flat.reshape(*rows, -1), -1, 0))
 
 

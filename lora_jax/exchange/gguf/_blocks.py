@@ -31,12 +31,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """A type of quantised tensors.
+    r"""A type of quantised tensors.
 
     Attributes:
       weights: the number of weights of a block.
       size: its size in bytes.
-      read: the function from the bytes of all blocks, (\\*lead, blocks, size), to the weight.
+      read: the function from the bytes of all blocks, (\*lead, blocks, size), to the weight.
     """
 
     weights: int
@@ -122,7 +122,7 @@ _BITS = {"int4": 4, "uint4": 4, "int6": 6, "uint6": 6}
 def _weight(
     name: str, codes: Bytes, *, block: int, scales: Any, offsets: Any = None
 ) -> QuantizedWeight:
-    """Returns a weight of codes (\\*lead, blocks, ...), each row of which `blocks, ...` are."""
+    r"""Returns a weight of codes (\*lead, blocks, ...), each row of which `blocks, ...` are."""
     lead = scales.shape[:-1] if isinstance(scales, QuantizedWeight) else scales.shape[:-2]
     rows = codes.reshape(*lead, -1)
     return QuantizedWeight(
@@ -138,14 +138,14 @@ def _weight(
 
 
 def _numbers(numbers: Any, lead: Shape) -> Any:
-    """Returns scales or offsets of shape (\\*lead, blocks, 1) as a weight has them."""
+    r"""Returns scales or offsets of shape (\*lead, blocks, 1) as a weight has them."""
     if numbers is None or isinstance(numbers, QuantizedWeight):
         return numbers
     return _features_last(numbers.reshape(*lead, -1))
 
 
 def _features_last(rows: Bytes) -> Bytes:
-    """Returns (\\*batch, feature, n) as (\\*batch, n, feature), in memory of its own."""
+    r"""Returns (\*batch, feature, n) as (\*batch, n, feature), in memory of its own."""
     return np.array(rows if rows.ndim < 2 else rows.swapaxes(-1, -2), order="C")
 
 

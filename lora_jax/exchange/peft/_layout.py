@@ -20,6 +20,7 @@ Source: peft.tuners.lora.layer.ParamWrapper, `update_layer` and `get_delta_weigh
 import dataclasses
 import math
 import re
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from lora_jax.exchange.peft._rules import Kind
 WRITTEN_AS = "0.19.1"
 
 Shape = tuple[int, ...]
+Weight = TypeVar("Weight", np.ndarray, Any)
 _Release = tuple[int, int, int]
 
 
@@ -144,11 +146,11 @@ class Layout:
         """Returns the weight itself as PyTorch has it."""
         return weight.transpose(self._weight_order).reshape(self.weight_shape)
 
-    def tree_weight(self, weight: np.ndarray) -> np.ndarray:
-        """Returns a PyTorch weight as the tree has it."""
+    def tree_weight(self, weight: Weight) -> Weight:
+        """Returns a PyTorch weight as the tree has it; it may be quantised."""
         order = self._weight_order
         in_order = weight.reshape([self.shape[axis] for axis in order])
-        return in_order.transpose(np.argsort(order))
+        return in_order.transpose([order.index(axis) for axis in range(len(order))])
 
     def problem(self) -> str | None:
         """Returns what keeps the weight from having this kind, or None."""

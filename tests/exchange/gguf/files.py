@@ -18,13 +18,13 @@ _FLOAT16 = {
 QUANTISED = tuple(_FLOAT16)
 
 
-def random_blocks(kind, shape, seed=0):
+def random_blocks(kind, shape, seed=0, scale=1.0):
     """Returns bytes of any codes, with finite scales of both signs, some of them subnormal."""
     rng = np.random.default_rng(seed)
     count, size = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // count, size), dtype=np.uint8)
     for place in _FLOAT16[kind]:
-        scales = rng.standard_normal(blocks.shape[:-1]).astype(np.float16)
+        scales = (scale * rng.standard_normal(blocks.shape[:-1])).astype(np.float16)
         scales[..., 0] *= np.float16(1e-5)
         blocks[..., place] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
