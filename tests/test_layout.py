@@ -173,6 +173,7 @@ def test_importing_is_quiet_and_loads_nothing_heavy():
         "chex",
         "equinox",
         "flax",
+        "gguf",
         "haiku",
         "matplotlib",
         "orbax",

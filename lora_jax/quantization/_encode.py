@@ -55,7 +55,17 @@ def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
 
 
 def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
-    """Returns an array of a quantised weight's shape, quantised as that one is."""
+    """Returns an array of a quantised weight's shape, quantised as that one is.
+
+    Raises:
+      ValueError: that one is of a file, in a format that weights are not quantised to here.
+    """
+    if not FORMATS[like.format].is_offered or like.codebook is not None or like.offsets is not None:
+        raise ValueError(
+            f"An initialiser changes the base, whose codes in {like.format} have the offsets or "
+            "levels of a file, which lora_jax quantises nothing to; expected one that keeps it, "
+            "such as 'kaiming', or quantization.dequantize(params)."
+        )
     ndim = like.ndim
     blocked = tuple(ndim + axis for axis in like.blocked)
     features = tuple(ndim + axis for axis in like.features)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lora_jax.exchange.peft import Rule
 
-LAYERS, VOCABULARY, WIDTH, HEADS, HEAD_DIM, HIDDEN = 3, 64, 256, 4, 64, 512
+LAYERS, VOCABULARY, WIDTH, HEADS, HEAD_DIM, HIDDEN = 2, 64, 256, 4, 64, 256
 
 _HEADS_OUT, _HEADS_IN = ("in", "out", "out"), ("in", "in", "out")
 

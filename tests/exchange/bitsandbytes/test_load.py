@@ -1,6 +1,7 @@
 """Files and folders of 4-bit checkpoints, sound and damaged."""
 
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -153,3 +154,10 @@ def test_whole_numbers_that_jax_would_cut_down(tmp_path):
     with pytest.raises(CheckpointError, match=r"'positions' in int64.*names="):
         exchange.load(path)
     assert list(exchange.load(path, names=["w"])) == ["w"]
+
+
+def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    path = write(tmp_path / "model.safetensors", tensors_of())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"exchange\.bitsandbytes needs .*'lora-jax\[peft\]'"):
+        exchange.load(path)
