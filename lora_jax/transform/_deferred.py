@@ -135,6 +135,18 @@ def _transposed(equation: Equation, base: Any) -> list[Any] | None:
     return [base.transpose(order)]
 
 
+def _reshaped(equation: Equation, base: Any) -> list[Any] | None:
+    if isinstance(base, Cast):
+        inner = _reshaped(equation, base.base)
+        return None if inner is None else [Cast(inner[0], base.dtype)]
+    if not isinstance(base, QuantizedWeight) or equation.params["dimensions"] is not None:
+        return None
+    try:
+        return [base.reshape(equation.params["new_sizes"])]
+    except ValueError:  # it would join axes whose codes are not side by side
+        return None
+
+
 def _sliced(equation: Equation, base: Any) -> list[Any] | None:
     params, shape = equation.params, base.shape
     ranges = [
@@ -261,6 +273,7 @@ def _moves() -> Mapping[Primitive, Callable[..., list[Any] | None]]:
         primitives.dynamic_slice_p: _dynamically_sliced,
         primitives.gather_p: _picked,
         primitives.name_p: _kept,
+        primitives.reshape_p: _reshaped,
         primitives.slice_p: _sliced,
         primitives.squeeze_p: _squeezed,
         primitives.stop_gradient_p: _kept,

@@ -52,6 +52,16 @@ def scanned_in_another_dtype(w: Any, x: Any) -> Any:
 
 
 @use
+def scanned_with_split_axes(w: Any, x: Any) -> Any:
+    """Attention kernels: the outputs of each layer are heads."""
+
+    def heads(h: Any, w: Any) -> tuple[Any, None]:
+        return jnp.tanh(jnp.einsum("bi,ihd->bhd", h, w).reshape(h.shape)), None
+
+    return jax.lax.scan(heads, x, w.reshape(DEPTH, WIDTH, 4, WIDTH // 4))[0]
+
+
+@use
 def scanned_in_parts(w: Any, x: Any) -> Any:
     first, second = jnp.split(w, 2)
     return jax.lax.scan(layer, jax.lax.scan(layer, x, first)[0], second[1:])[0]
