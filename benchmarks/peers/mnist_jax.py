@@ -41,23 +41,34 @@ def write_start(folder: str, *, rank: int, batch_size: int, batches: int) -> Non
     )
 
 
+def read_adapters(folder: str, quantize: str | None = None) -> Any:
+    """Returns the wrapped params that `write_start` wrote.
+
+    Args:
+      folder: where.
+      quantize: the format of the base; None for float32.
+    """
+    start = Path(folder)
+    params: dict[str, Any] = {layer: {} for layer in LAYERS}
+    with np.load(start / "network.npz") as stored:
+        for key in stored.files:
+            layer, name = key.split(".")
+            params[layer][name] = jax.device_put(stored[key])
+    if quantize is not None:
+        params = lora_jax.quantize(params, LAYERS, format=quantize)
+    return peft.load(start / "adapter", params, names=_NAMES)
+
+
 class LoraJax:
     """The study's training; see `benchmarks.peers.mnist_torch` for the others'."""
 
-    def __init__(self, folder: str, learning_rate: float) -> None:
-        """Reads what `write_start` wrote."""
-        start = Path(folder)
-        params: dict[str, Any] = {layer: {} for layer in LAYERS}
-        with np.load(start / "network.npz") as stored:
-            for key in stored.files:
-                layer, name = key.split(".")
-                params[layer][name] = jax.device_put(stored[key])
-        wrapped = peft.load(start / "adapter", params, names=_NAMES)
+    def __init__(self, folder: str, learning_rate: float, quantize: str | None = None) -> None:
+        """Reads what `write_start` wrote; `quantize` is the format of the base."""
         tx = lora_jax.optimizer(optax.adam(learning_rate))
-        self._training = Training(ADAPTED_APPLY, wrapped, tx)
+        self._training = Training(ADAPTED_APPLY, read_adapters(folder, quantize), tx)
         self._batches = [
             (batch["images"], batch["labels"].astype(np.int32))
-            for batch in read_batches(start / "batches.npz")
+            for batch in read_batches(Path(folder) / "batches.npz")
         ]
 
     def steps(self, first: int, count: int) -> dict[str, Any]:

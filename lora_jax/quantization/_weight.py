@@ -1,6 +1,7 @@
 """The node of a quantised weight: codes, scales, and what they dequantise to."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -137,12 +138,21 @@ class QuantizedWeight:
         codes = jnp.asarray(self.codes)
         if form.is_packed:
             codes = unpacked(codes, form.bits, batch, count)
-        values = _numbers(form, codes, self.codebook, batch) * self._of_each(self.scales)
-        if self.offsets is not None:
-            values = values + self._of_each(self.offsets)
-        shape = codes.shape
-        split = values.reshape(*shape[:batch], *self.blocked_shape, *shape[batch + 1 :])
-        return split.transpose(self._order()).astype(self.dtype)
+        front, features = codes.shape[:batch], codes.shape[batch + 1 :]
+        # Where the last block is shorter, every weight is a block of its own.
+        width = self.block or count
+        width = width if count % width == 0 else 1
+        blocks = codes.reshape(*front, count // width, width, *features)
+        if not form.is_packed:
+            # Otherwise XLA flattens before it multiplies, and writes out the scale of each weight.
+            blocks = jax.lax.optimization_barrier(blocks)
+        scales, *offsets = (
+            self._of_blocks(each, width) for each in (self.scales, self.offsets) if each is not None
+        )
+        values = _numbers(form, blocks, self.codebook, batch) * scales
+        values = values + offsets[0] if offsets else values
+        split = values.astype(self.dtype).reshape(*front, *self.blocked_shape, *features)
+        return split.transpose(self._order())
 
     def transpose(self, axes: Sequence[int]) -> "QuantizedWeight":
         """Returns the weight with its axes in another order; no array is touched.
@@ -202,36 +212,45 @@ class QuantizedWeight:
         stored = (*range(batch), *(ndim + axis for axis in (*self.blocked, *self.features)))
         return tuple(stored.index(axis) for axis in range(ndim))
 
-    def _of_each(self, numbers: Any) -> Array:
-        """Returns the scale or offset of each of the n weights of a feature, in float32."""
+    def _of_blocks(self, numbers: Any, width: int) -> Array:
+        """Returns scales or offsets as (*batch, blocks or 1, 1, *features), in float32.
+
+        Args:
+          numbers: the scales or the offsets.
+          width: how many weights a block has: all of its own, or one.
+        """
         batch, count = self.batch_ndim, math.prod(self.blocked_shape)
         array = block_numbers(numbers, batch)
-        if array.shape[batch] == 1:
-            return array
-        block = self.block or count
-        repeated = jnp.repeat(array, block, axis=batch)
-        return repeated[(slice(None),) * batch + (slice(count),)]
+        if width == 1 and array.shape[batch] > 1:
+            repeated = jnp.repeat(array, self.block, axis=batch)
+            array = jax.lax.slice_in_dim(repeated, 0, count, axis=batch)
+        return jnp.expand_dims(array, batch + 1)
 
 
 def block_numbers(numbers: Any, batch: int) -> Array:
     """Returns scales or offsets as float32 of shape (*batch, blocks, *features)."""
     if not isinstance(numbers, QuantizedWeight):
         return jnp.asarray(numbers).astype(jnp.float32)
-    return _with_blocks_in_front(numbers.dequantize().astype(jnp.float32), batch)
+    # They are few, and are computed once rather than again for each weight of their block.
+    array = jax.lax.optimization_barrier(numbers.dequantize().astype(jnp.float32))
+    return jax.lax.platform_dependent(
+        array,
+        cpu=functools.partial(_looked_up_in_front, batch=batch),
+        default=lambda array: jnp.moveaxis(array, -1, batch),
+    )
 
 
-def _with_blocks_in_front(array: Array, batch: int) -> Array:
-    """Returns an array (*batch, *features, blocks) as (*batch, blocks, *features).
+def _looked_up_in_front(array: Array, batch: int) -> Array:
+    """Returns an array with its last axis at `batch`, looked up rather than moved.
 
-    It is a lookup instead of a transpose: what XLA fuses a transpose into would compute each scale
-    again for each weight of its block, from numbers that are far apart.
+    XLA's compiler for CPUs drops barriers, and computes what is moved again for each of its uses.
     """
-    *features, blocks = array.shape[batch:]
-    count = math.prod(features)
-    places = jnp.arange(blocks)[:, None] + blocks * jnp.arange(count)[None, :]
-    flat = array.reshape(*array.shape[:batch], count * blocks)
+    *front, blocks = array.shape
+    features = front[batch:]
+    places = jnp.arange(blocks)[:, None] + blocks * jnp.arange(math.prod(features))[None, :]
+    flat = array.reshape(*front[:batch], -1)
     found = flat.at[..., places].get(mode="promise_in_bounds")
-    return found.reshape(*array.shape[:batch], blocks, *features)
+    return found.reshape(*front[:batch], blocks, *features)
 
 
 def _regrouped_array(array: Any, found: Regrouped, batch: int) -> Any:
