@@ -12,7 +12,8 @@ import optax
 import qwix
 
 from benchmarks.peers.batches import read_batches
-from benchmarks.peers.mnist_jax import read_adapters
+from benchmarks.peers.mnist_jax import memory_of, read_adapters
+from experiments.common.memory import keep_freed_memory
 from experiments.common.training import cross_entropy
 from experiments.data.images import PIXELS
 from experiments.mnist.network import LAYERS, NETWORK
@@ -25,14 +26,19 @@ TILES = {"hidden_1": 56, "hidden_2": 50, "output": 50}
 class Qwix:
     """The study's training with Qwix; only its factors are differentiated and updated."""
 
-    def __init__(self, folder: str, learning_rate: float, format: str) -> None:  # noqa: A002
+    def __init__(
+        self, folder: str, learning_rate: float, qtype: str, keeps_memory: bool = False
+    ) -> None:
         """Reads what `benchmarks.peers.mnist_jax.write_start` wrote.
 
         Args:
           folder: where.
           learning_rate: Adam's.
-          format: what Qwix calls the dtype of the weights.
+          qtype: what Qwix calls the dtype of the weights.
+          keeps_memory: whether the process keeps what it frees, for the next step.
         """
+        if keeps_memory:
+            keep_freed_memory()
         wrapped = read_adapters(folder)
         rank = wrapped[LAYERS[0]]["kernel"].rank
         rules = [
@@ -40,7 +46,7 @@ class Qwix:
                 module_path=layer,
                 rank=rank,
                 alpha=rank * float(wrapped[layer]["kernel"].scale),
-                weight_qtype=format,
+                weight_qtype=qtype,
                 tile_size=TILES[layer],
             )
             for layer in LAYERS
@@ -89,11 +95,7 @@ class Qwix:
     def memory(self) -> dict[str, int]:
         """Returns the bytes of the arguments and of the temporary memory of a step."""
         arguments = (self._factors, self._state, self._frozen, *self._batches[0])
-        found = self._step.lower(*arguments).compile().memory_analysis()
-        return {
-            "argument_bytes": found.argument_size_in_bytes,
-            "temporary_bytes": found.temp_size_in_bytes,
-        }
+        return memory_of(self._step.lower(*arguments).compile())
 
     def versions(self) -> dict[str, str]:
         """Returns what computes."""

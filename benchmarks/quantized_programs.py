@@ -1,0 +1,178 @@
+"""Training steps on quantised weights, and the memory that they need once compiled."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+import lora_jax
+from benchmarks.models import Model, block_params, floats, scanned_transformer
+from benchmarks.programs import (
+    OPTIMIZER,
+    SCALE,
+    Program,
+    adapted,
+    base_function,
+    label_shapes,
+    training_step,
+)
+from lora_jax.quantization import QuantizedWeight
+
+DENSE = "dense"
+FORMATS = (DENSE, "nf4", "int8", "int4", "fp8_e4m3")
+# XLA's compiler for CPUs runs what it can side by side, whatever memory that takes. So it is told
+# to schedule for memory.
+FOR_MEMORY = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The memory of a compiled program, in bytes.
+
+    Attributes:
+      arguments: what it takes.
+      temporary: what it needs beside arguments and results.
+    """
+
+    arguments: int
+    temporary: int
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
+        """Returns the memory of a compiled program, as XLA gives it."""
+        found: Any = compiled.memory_analysis()
+        return cls(found.argument_size_in_bytes, found.temp_size_in_bytes)
+
+
+def transformer(*, layers: int, embed: int, heads: int, batch: int, tokens: int) -> Model:
+    """Returns rematerialised blocks of these sizes in a scan, with a head."""
+    return Model(
+        name="scanned-transformer",
+        description=f"{layers} rematerialised blocks in a scan, embed {embed}, {heads} heads, "
+        f"batch {batch} of {tokens} tokens, rank 8",
+        apply=scanned_transformer,
+        params={
+            "blocks": block_params(embed, heads, layers=(layers,)),
+            "head": {"kernel": floats(embed, 10)},
+        },
+        inputs=floats(batch, tokens, embed),
+        targets="blocks",
+        rank=8,
+    )
+
+
+def in_dtype(model: Model, dtype: Any) -> Model:
+    """Returns the model with parameters and inputs of this dtype."""
+
+    def cast(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if is_float else leaf.dtype)
+
+    return dataclasses.replace(
+        model, params=jax.tree.map(cast, model.params), inputs=cast(model.inputs)
+    )
+
+
+def wrapped_params(model: Model, name: str, params: Any = None) -> Any:
+    """Returns parameters, quantised where the model is adapted, with adapters.
+
+    Args:
+      model: the model.
+      name: a format, or `DENSE`.
+      params: the parameters; the shapes of the model's unless given.
+    """
+    params = model.params if params is None else params
+    axes = lora_jax.infer_axes(base_function(model), model.params, model.inputs)
+    if name != DENSE:
+        params = lora_jax.quantize(params, model.targets, format=name, axes=axes)
+    alpha = SCALE * model.rank
+    return lora_jax.wrap(params, model.targets, rank=model.rank, alpha=alpha, axes=axes)
+
+
+def step_program(
+    model: Model, wrapped: Any, *, forward: Callable[[Any, Any], Any] | None = None
+) -> Program:
+    """Returns a step of Adam on the adapters.
+
+    Args:
+      model: the model.
+      wrapped: its parameters with adapters, or their shapes.
+      forward: what takes wrapped parameters and a batch; by default the adapted model.
+    """
+    chosen = adapted(model) if forward is None else forward
+
+    def apply(adapters: Any, frozen: Any, inputs: Any) -> Any:
+        return chosen(lora_jax.combine(adapters, frozen), inputs)
+
+    adapters, frozen = lora_jax.split(wrapped)
+    state = jax.eval_shape(OPTIMIZER.init, adapters)
+    arguments = (adapters, state, frozen, model.inputs, label_shapes(model))
+    return Program(training_step(apply), arguments, donated=(0, 1))
+
+
+def counted_bytes(tree: Any) -> int:
+    """Returns the bytes of all arrays of a tree."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def largest_matrix_bytes(wrapped: Any) -> int:
+    """Returns the bytes of the largest quantised matrix once dequantised: one layer of a stack."""
+    leaves = jax.tree.leaves(wrapped, is_leaf=_is_quantized)
+    return max(
+        math.prod(leaf.shape[leaf.batch_ndim :]) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in leaves
+        if _is_quantized(leaf)
+    )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedWeight)
+
+
+# --- accelerators that are not there -----------------------------------------------------------
+
+# For each target the platform and the smallest slice of it.
+TARGETS = {"tpu-v5p": ("tpu", "v5p:2x2x1"), "tpu-v6e": ("tpu", "v6e:2x2")}
+
+
+def device_of(target: str) -> Any:
+    """Returns a device to compile for; only its compiler has to be installed.
+
+    Raises:
+      ModuleNotFoundError: the compiler is missing.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        version = _required("libtpu")
+        raise ModuleNotFoundError(
+            f"compiling for {target} needs libtpu, which is not installed: "
+            f"pip install --no-deps '{version}' installs the one that this JAX asks for"
+        )
+    from jax.experimental import topologies
+
+    # Nothing is asked of a machine with a TPU.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    platform, topology = TARGETS[target]
+    return topologies.get_topology_desc(topology, platform=platform).devices[0]
+
+
+def on_device(program: Program, device: Any) -> Program:
+    """Returns a program whose arguments are on a device."""
+    where = SingleDeviceSharding(device)
+
+    def put(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return dataclasses.replace(program, arguments=jax.tree.map(put, program.arguments))
+
+
+def _required(package: str) -> str:
+    """Returns what JAX says of the version of a package."""
+    found = importlib.metadata.requires("jax") or []
+    return next(each.split(";")[0].strip() for each in found if each.startswith(package))
