@@ -222,7 +222,7 @@ class QuantizedWeight:
         batch, count = self.batch_ndim, math.prod(self.blocked_shape)
         array = block_numbers(numbers, batch)
         if width == 1 and array.shape[batch] > 1:
-            repeated = jnp.repeat(array, self.block, axis=batch)
+            repeated = jnp.repeat(array, self.block or count, axis=batch)
             array = jax.lax.slice_in_dim(repeated, 0, count, axis=batch)
         return jnp.expand_dims(array, batch + 1)
 
