@@ -13,6 +13,9 @@ from lora_jax._merge import merge as merge
 from lora_jax._merge import unmerge as unmerge
 from lora_jax._optimizer import optimizer as optimizer
 from lora_jax._quantize import quantize as quantize
+from lora_jax._requantize import RequantizationError as RequantizationError
+from lora_jax._requantize import RequantizationWarning as RequantizationWarning
+from lora_jax._requantize import requantization_errors as requantization_errors
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary

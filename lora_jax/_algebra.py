@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype, epsilon, smallest
+from lora_jax._matrices import by_matrix, stack_ndim, with_quantized_layers
 from lora_jax._partition import base_sharding, cut_as, feature_sharding
 from lora_jax._shapes import (
     AnyArray,
@@ -28,8 +29,9 @@ from lora_jax._weight import (
     is_adapter_node,
     is_lora_weight,
 )
-from lora_jax.quantization._encode import requantized
+from lora_jax.quantization._encode import Encoding, requantized
 from lora_jax.quantization._foreign import ForeignWeight
+from lora_jax.quantization._programs import leaf_shardings, quantized_in_place
 from lora_jax.quantization._weight import AnyWeight, QuantizedWeight, is_quantized
 
 _LETTERS = string.ascii_lowercase[:-2]
@@ -48,15 +50,18 @@ def lora_weight(
     initial_B: Array | None = None,
     layers: Layers | None = None,
     frozen: tuple[str, ...] = (),
+    encoding: tuple[Any, ...] | None = None,
 ) -> LoRAWeight:
     """Returns the node with these leaves on an original weight.
 
     Everything derived from the weight is computed here alone, so that adapters restored beside the
     same weight get the same base and norms, bit for bit.
     """
-    base: Any = original
+    base: Any = original if encoding is None else as_array(original)
     if initial_A is not None and initial_B is not None:
         base = _shifted(base, -initial_A, initial_B, axes, layers)
+    if encoding is not None:
+        base = quantized_in_place(base, axes, Encoding(*encoding))
     return LoRAWeight(
         base=base,
         lora_A=lora_A,
@@ -69,6 +74,7 @@ def lora_weight(
         initial_B=initial_B,
         layers=layers,
         frozen=frozen,
+        encoding=encoding,
     )
 
 
@@ -126,10 +132,12 @@ def with_norms(bank: LoRABank) -> LoRABank:
 
 
 def original(node: Any) -> Any:
-    """Returns the array that was wrapped; to rounding where an initialiser changed the base."""
+    """Returns the weight that was wrapped; to rounding where an initialiser changed the base."""
     if not is_adapter_node(node):
         return node
     base = original(node.base)
+    if is_lora_weight(node) and node.encoding is not None:
+        base = as_array(base)
     if not is_lora_weight(node) or node.initial_A is None:
         return base
     return _shifted(base, node.initial_A, node.initial_B, node.axes, node.layers)
@@ -139,6 +147,11 @@ def as_array(base: Any) -> Any:
     """Returns a base as an array: the value that it represents, if it is a node itself."""
     if is_quantized(base):
         return base.dequantize()
+    return dense(base) if is_lora_weight(base) else base
+
+
+def _without_nodes(base: Any) -> Any:
+    """Returns a base as an array or a quantised weight: if it is a node, the value of that."""
     return dense(base) if is_lora_weight(base) else base
 
 
@@ -188,14 +201,39 @@ def dense(weight: LoRAWeight) -> Array:
 # One program, so that even outside of jit only A · B is held beside W and the result.
 @functools.partial(jax.jit, inline=True)
 def _dense(weight: LoRAWeight) -> Array:
-    value = _with_change(
-        taken_layers(weight.base, weight.axes, weight.layers), weight, weight.scale
+    part = taken_layers(weight.base, weight.axes, weight.layers)
+    value = value_of_part(
+        part, weight.lora_A, weight.lora_B, weight.scale, weight.magnitude, weight.axes
     )
-    if weight.magnitude is not None:
-        norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, weight.axes)))
-        gain = aligned(_over(weight.magnitude, norm), magnitude_places(weight.axes))
-        value = value * gain.squeeze(-1).astype(value.dtype)
     return with_layers(weight.base, value.astype(weight.dtype), weight.axes, weight.layers)
+
+
+def value_of_part(
+    part: AnyArray,
+    lora_A: Array,
+    lora_B: Array,
+    scale: Array,
+    magnitude: Array | None,
+    axes: Axes,
+) -> Array:
+    r"""Returns $W + s A B$, with a magnitude $m \circ (W + s A B) / \lVert W + s A B \rVert$.
+
+    It is computed in at least float32, and not cast.
+
+    Args:
+      part: $W$, the adapted layers alone.
+      lora_A: $A$.
+      lora_B: $B$.
+      scale: $s$.
+      magnitude: $m$, or None.
+      axes: the role of each axis of `part`.
+    """
+    value = _with_change(part, lora_A, lora_B, scale, axes)
+    if magnitude is None:
+        return value
+    norm = jax.lax.stop_gradient(jnp.sqrt(_sum_of_squares(value, axes)))
+    gain = aligned(_over(magnitude, norm), magnitude_places(axes))
+    return value * gain.squeeze(-1).astype(value.dtype)
 
 
 def without_change(merged: Array, weight: LoRAWeight) -> Array:
@@ -203,31 +241,62 @@ def without_change(merged: Array, weight: LoRAWeight) -> Array:
 
     def computed(merged: Array, weight: LoRAWeight) -> Array:
         part = taken_layers(merged, weight.axes, weight.layers)
-        base = _with_change(part, weight, -weight.scale)
+        base = _with_change(part, weight.lora_A, weight.lora_B, -weight.scale, weight.axes)
         return with_layers(merged, base.astype(merged.dtype), weight.axes, weight.layers)
 
     adapter = dataclasses.replace(weight, base=None)
     return cut_as(base_sharding(merged), computed, merged, adapter)
 
 
-def _with_change(part: AnyArray, weight: LoRAWeight, scale: Array) -> Array:
+def _with_change(part: AnyArray, lora_A: Array, lora_B: Array, scale: Array, axes: Axes) -> Array:
     """Returns part + scale · A · B in at least float32."""
-    wide = common_dtype(part.dtype, weight.lora_A.dtype, jnp.float32)
-    lora_A, lora_B = weight.lora_A.astype(wide), weight.lora_B.astype(wide)
-    return jnp.asarray(part).astype(wide) + scale.astype(wide) * low_rank(
-        lora_A, lora_B, weight.axes
-    )
+    wide = common_dtype(part.dtype, lora_A.dtype, jnp.float32)
+    change = low_rank(lora_A.astype(wide), lora_B.astype(wide), axes)
+    return jnp.asarray(part).astype(wide) + scale.astype(wide) * change
+
+
+def requantized_value(weight: LoRAWeight) -> QuantizedWeight:
+    """Returns the value of a weight on a quantised base, quantised as the base is.
+
+    The layers that are not adapted keep their codes.
+    """
+    base = weight.base
+    stack = stack_ndim(base, weight.axes)
+    computed = functools.partial(_requantized_value, stack=stack)
+    return cut_as(leaf_shardings(base, base), computed, weight)
+
+
+@functools.partial(jax.jit, static_argnames="stack", inline=True)
+def _requantized_value(weight: LoRAWeight, *, stack: int) -> QuantizedWeight:
+    base, axes, layers = weight.base, weight.axes, weight.layers
+
+    def of_part(part: Array, lora_A: Array, lora_B: Array, magnitude: Any) -> QuantizedWeight:
+        return requantized(value_of_part(part, lora_A, lora_B, weight.scale, magnitude, axes), base)
+
+    if layers is None or (base.batch_ndim and axes[0] == "batch"):
+        arrays = (weight.lora_A, weight.lora_B, weight.magnitude)
+        part = by_matrix(of_part, stack, base, axes, layers, *arrays)
+        return with_quantized_layers(base, part, layers)
+    return requantized(_dense(dataclasses.replace(weight, base=base.dequantize())), base)
 
 
 def squared_norms(base: Any, axes: Axes, layers: Layers | None = None) -> Array:
     """Returns the squared norm of each output feature of a weight, of shape (*batch, *out)."""
-    weight = as_array(base)
+    base = _without_nodes(base)
+    sharding = feature_sharding(base, axes, layers)
+    squared = functools.partial(
+        _squared_norms, stack=stack_ndim(base, axes), axes=axes, layers=layers
+    )
+    return cut_as(sharding, squared, base)
 
-    def squared(weight: Array) -> Array:
-        part = taken_layers(weight, axes, layers)
+
+# One program, so that an equal stack of matrices is not traced and compiled again.
+@functools.partial(jax.jit, static_argnames=("stack", "axes", "layers"), inline=True)
+def _squared_norms(base: Any, *, stack: int, axes: Axes, layers: Layers | None) -> Array:
+    def squared(part: AnyArray) -> Array:
         return _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
 
-    return cut_as(feature_sharding(weight, axes, layers), squared, weight)
+    return by_matrix(squared, stack, base, axes, layers)
 
 
 def squared_norm_of(node: LoRAWeight | LoRABank) -> Array:
@@ -266,25 +335,38 @@ def norms(weight: LoRAWeight) -> Array:
     ‖W + sAB‖² = ‖W‖² + 2s⟨W, AB⟩ + s²‖AB‖² = ‖W‖² + 2s Σ_r (WᵀA)_or B_ro + s² Σ_r B_ro (GB)_ro,
     where nothing is larger than W itself, and ‖W‖² was computed once.
     """
-    weight = dataclasses.replace(
-        weight, base=as_array(weight.base), squared_norm=squared_norm_of(weight)
+    base, axes, layers = _without_nodes(weight.base), weight.axes, weight.layers
+    weight = dataclasses.replace(weight, base=base, squared_norm=squared_norm_of(weight))
+    computed = functools.partial(_norms, stack=stack_ndim(base, axes))
+    return cut_as(feature_sharding(base, axes, layers), computed, weight)
+
+
+@functools.partial(jax.jit, static_argnames="stack", inline=True)
+def _norms(weight: LoRAWeight, *, stack: int) -> Array:
+    def of_part(part: Array, lora_A: Array, lora_B: Array, squared_norm: Array) -> Array:
+        return _norms_of_part(part, lora_A, lora_B, squared_norm, weight.scale, weight.axes)
+
+    return by_matrix(
+        of_part,
+        stack,
+        weight.base,
+        weight.axes,
+        weight.layers,
+        weight.lora_A,
+        weight.lora_B,
+        weight.squared_norm,
     )
-    return cut_as(feature_sharding(weight.base, weight.axes, weight.layers), _norms, weight)
 
 
-def _norms(weight: LoRAWeight) -> Array:
-    axes = weight.axes
-    part = taken_layers(weight.base, axes, weight.layers)
-    squared_norm = weight.squared_norm
+def _norms_of_part(
+    part: Array, lora_A: Array, lora_B: Array, squared_norm: Array, scale: Array, axes: Axes
+) -> Array:
     if common_dtype(squared_norm.dtype, jnp.float32) != squared_norm.dtype:
         # The tree was cast to half precision, which a squared norm may not fit.
-        squared_norm = squared_norms(weight.base, axes, weight.layers)
-    wide = common_dtype(part.dtype, weight.lora_A.dtype, squared_norm.dtype)
+        squared_norm = _sum_of_squares(part.astype(common_dtype(part.dtype, jnp.float32)), axes)
+    wide = common_dtype(part.dtype, lora_A.dtype, squared_norm.dtype)
     base, lora_A, lora_B, scale, squared_norm = jax.lax.stop_gradient(
-        tuple(
-            array.astype(wide)
-            for array in (part, weight.lora_A, weight.lora_B, weight.scale, squared_norm)
-        )
+        tuple(array.astype(wide) for array in (part, lora_A, lora_B, scale, squared_norm))
     )
     batch = _letters(positions(axes, "batch"))
     outputs = _letters(positions(axes, "out"))
@@ -316,20 +398,14 @@ def _shifted(
     base: Any, initial_A: Array, initial_B: Array, axes: Axes, layers: Layers | None
 ) -> Any:
     """Returns base + initial_A · initial_B in the base's dtype, quantised if the base is."""
-
-    def shifted(base: AnyArray, initial_A: Array, initial_B: Array) -> Array:
-        part = taken_layers(base, axes, layers)
-        wide = common_dtype(part.dtype, initial_A.dtype, jnp.float32)
-        moved = part.astype(wide) + low_rank(initial_A.astype(wide), initial_B.astype(wide), axes)
-        return with_layers(base, moved.astype(base.dtype), axes, layers)
-
-    moved = cut_as(base_sharding(base), shifted, as_array(base), initial_A, initial_B)
     if isinstance(base, ForeignWeight):
         raise ValueError(
             "An initialiser changes the base, which is a quantised array of another library; "
             "expected one that keeps it, such as 'kaiming', or quantization.dequantize(params)."
         )
-    return requantized(moved, base) if isinstance(base, QuantizedWeight) else moved
+    one = jnp.ones((), common_dtype(initial_A.dtype, jnp.float32))
+    adapter = LoRAWeight(base, initial_A, initial_B, one, axes, layers=layers)
+    return requantized_value(adapter) if isinstance(base, QuantizedWeight) else dense(adapter)
 
 
 def _over(magnitude: Array, norm: Array) -> Array:

@@ -12,8 +12,13 @@ from lora_jax._compat import is_tracer
 
 
 def not_finite(arrays: Iterable[tuple[str, Any]]) -> list[str]:
-    """Returns the names of the arrays that hold NaN or infinity; traced ones are skipped."""
-    concrete = [(name, array) for name, array in arrays if not is_tracer(array)]
+    """Returns the names of the arrays that hold NaN or infinity; traced ones are skipped.
+
+    A quantised weight counts as the arrays that it holds.
+    """
+    concrete = [
+        (name, array) for name, array in arrays if not any(map(is_tracer, jax.tree.leaves(array)))
+    ]
     if not concrete:
         return []
     # One transfer for all of them; also where a function that is being traced holds the arrays.
@@ -23,5 +28,5 @@ def not_finite(arrays: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 @jax.jit
-def _is_finite(array: Array) -> Bool[Array, ""]:
-    return jnp.all(jnp.isfinite(array))
+def _is_finite(array: Any) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(array)]))

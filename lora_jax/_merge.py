@@ -1,6 +1,7 @@
 """Merging adapters into the weights, and taking them out again."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,12 @@ from lora_jax._compat import is_tracer
 from lora_jax._finite import not_finite
 from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._paths import listed
+from lora_jax._requantize import (
+    RequantizationWarning,
+    errors_of,
+    quantized_nodes,
+    requantized_sum,
+)
 from lora_jax._shapes import AnyArray, factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
 from lora_jax._weight import (
@@ -21,26 +28,41 @@ from lora_jax._weight import (
     is_adapter_node,
     is_lora_weight,
 )
+from lora_jax.quantization._weight import is_quantized
 
 
-def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -> Any:
+def merge(
+    wrapped: Any,
+    *,
+    targets: Targets | None = None,
+    safe: bool = False,
+    requantize: bool = False,
+) -> Any:
     r"""Returns plain params with $W + s \cdot A B$ in place of each adapted weight.
 
     The sum is computed in the widest of the dtypes, at least float32, and cast once. Structure,
-    shapes and dtypes are those of the tree that was wrapped.
+    shapes and dtypes are those of the tree that was wrapped. A sum with a quantised weight is an
+    array of the dtype that the weight dequantises to.
 
     Args:
       wrapped: what `wrap` returned, trained or not.
       targets: which of the adapted weights to merge, in the forms of `wrap`; all by default. The
         others stay adapted.
       safe: whether to check every merged value, and raise if one is not finite.
+      requantize: whether to quantise each sum with a quantised weight again, as that weight is.
+        Changes that are smaller than the steps of the format are lost then.
 
     Returns:
       Plain params of the original structure; with `targets`, a tree that keeps the other adapters.
 
     Raises:
-      ValueError: `targets` matches no adapted weight; `wrapped` is a bank of adapters; or, with
-        `safe`, a merged value is not finite.
+      ValueError: `targets` matches no adapted weight; `wrapped` is a bank of adapters; with
+        `safe`, a merged value is not finite; or, with `requantize`, a weight has a format that is
+        only read.
+
+    Warns:
+      RequantizationWarning: with `requantize`, how much of each adapter is lost, outside of `jit`.
+        `requantization_errors(wrapped)` returns the same numbers.
 
     Source: Hu et al. 2021, section 4.1, "No additional inference latency".
 
@@ -52,9 +74,16 @@ def merge(wrapped: Any, *, targets: Targets | None = None, safe: bool = False) -
     """
     index = NodeIndex.of(wrapped)
     chosen = _chosen_paths(index, index, targets)
-    values = {path: _merged(path, node) for path, node in index.nodes.items() if path in chosen}
+    nodes = {path: node for path, node in index.nodes.items() if path in chosen}
+    again = quantized_nodes(nodes.items()) if requantize else {}
+    values = {
+        path: requantized_sum(again[path]) if path in again else _merged(path, node)
+        for path, node in nodes.items()
+    }
     if safe:
         _check_finite(values)
+    if again and not any(map(is_tracer, jax.tree.leaves(again))):
+        warnings.warn(RequantizationWarning(errors_of(again)), stacklevel=2)
     return index.mapped(values.get)
 
 
@@ -62,8 +91,8 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
     r"""Returns the wrapped tree whose adapters were merged into `merged`.
 
     Each base is $W' - s \cdot A B$, computed in at least float32 and cast once. It equals the
-    original to rounding in the weight's dtype. If `wrapped` still holds the original,
-    `unwrap(wrapped)` returns it exactly.
+    original to rounding in the weight's dtype; a quantised original is an array here. If `wrapped`
+    still holds the original, `unwrap(wrapped)` returns it exactly.
 
     Args:
       merged: what `merge(wrapped)` returned.
@@ -75,8 +104,9 @@ def unmerge(merged: Any, wrapped: Any, *, targets: Targets | None = None) -> Any
       A wrapped tree with the same adapters.
 
     Raises:
-      ValueError: the trees or the shapes differ, `targets` matches no adapter, or an adapter has a
-        magnitude (DoRA), since merging it loses the weight's own norm.
+      ValueError: the trees or the shapes differ, `targets` matches no adapter, an adapter has a
+        magnitude (DoRA), since merging it loses the weight's own norm, or `merged` was quantised
+        again, since that rounds the adapter away.
 
     Source: Hu et al. 2021, section 4.1, on switching tasks by subtracting $B A$.
 
@@ -115,6 +145,11 @@ def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWei
             f"'{path}' has a magnitude (DoRA), and the merged weight has lost its own norm; keep "
             "`wrapped`: unwrap(wrapped) returns the original exactly."
         )
+    if is_quantized(leaf):
+        raise ValueError(
+            f"`merged` is quantised at '{path}', so the adapter's change was rounded, and can't be "
+            "taken out of it; keep `wrapped`: unwrap(wrapped) returns the original exactly."
+        )
     if not _fits(leaf, node):
         raise ValueError(
             f"`merged` has the shape {leaf.shape} at '{path}', which does not fit the factors of "
@@ -150,8 +185,8 @@ def _chosen_paths(tree: NodeIndex, index: NodeIndex, targets: Targets | None) ->
     return set(selected)
 
 
-def _check_finite(merged: Mapping[str, AnyArray]) -> None:
-    if any(map(is_tracer, merged.values())):
+def _check_finite(merged: Mapping[str, Any]) -> None:
+    if any(map(is_tracer, jax.tree.leaves(merged))):
         raise ValueError(
             "`safe` is True, but the values are traced and can't be checked; call "
             "merge(wrapped, safe=True) outside of jax.jit."

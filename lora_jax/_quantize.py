@@ -1,25 +1,19 @@
 """Quantising the weights of a parameter tree, and back."""
 
-import functools
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import jax
-from jax.sharding import NamedSharding
 
 from lora_jax._finite import not_finite
-from lora_jax._partition import Partition, cut_as
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._selection import selected_weights
-from lora_jax._shapes import AnyArray, Axes
 from lora_jax._targets import Selection, Targets
-from lora_jax.quantization._encode import Encoding, quantized
-from lora_jax.quantization._formats import FORMATS
-from lora_jax.quantization._placement import leaf_specs
-from lora_jax.quantization._weight import QuantizedWeight, is_quantized
+from lora_jax.quantization._encode import Encoding
+from lora_jax.quantization._programs import quantized_in_place
+from lora_jax.quantization._weight import is_quantized
 
-_WRITTEN = tuple(name for name, each in FORMATS.items() if each.is_offered)
+_SETTINGS = ("format", "block", "double_quantize")
 
 
 def quantize(
@@ -77,10 +71,12 @@ def quantize(
       >>> wrapped = lora_jax.wrap(quantized, "dense", rank=2)
     """
     defaults = {"format": format, "block": block, "double_quantize": double_quantize}
-    _encoding("`quantize`", defaults)
+    Encoding.checked("`quantize`", **defaults)
     selected = selected_weights(params, targets, exclude=exclude, axes=axes)
     encodings = {
-        path: _encoding(f"`targets` for '{path}'", {**defaults, **_overrides(path, each.selection)})
+        path: Encoding.checked(
+            f"`targets` for '{path}'", **{**defaults, **_overrides(path, each.selection)}
+        )
         for path, each in selected.items()
     }
     already = [path for path, each in selected.items() if is_quantized(each.leaf)]
@@ -92,33 +88,12 @@ def quantize(
     _check_finite({path: each.leaf for path, each in selected.items()})
     return map_with_paths(
         lambda path, leaf: (
-            _quantized(leaf, selected[path].axes, encodings[path]) if path in selected else leaf
+            quantized_in_place(leaf, selected[path].axes, encodings[path])
+            if path in selected
+            else leaf
         ),
         params,
     )
-
-
-def _encoding(subject: str, settings: Mapping[str, Any]) -> Encoding:
-    name, block, double = (settings[key] for key in _SETTINGS)
-    if name not in _WRITTEN:
-        raise ValueError(f"{subject} has the format {name!r}; expected one of {listed(_WRITTEN)}.")
-    if block is not None and (isinstance(block, bool) or not hasattr(block, "__index__")):
-        raise TypeError(f"{subject} has the block {block!r}; expected a whole number, or None.")
-    if block is not None and operator.index(block) < 1:
-        raise ValueError(
-            f"{subject} has the block {block}; expected at least 1, or None for one scale for each "
-            "output feature."
-        )
-    if double is not None and not isinstance(double, bool):
-        raise TypeError(f"{subject} has double_quantize={double!r}; expected True, False or None.")
-    block = None if block is None else operator.index(block)
-    if FORMATS[name].is_float and block == _DEFAULT_BLOCK:
-        block = None
-    return Encoding(name, block, name == "nf4" if double is None else double)
-
-
-_SETTINGS = ("format", "block", "double_quantize")
-_DEFAULT_BLOCK = 64
 
 
 def _overrides(path: str, selection: Selection) -> Mapping[str, Any]:
@@ -141,39 +116,3 @@ def _check_finite(weights: Mapping[str, Any]) -> None:
             f"`params` holds values that are not finite at {listed(found)}, which no scale "
             "represents; nothing is quantised. Leave these out with quantize(..., exclude=...)."
         )
-
-
-def _quantized(
-    leaf: AnyArray | jax.ShapeDtypeStruct, axes: Axes, encoding: Encoding
-) -> QuantizedWeight:
-    program = _program(axes, encoding)
-    abstract = jax.eval_shape(program, leaf)
-    shardings = _leaf_shardings(leaf, abstract)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return abstract if shardings is None else jax.tree.map(_placed, abstract, shardings)
-    return program(leaf) if shardings is None else _cut_program(axes, encoding, shardings)(leaf)
-
-
-@functools.lru_cache(maxsize=256)
-def _program(axes: Axes, encoding: Encoding) -> Any:
-    return jax.jit(lambda weight: quantized(weight, axes, encoding))
-
-
-@functools.lru_cache(maxsize=256)
-def _cut_program(axes: Axes, encoding: Encoding, shardings: QuantizedWeight) -> Any:
-    return jax.jit(
-        lambda weight: cut_as(shardings, lambda each: quantized(each, axes, encoding), weight)
-    )
-
-
-def _leaf_shardings(leaf: Any, abstract: QuantizedWeight) -> QuantizedWeight | None:
-    """Returns how each array of a quantised weight is cut; None without a mesh."""
-    partition = Partition.of(leaf)
-    if partition is None:
-        return None
-    specs = leaf_specs(abstract, partition.cuts, dict(partition.mesh.shape))
-    return jax.tree.map(lambda spec: NamedSharding(partition.mesh, spec), specs)
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

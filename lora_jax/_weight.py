@@ -74,6 +74,8 @@ class LoRAWeight(_NodeWithFactors):
       layers: which indices of the first batch axis are adapted; None for all. All arrays above
         except `base` hold these layers only.
       frozen: the names of the factors and magnitudes that don't train, such as `"lora_A"`.
+      encoding: where an initialiser quantised the base, its format, its block, and whether its
+        scales are quantised too; else None.
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, section 4.1; Liu et
     al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024, equation 5.
@@ -97,6 +99,7 @@ class LoRAWeight(_NodeWithFactors):
     initial_B: Float[Array, "..."] | Any = None
     layers: Layers | None = dataclasses.field(default=None, metadata={"static": True})
     frozen: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    encoding: tuple[Any, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

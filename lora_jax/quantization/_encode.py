@@ -2,20 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._shapes import Axes, positions
+from lora_jax._paths import listed
+from lora_jax._shapes import AnyArray, Axes, positions
 from lora_jax.quantization._formats import FORMATS, Format
 from lora_jax.quantization._packing import packed
 from lora_jax.quantization._weight import QuantizedWeight
 
 # Blocks of scales that are quantised again. Source: Dettmers et al. 2023, section 3.
 _SCALES_IN_BLOCK = 256
+
+_WRITTEN = tuple(name for name, each in FORMATS.items() if each.is_offered)
+_DEFAULT_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +39,55 @@ class Encoding:
     double: bool
 
     @classmethod
+    def checked(
+        cls,
+        subject: str,
+        *,
+        format: Any = "nf4",  # noqa: A002 - the word of the field
+        block: Any = _DEFAULT_BLOCK,
+        double_quantize: Any = None,
+    ) -> "Encoding":
+        """Returns the encoding with these settings, documented at `lora_jax.quantize`.
+
+        Args:
+          subject: who has the settings, for errors.
+          format: the name of the format.
+          block: how many weights share a scale, or None.
+          double_quantize: whether the scales are quantised too, or None.
+
+        Raises:
+          ValueError: `format` or `block` is none of these.
+          TypeError: a setting has the wrong type.
+        """
+        if format not in _WRITTEN:
+            raise ValueError(
+                f"{subject} has the format {format!r}; expected one of {listed(_WRITTEN)}."
+            )
+        if block is not None and (isinstance(block, bool) or not hasattr(block, "__index__")):
+            raise TypeError(f"{subject} has the block {block!r}; expected a whole number, or None.")
+        if block is not None and operator.index(block) < 1:
+            raise ValueError(
+                f"{subject} has the block {block}; expected at least 1, or None for one scale for "
+                "each output feature."
+            )
+        if double_quantize is not None and not isinstance(double_quantize, bool):
+            raise TypeError(
+                f"{subject} has double_quantize={double_quantize!r}; expected True, False or None."
+            )
+        block = None if block is None else operator.index(block)
+        if FORMATS[format].is_float and block == _DEFAULT_BLOCK:
+            block = None
+        return cls(format, block, format == "nf4" if double_quantize is None else double_quantize)
+
+    @classmethod
     def of(cls, weight: QuantizedWeight) -> "Encoding":
         """Returns how a weight was quantised, for another weight in its place."""
         return cls(weight.format, weight.block, isinstance(weight.scales, QuantizedWeight))
+
+
+def is_written(weight: QuantizedWeight) -> bool:
+    """Says whether weights can be quantised as this one is."""
+    return weight.format in _WRITTEN and weight.offsets is None
 
 
 def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
@@ -51,25 +103,38 @@ def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
     batch = next(place for place, role in enumerate((*axes, "in")) if role != "batch")
     blocked = positions(axes, "in")
     features = tuple(axis for axis in range(batch, len(axes)) if axis not in blocked)
-    return _quantized_along(weight, batch, blocked, features, encoding)
+    return _quantized_along(weight, batch, blocked, features, encoding, str(weight.dtype))
 
 
 def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
     """Returns an array of a quantised weight's shape, quantised as that one is.
 
+    Args:
+      weight: the array; it may be wider than the dtype that the result dequantises to.
+      like: the quantised weight, of which only the static fields are read.
+
     Raises:
-      ValueError: that one is of a file, in a format that weights are not quantised to here.
+      ValueError: the format is one that is read from files, and not written.
     """
-    if not FORMATS[like.format].is_offered or like.codebook is not None or like.offsets is not None:
+    if not is_written(like):
         raise ValueError(
-            f"An initialiser changes the base, whose codes in {like.format} have the offsets or "
-            "levels of a file, which lora_jax quantises nothing to; expected one that keeps it, "
-            "such as 'kaiming', or quantization.dequantize(params)."
+            f"A weight of the format {like.format!r}"
+            + (" with offsets" if like.offsets is not None else "")
+            + " is read from files, and nothing is quantised to it; expected one of the formats "
+            f"{listed(_WRITTEN)}. quantization.dequantize(params) makes an array of it."
         )
     ndim = like.ndim
     blocked = tuple(ndim + axis for axis in like.blocked)
     features = tuple(ndim + axis for axis in like.features)
-    return _quantized_along(weight, like.batch_ndim, blocked, features, Encoding.of(like))
+    return _quantized_along(
+        weight,
+        like.batch_ndim,
+        blocked,
+        features,
+        Encoding.of(like),
+        like.dtype_name,
+        like.codebook,
+    )
 
 
 def _quantized_along(
@@ -78,6 +143,8 @@ def _quantized_along(
     blocked: tuple[int, ...],
     features: tuple[int, ...],
     encoding: Encoding,
+    dtype_name: str,
+    codebook: Array | None = None,
 ) -> QuantizedWeight:
     """Returns a weight quantised in blocks along the flattened axes `blocked`."""
     in_order = weight.transpose((*range(batch), *blocked, *features))
@@ -86,21 +153,29 @@ def _quantized_along(
     of_features = in_order.shape[batch + len(blocked) :]
     matrices = in_order.reshape(math.prod(front), math.prod(blocked_shape), *of_features)
 
-    def of_matrix(rows: Array) -> QuantizedWeight:
-        return _quantized_rows(rows, encoding)
+    codebooks = None if codebook is None else codebook.reshape(-1, codebook.shape[-1])
 
-    stacked = jax.lax.map(of_matrix, matrices) if batch else jax.vmap(of_matrix)(matrices)
+    def of_matrix(inputs: tuple[Array, Array | None]) -> QuantizedWeight:
+        return _quantized_rows(inputs[0], encoding, inputs[1])
+
+    stacked = (jax.lax.map if batch else _mapped_at_once)(of_matrix, (matrices, codebooks))
     leaves = jax.tree.map(lambda leaf: leaf.reshape(*front, *leaf.shape[1:]), stacked)
     return dataclasses.replace(
         leaves,
         blocked=tuple(axis - weight.ndim for axis in blocked),
         blocked_shape=blocked_shape,
         features=tuple(axis - weight.ndim for axis in features),
-        dtype_name=str(weight.dtype),
+        dtype_name=dtype_name,
     )
 
 
-def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
+def _mapped_at_once(function: Callable[[Any], Any], inputs: Any) -> Any:
+    return jax.vmap(function)(inputs)
+
+
+def _quantized_rows(
+    rows: Array, encoding: Encoding, codebook: Array | None = None
+) -> QuantizedWeight:
     """Returns an array (n, *features) quantised in blocks along its first axis."""
     form = FORMATS[encoding.format]
     rows = rows.astype(jnp.float32)
@@ -110,11 +185,12 @@ def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
     # A block of zeros has codes of zero; the reciprocal of the smallest normal number is finite.
     inverse = form.largest / jnp.maximum(absmax, _SMALLEST)
     scaled = (blocks * inverse[:, None]).reshape(-1, *rows.shape[1:])[:count]
-    codes = _codes(scaled, form)
+    codes = _codes(scaled, form, codebook)
     scales = absmax / form.largest
     return QuantizedWeight(
         codes=packed(codes, form.bits, 0) if form.is_packed else codes,
         scales=_double(scales) if encoding.double else scales,
+        codebook=codebook,
         format=encoding.format,
         block=encoding.block,
         blocked=(-rows.ndim,),
@@ -150,20 +226,20 @@ def _in_blocks(rows: Array, block: int) -> Array:
     return jnp.pad(rows, padding).reshape(-1, block, *rows.shape[1:])
 
 
-def _codes(scaled: Array, form: Format) -> Array:
+def _codes(scaled: Array, form: Format, codebook: Array | None) -> Array:
     """Returns the code of the number that is nearest to each scaled weight."""
     if form.levels is not None:
-        return _nearest(scaled, form.levels).astype(jnp.uint8)
+        levels = np.asarray(form.levels, np.float32) if codebook is None else codebook
+        return _nearest(scaled, levels).astype(jnp.uint8)
     if form.is_float:
         return scaled.astype(form.dtype)
     whole = jnp.clip(jnp.round(scaled), -form.largest, form.largest).astype(jnp.int8)
     return whole.astype(jnp.uint8) & ((1 << form.bits) - 1) if form.is_packed else whole
 
 
-def _nearest(scaled: Array, levels: Sequence[float]) -> Array:
+def _nearest(scaled: Array, levels: AnyArray) -> Array:
     """Returns the index of the nearest level; the lower one of two that are as near."""
-    known = np.asarray(levels, np.float32)
-    bounds = jnp.asarray((known[:-1] + known[1:]) / 2)
+    bounds = jnp.asarray((levels[:-1] + levels[1:]) / 2)
     # Comparing with each bound vectorises; with many bounds it would take their number in memory.
     method = "compare_all" if len(levels) <= _MOST_COMPARED else "scan"
     return jnp.searchsorted(bounds, scaled, side="left", method=method)
