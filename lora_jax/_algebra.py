@@ -143,6 +143,14 @@ def original(node: Any) -> Any:
     return _shifted(base, node.initial_A, node.initial_B, node.axes, node.layers)
 
 
+def original_array(node: Any) -> Any:
+    """Returns the weight that was wrapped as an array, which is not quantised again."""
+    base = original_array(node.base) if is_adapter_node(node) else as_array(node)
+    if not is_lora_weight(node) or node.initial_A is None:
+        return base
+    return _shifted(base, node.initial_A, node.initial_B, node.axes, node.layers)
+
+
 def as_array(base: Any) -> Any:
     """Returns a base as an array: the value that it represents, if it is a node itself."""
     if is_quantized(base):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import as_array
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._identity import Same, is_hashable
 from lora_jax._keys import own_key
+from lora_jax._matrices import by_matrix, stack_ndim
 from lora_jax._partition import cut_as, factor_shardings, uncut
 from lora_jax._settings import Settings
-from lora_jax._shapes import Axes, Layers, factor_shapes, taken_layers, to_matrices
-from lora_jax.init import DataInitializer, Frozen
+from lora_jax._shapes import AnyArray, Axes, Layers, factor_shapes, layers_shape, sizes, to_matrices
+from lora_jax.init import DataInitializer, Frozen, QuantizingInitializer
 from lora_jax.init._data import per_matrix
+from lora_jax.init._protocol import QuantizedBase
 from lora_jax.quantization._weight import AnyWeight
 
 # How many compiled initialisers are kept: one for each set of settings.
@@ -33,14 +35,17 @@ class InitialFactors:
     Attributes:
       lora_A: of shape (*batch, *in, r).
       lora_B: of shape (*batch, r, *out).
-      keeps_base: whether the base is the weight itself instead of W - s · A · B.
+      moved: the A and B whose s · A · B is taken out of the weight; None if the base is the weight
+        itself.
       frozen: the names of the factors that do not train.
+      encoding: how the base is quantised, if it is to be.
     """
 
     lora_A: Array
     lora_B: Array
-    keeps_base: bool
+    moved: tuple[Array, Array] | None
     frozen: tuple[str, ...]
+    encoding: tuple[Any, ...] | None
 
 
 def initial_factors(
@@ -71,6 +76,8 @@ def initial_factors(
     statistics: tuple[Any, ...] = ()
     if isinstance(init, DataInitializer):
         statistics = (init.statistics_of(path, weight.shape, axes),)
+    if isinstance(init, QuantizingInitializer):
+        init = init.for_weight(weight)
     program = _program(
         _by_content(init.function if isinstance(init, DataInitializer) else init),
         isinstance(init, DataInitializer) and init.shaped_as_weights,
@@ -80,13 +87,21 @@ def initial_factors(
         settings.scale(settings.rank),
         dtype,
         factor_shardings(weight, axes, layers, settings.rank),
+        stack_ndim(weight, axes),
     )
     try:
-        (lora_A, lora_B, differences), kind = program(own_key(key, path), weight, statistics)
+        (of_A, of_B, differences), kind = program(own_key(key, path), weight, statistics)
     except _WrongShapesError as error:
         raise ValueError(f"`init` returned {error} for '{path}'.") from None
     _check_base(path, differences, weight.dtype)
-    return InitialFactors(lora_A, lora_B, kind.keeps_base, kind.frozen)
+    is_moved = not kind.keeps_base or len(of_A) > 1
+    return InitialFactors(
+        lora_A=of_A[0],
+        lora_B=of_B[0],
+        moved=(of_A[-1], of_B[-1]) if is_moved else None,
+        frozen=kind.frozen,
+        encoding=kind.encoding,
+    )
 
 
 class _WrongShapesError(Exception):
@@ -96,10 +111,11 @@ class _WrongShapesError(Exception):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What tracing an initialiser shows: whether the base stays, and what does not train."""
+    """What tracing an initialiser shows: what becomes of the base, and what does not train."""
 
     keeps_base: bool
     frozen: tuple[str, ...]
+    encoding: tuple[Any, ...] | None
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -112,8 +128,14 @@ def _program(
     scale: float,
     dtype: Any,
     shardings: Any,
+    stack: int,
 ) -> Callable[..., Any]:
     """Returns a compiled function from key, weight and statistics to factors and differences.
+
+    Beside lora_A and lora_B it returns the factors that were moved out of the weight, where those
+    are others.
+
+    A quantised stack is dequantised matrix by matrix.
 
     A program that drops out of the cache frees what it compiled, so that new initialisers, as in a
     loop that makes a closure each time, do not pile up.
@@ -122,31 +144,55 @@ def _program(
     def of_matrix(key: PRNGKeyArray, weight2d: Array, *statistics: Any) -> Any:
         base, *factors = init(key, weight2d, rank, scale, *statistics)
         arrays = [factor.array if isinstance(factor, Frozen) else factor for factor in factors]
-        _check_shapes(weight2d, rank, base, *arrays)
-        keeps_base = base is weight2d
         names = zip(("lora_A", "lora_B"), factors, strict=True)
         frozen = tuple(name for name, factor in names if isinstance(factor, Frozen))
+        if isinstance(base, QuantizedBase):
+            moved = () if base.lora_A is None else (base.lora_A, base.lora_B)
+            encoding = dataclasses.astuple(base.encoding)
+            base = weight2d
+        else:
+            moved, encoding = (), None
+        _check_shapes(weight2d, rank, base, *arrays)
+        keeps_base = base is weight2d
         difference = () if keeps_base else _difference(base, weight2d, scale, *arrays)
-        return (*(array.astype(dtype) for array in arrays), difference), _Kind(keeps_base, frozen)
+        kind = _Kind(keeps_base, frozen, encoding)
+        lora_A, lora_B = (array.astype(dtype) for array in arrays)
+        return (([lora_A, *moved[:1]], [lora_B, *moved[1:]], difference), kind)
+
+    def of_part(part: AnyArray, keys: PRNGKeyArray, known: Sequence[Any]) -> Any:
+        matrices = to_matrices(part, axes)
+        batch = sizes(part.shape, axes, "batch")
+        keys, known = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[len(batch) :]), (keys, known)
+        )
+        (of_A, of_B, differences), kind = jax.vmap(of_matrix)(keys, matrices, *known)
+        A_shape, B_shape = factor_shapes(part.shape, axes, rank)
+        shaped = (
+            [lora_A.reshape(A_shape) for lora_A in of_A],
+            [lora_B.reshape(B_shape) for lora_B in of_B],
+            jax.tree.map(lambda leaf: leaf.reshape(batch), differences),
+        )
+        return shaped, kind
 
     def of_weight(key: PRNGKeyArray, weight: Any, statistics: tuple[Any, ...]) -> Any:
-        part = taken_layers(as_array(weight), axes, layers)
-        matrices = to_matrices(part, axes)
         known = [
             per_matrix(each, weight.shape, axes, layers, shaped_as_weights=shaped_as_weights)
             for each in statistics
         ]
-        keys = jax.random.split(key, matrices.shape[0])
-        (lora_A, lora_B, differences), kind = jax.vmap(of_matrix)(keys, matrices, *known)
-        A_shape, B_shape = factor_shapes(part.shape, axes, rank)
-        return (lora_A.reshape(A_shape), lora_B.reshape(B_shape), differences), kind
+        batch = sizes(layers_shape(weight.shape, axes, layers), axes, "batch")
+        keys = jax.random.split(key, math.prod(batch))
+        keys, known = jax.tree.map(
+            lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), (keys, known)
+        )
+        return by_matrix(of_part, stack, weight, axes, layers, keys, known)
 
     if shardings is None:
         return jax.jit(of_weight)
     whole = uncut(shardings[0].mesh)
     # A weight whose values are not used still decides on which devices the program runs.
     return jax.jit(
-        functools.partial(cut_as, ((*shardings, whole), whole), of_weight), keep_unused=True
+        functools.partial(cut_as, ((*shardings, whole), whole), of_weight),
+        keep_unused=True,
     )
 
 

@@ -12,6 +12,7 @@ from lora_jax._weight import (
     AdapterNode,
     LoRABank,
     LoRAWeight,
+    changes_base,
     has_factors,
     is_adapter_node,
     is_bank,
@@ -101,7 +102,7 @@ def check_base(path: str, node: AdapterNode) -> None:
             f"'{path}' is a {type(node).__name__} on a {type(node.base).__name__}; expected an "
             "array as its base, or for a LoRAWeight or a LoRABank a LoRAWeight."
         )
-    if is_lora_weight(node) and node.initial_A is not None:
+    if changes_base(node):
         raise ValueError(
             f"'{path}' stands on another LoRAWeight, and its initialiser changes its base; "
             "expected one that keeps it, such as 'kaiming', or "

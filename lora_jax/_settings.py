@@ -13,7 +13,8 @@ from lora_jax._dtypes import is_narrow_float
 from lora_jax._paths import listed
 from lora_jax._shapes import Axes, largest_rank
 from lora_jax._weight import FACTORS
-from lora_jax.init import DataInitializer, Initializer, initializer
+from lora_jax.init import initializer
+from lora_jax.init._registry import AnyInitializer
 
 # A check of a setting: takes its name in errors and the given value, returns the value to use.
 Checked = Callable[[str, Any], Any]
@@ -74,7 +75,7 @@ def _checked_flag(subject: str, flag: Any) -> bool:
     return flag
 
 
-def _checked_init(subject: str, init: Any) -> Initializer | DataInitializer:
+def _checked_init(subject: str, init: Any) -> AnyInitializer:
     del subject
     return initializer(init)
 
@@ -122,7 +123,7 @@ class Settings:
     rank: int = dataclasses.field(metadata={"checked": checked_rank})
     alpha: float | None = dataclasses.field(metadata={"checked": _checked_alpha})
     rslora: bool = dataclasses.field(metadata={"checked": _checked_flag})
-    init: Initializer | DataInitializer = dataclasses.field(metadata={"checked": _checked_init})
+    init: AnyInitializer = dataclasses.field(metadata={"checked": _checked_init})
     dora: bool = dataclasses.field(metadata={"checked": _checked_flag})
     layers: tuple[int, ...] | None = dataclasses.field(metadata={"checked": _checked_layers})
     freeze: tuple[str, ...] = dataclasses.field(metadata={"checked": checked_freeze})

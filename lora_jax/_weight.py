@@ -197,6 +197,11 @@ def has_factors(node: Any) -> TypeGuard[LoRAWeight | LoRABank]:
     return isinstance(node, LoRAWeight | LoRABank)
 
 
+def changes_base(node: Any) -> bool:
+    """Says whether an initialiser made the base of a node from the weight that was wrapped."""
+    return is_lora_weight(node) and (node.initial_A is not None or node.encoding is not None)
+
+
 def is_adapter_node(node: Any) -> TypeGuard[AdapterNode]:
     """Says whether `node` is one that `wrap` or `serving.bank` puts into a tree."""
     return isinstance(node, LoRAWeight | LoRABank | FullWeight)

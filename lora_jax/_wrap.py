@@ -20,7 +20,7 @@ from lora_jax._settings import Settings, check_rank_fits
 from lora_jax._shapes import Axes, Layers, largest_rank
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight
-from lora_jax.init import DataInitializer, Initializer
+from lora_jax.init._registry import AnyInitializer
 from lora_jax.quantization._weight import AnyWeight
 
 
@@ -32,7 +32,7 @@ def wrap(
     alpha: SupportsFloat | None = None,
     key: PRNGKeyArray | None = None,
     axes: Mapping[str, Sequence[str]] | None = None,
-    init: str | Initializer | DataInitializer = "kaiming",
+    init: str | AnyInitializer = "kaiming",
     rslora: bool = False,
     dora: bool = False,
     layers: Sequence[SupportsIndex] | np.ndarray | None = None,
@@ -168,10 +168,11 @@ def _wrapped_weight(
         initial.lora_B,
         scale,
         axes,
-        initial_A=None if initial.keeps_base else scale * initial.lora_A.astype(wide),
-        initial_B=None if initial.keeps_base else jnp.copy(initial.lora_B),
+        initial_A=None if initial.moved is None else scale * initial.moved[0].astype(wide),
+        initial_B=None if initial.moved is None else jnp.copy(initial.moved[1]),
         layers=layers,
         frozen=frozen,
+        encoding=initial.encoding,
     )
     return _with_magnitude(weight, leaf, wide) if settings.dora else weight
 
@@ -179,7 +180,8 @@ def _wrapped_weight(
 def _with_magnitude(weight: LoRAWeight, leaf: AnyWeight, dtype: Any) -> LoRAWeight:
     """Returns a DoRA weight whose magnitudes are its initial norms."""
     norms = squared_norms(weight.base, weight.axes, weight.layers)
-    whole = norms if weight.initial_A is None else squared_norms(leaf, weight.axes, weight.layers)
+    is_kept = weight.initial_A is None and weight.encoding is None
+    whole = norms if is_kept else squared_norms(leaf, weight.axes, weight.layers)
     return dataclasses.replace(weight, magnitude=jnp.sqrt(whole).astype(dtype), squared_norm=norms)
 
 

@@ -59,6 +59,7 @@ SHOWN_BY = {
     "ParameterCounts": lora_jax.count_parameters,
     "Preview": lora_jax.exchange.peft.preview,
     "Report": lora_jax.explain,
+    "RequantizationError": lora_jax.requantization_errors,
     "TargetReport": lora_jax.explain,
     "TrainingState": TrainingCheckpoints,
     "Use": lora_jax.explain,

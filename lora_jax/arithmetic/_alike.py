@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._algebra import as_array, original, squared_norms
+from lora_jax._algebra import as_array, original, original_array, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._finite import not_finite
@@ -23,6 +23,7 @@ from lora_jax._shapes import (
     spread_layers,
 )
 from lora_jax._weight import FullWeight, LoRABank, LoRAWeight, has_factors, is_lora_weight
+from lora_jax.quantization._weight import is_quantized
 
 Adapted = LoRAWeight | LoRABank
 
@@ -114,7 +115,7 @@ def _other_base(names: tuple[str, str], path: str) -> str:
 
 
 def _is_same_base(node: Adapted, other: Adapted) -> bool:
-    if not _changes_base(node) and not _changes_base(other):
+    if not _moves_weight(node) and not _moves_weight(other):
         return _is_same_leaf(node.base, other.base)
     if node.base is other.base and _initial_A(node) is _initial_A(other):
         return True
@@ -125,14 +126,20 @@ def _is_same_base(node: Adapted, other: Adapted) -> bool:
     # A part that an initialiser moved out of the weight is restored only to rounding.
     with jax.ensure_compile_time_eval():
         wide = common_dtype(node.dtype, jnp.float32)
-        left, right = (original(each).astype(wide) for each in (node, other))
+        left, right = (original_array(each).astype(wide) for each in (node, other))
+        if is_quantized(node.base) or is_quantized(other.base):
+            rounding = [
+                jnp.linalg.norm(as_array(original(each)).astype(wide) - array)
+                for each, array in ((node, left), (other, right))
+            ]
+            return bool(jnp.linalg.norm(left - right) <= 2 * sum(rounding))
         bases = [as_array(each.base) for each in (node, other)]
         largest = sum(jnp.max(jnp.abs(base.astype(wide))) for base in bases)
         largest += jnp.max(jnp.abs(left))
         return bool(jnp.max(jnp.abs(left - right)) <= 4 * epsilon(node.dtype) * largest)
 
 
-def _changes_base(node: Adapted) -> bool:
+def _moves_weight(node: Adapted) -> bool:
     """Says whether an initialiser moved a part of the weight into the factors."""
     return _initial_A(node) is not None
 

@@ -129,9 +129,10 @@ def restore(
     """
     source = Path(path).resolve()
     stored = undisturbed(source, lambda: _read(source, params, like))
+    restored = map_with_paths(stored.node, params)
     if check_base:
-        check_same_base(source, stored.bases, params)
-    return map_with_paths(stored.node, params)
+        check_same_base(source, stored.bases, params, restored)
+    return restored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,17 +33,19 @@ from lora_jax._algebra import original
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import epsilon
 from lora_jax._folders import CheckpointError
-from lora_jax._nodes import map_nodes
+from lora_jax._nodes import NodeIndex, map_nodes
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._weight import (
     AdapterNode,
     LoRABank,
     LoRAWeight,
+    changes_base,
     has_factors,
     innermost_base,
     is_adapter_node,
 )
 from lora_jax.checkpoint._weights import leaf_path
+from lora_jax.quantization._weight import is_quantized
 
 # 2³² over the golden ratio, and the multipliers of MurmurHash3's last step.
 _GOLDEN = 0x9E3779B1
@@ -71,7 +73,7 @@ class BaseFingerprint:
       dtype: its dtype; for a weight of several arrays, those of all of them.
       bits: the fingerprint of each of its arrays.
       sums: its signed sums, in place of `bits` where an initialiser changed the base, so that the
-        original is known to rounding only.
+        original is known to rounding only. Where it quantised the base, `bits` are those of that.
       step: the step of the signed sums.
     """
 
@@ -83,7 +85,7 @@ class BaseFingerprint:
     @classmethod
     def of(cls, node: LoRAWeight | LoRABank) -> "BaseFingerprint":
         dtype = _dtypes(node.base)
-        if isinstance(node, LoRABank) or node.initial_A is None:
+        if not changes_base(node) or is_quantized(node.base):
             return cls(dtype, bits=_bits(node.base))
         weight = original(node)
         step = (
@@ -118,9 +120,25 @@ def base_fingerprints(nodes: Mapping[str, AdapterNode]) -> dict[str, BaseFingerp
     }
 
 
-def check_same_base(source: Path, saved: Mapping[str, BaseFingerprint], params: PyTree) -> None:
-    """Raises a `CheckpointError` if `params` are other weights, and warns of another dtype."""
+def check_same_base(
+    source: Path, saved: Mapping[str, BaseFingerprint], params: PyTree, restored: PyTree
+) -> None:
+    """Raises a `CheckpointError` if `params` are other weights, and warns of another dtype.
+
+    Args:
+      source: the checkpoint.
+      saved: what it says of each weight, by path.
+      params: the weights that the adapters are restored beside.
+      restored: the tree with the adapters. A quantised base that an initialiser made of the weight
+        is compared itself: rounding gave the same codes, or it was another weight.
+    """
     leaves = dict(leaves_with_paths(params))
+    made = {
+        leaf_path(path, leaves): node.base
+        for path, node in NodeIndex.of(restored).levels.items()
+        if changes_base(node) and is_quantized(node.base)
+    }
+    leaves = {**leaves, **made}
     saved = {leaf_path(path, leaves): each for path, each in saved.items()}
     known = {path: each for path, each in saved.items() if _has_numbers(leaves[path])}
     recast = {path: each for path, each in known.items() if _dtypes(leaves[path]) != each.dtype}

@@ -14,7 +14,7 @@ from lora_jax._folders import CheckpointError
 from lora_jax._nodes import adapter_nodes, check_plain, check_whole
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
 from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, sizes
-from lora_jax._weight import AdapterNode, FullWeight
+from lora_jax._weight import AdapterNode, FullWeight, is_lora_weight
 
 # What restoring finds in the params or computes from them.
 _OF_THE_BASE = frozenset({"base", "squared_norm", "norm"})
@@ -49,6 +49,7 @@ class WeightMetadata:
     axes: Axes | None = None
     layers: Layers | None = None
     frozen: tuple[str, ...] = ()
+    encoding: tuple[Any, ...] | None = None
 
     @classmethod
     def of(cls, node: AdapterNode, arrays: Mapping[str, Any]) -> "WeightMetadata":
@@ -68,6 +69,7 @@ class WeightMetadata:
             axes=node.axes,
             layers=node.layers,
             frozen=node.frozen,
+            encoding=node.encoding if is_lora_weight(node) else None,
         )
 
     @classmethod
@@ -75,7 +77,7 @@ class WeightMetadata:
         arrays = {name: ArrayMetadata.from_json(each) for name, each in entry["arrays"].items()}
         lists = {
             name: None if entry.get(name) is None else tuple(entry[name])
-            for name in ("axes", "layers")
+            for name in ("axes", "encoding", "layers")
         }
         weight = cls(
             **{
@@ -101,8 +103,14 @@ class WeightMetadata:
         if self.kind == "FullWeight":
             return FullWeight(base=weight, **arrays)
         assert self.axes is not None
-        made = lora_bank if self.kind == "LoRABank" else lora_weight
-        return made(weight, **arrays, axes=self.axes, layers=self.layers, frozen=self.frozen)
+        static: dict[str, Any] = {
+            "axes": self.axes,
+            "layers": self.layers,
+            "frozen": self.frozen,
+        }
+        if self.kind == "LoRABank":
+            return lora_bank(weight, **arrays, **static)
+        return lora_weight(weight, **arrays, **static, encoding=self.encoding)
 
     def _is_complete(self) -> bool:
         if self.kind == "FullWeight":

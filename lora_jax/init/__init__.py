@@ -7,6 +7,8 @@ from lora_jax.init._eva import eva_ranks as eva_ranks
 from lora_jax.init._gaussian import gaussian as gaussian
 from lora_jax.init._input_moments import input_moments as input_moments
 from lora_jax.init._kaiming import kaiming as kaiming
+from lora_jax.init._loftq import QuantizingInitializer as QuantizingInitializer
+from lora_jax.init._loftq import loftq as loftq
 from lora_jax.init._lora_ga import lora_ga as lora_ga
 from lora_jax.init._mica import mica as mica
 from lora_jax.init._moments import InputMoments as InputMoments

@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from lora_jax.quantization._encode import Encoding
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,23 @@ class Frozen:
     """
 
     array: Float[Array, "..."] | Any
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedBase:
+    """A base that `wrap` quantises: an initialiser returns it in place of a base.
+
+    It is the rounded weight2d - scale * lora_A @ lora_B of the factors here.
+
+    Attributes:
+      encoding: how it is quantised.
+      lora_A: A, of shape (in, r); None for a base that is the rounded weight.
+      lora_B: B, of shape (r, out), or None.
+    """
+
+    encoding: Encoding
+    lora_A: Float[Array, "in r"] | None = None
+    lora_B: Float[Array, "r out"] | None = None
 
 
 @runtime_checkable
@@ -58,5 +77,7 @@ class Initializer(Protocol):
         scale: float,
         /,
     ) -> tuple[
-        Shaped[Array, "in out"], Float[Array, "in r"] | Frozen, Float[Array, "r out"] | Frozen
+        Shaped[Array, "in out"] | QuantizedBase,
+        Float[Array, "in r"] | Frozen,
+        Float[Array, "r out"] | Frozen,
     ]: ...

@@ -8,6 +8,7 @@ from lora_jax.init._data import DataInitializer
 from lora_jax.init._eva import eva
 from lora_jax.init._gaussian import gaussian
 from lora_jax.init._kaiming import kaiming
+from lora_jax.init._loftq import QuantizingInitializer, loftq
 from lora_jax.init._lora_ga import lora_ga
 from lora_jax.init._mica import mica
 from lora_jax.init._olora import olora
@@ -15,9 +16,12 @@ from lora_jax.init._orthogonal import orthogonal
 from lora_jax.init._pissa import pissa
 from lora_jax.init._protocol import Initializer
 
-_BY_NAME: dict[str, Initializer] = {
+AnyInitializer = Initializer | DataInitializer | QuantizingInitializer
+
+_BY_NAME: dict[str, AnyInitializer] = {
     "gaussian": gaussian,
     "kaiming": kaiming,
+    "loftq": loftq(),
     "mica": mica,
     "olora": olora,
     "orthogonal": orthogonal,
@@ -32,12 +36,12 @@ _CALL_WITH_DATA = {
 }
 
 
-def initializer(init: str | Initializer | DataInitializer) -> Initializer | DataInitializer:
+def initializer(init: str | AnyInitializer) -> AnyInitializer:
     """Returns the initialiser called `init`, or `init` itself if it is one.
 
     Args:
       init: a name, a function `(key, weight2d, rank, scale) -> (base, lora_A, lora_B)`, or a
-        `DataInitializer`, such as `eva` returns.
+        `DataInitializer` or a `QuantizingInitializer`, such as `eva` and `loftq` return.
 
     Returns:
       The initialiser.
@@ -49,9 +53,11 @@ def initializer(init: str | Initializer | DataInitializer) -> Initializer | Data
       >>> initializer("kaiming").__name__
       'kaiming'
     """
-    if isinstance(init, DataInitializer):
+    if isinstance(init, DataInitializer | QuantizingInitializer):
         return init
     _check_needs_no_data(init)
+    if _is_loftq(init):
+        return _BY_NAME["loftq"]
     if callable(init):
         return init
     if not isinstance(init, str) or init not in _BY_NAME:
@@ -61,6 +67,10 @@ def initializer(init: str | Initializer | DataInitializer) -> Initializer | Data
             f"{', '.join(call for _, call in _CALL_WITH_DATA.values())} of lora_jax.init returns."
         )
     return _BY_NAME[init]
+
+
+def _is_loftq(init: Any) -> bool:
+    return init is loftq
 
 
 def _check_needs_no_data(init: Any) -> None:
