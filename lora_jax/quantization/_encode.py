@@ -87,7 +87,8 @@ class Encoding:
 
 def is_written(weight: QuantizedWeight) -> bool:
     """Says whether weights can be quantised as this one is."""
-    return weight.format in _WRITTEN and weight.offsets is None
+    has_own_numbers = weight.offsets is not None or weight.codebook is not None
+    return weight.format in _WRITTEN and not has_own_numbers
 
 
 def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
