@@ -11,7 +11,7 @@ from lora_jax._nodes import check_plain
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
-from lora_jax.quantization._weight import AnyWeight
+from lora_jax.quantization._weight import AnyWeight, format_of, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,12 @@ def trained_leaves(params: Any, train: Targets | None, adapted: Mapping[str, Any
     def obstacle(path: str, leaf: Any, named: bool) -> str | None:
         if path in adapted:
             return "`targets` selects it"
+        if is_quantized(leaf):
+            return (
+                f"it is quantised as {format_of(leaf)}, and steps are smaller than its codes tell "
+                "apart; leave it as it is with quantize(..., exclude=...), or train "
+                "quantization.dequantize(params)"
+            )
         reason = floating_obstacle(leaf)
         if reason is None and is_narrow_float(leaf.dtype):
             return f"its dtype is {leaf.dtype}, too narrow for training steps; cast it before"
@@ -176,6 +182,9 @@ def _check_not_quantised(path: str, leaf: Any, neighbourhood: Neighbourhood) -> 
         raise ValueError(
             f"`targets` matches '{path}' of shape {leaf.shape} and dtype {leaf.dtype}, which "
             f"together with {partner!r} beside it is a quantised weight; adapting one part of it "
-            "does not adapt the weight. Dequantise it before, and wrap the dense params; or leave "
-            f"it as it is with wrap(..., exclude='{path}')."
+            "does not adapt the weight. Put one weight in place of them: "
+            "lora_jax.QuantizedWeight(codes=..., scales=..., format='int8', block=..., "
+            "blocked_shape=(inputs,)), or for arrays of another library, such as Qwix's, what "
+            "quantization.declare(params, QArray, dequantize=qwix.dequantize) returns; or leave it "
+            f"as it is with wrap(..., exclude='{path}')."
         )

@@ -18,9 +18,12 @@ from lora_jax._weight import (
     FullWeight,
     LoRABank,
     LoRAWeight,
+    changes_base,
     has_factors,
     innermost_base,
+    is_adapter_node,
 )
+from lora_jax.quantization._weight import format_of, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class ParameterCounts:
     """The parameter counts of a wrapped tree.
 
     Attributes:
-      original: the parameters of the model that was wrapped.
+      original: the parameters of the model that was wrapped; a quantised weight counts as the
+        weights that it stands for, and with the bytes of its codes and scales.
       added: the arrays beside the weights: factors, magnitudes, and what is stored with them.
       trainable: what an optimiser updates: added parameters that are not frozen, and weights
         trained in full.
@@ -68,14 +72,15 @@ def count_parameters(wrapped: Any) -> ParameterCounts:
     """
     index = NodeIndex.of(wrapped)
     bases = index.mapped(lambda _, node: innermost_base(node))
+    original = _size(bases)
     trainable, _ = split(wrapped)
     added = [_added(node) for node in index.nodes.values() if has_factors(node)]
     copies = [node.value for node in index.nodes.values() if isinstance(node, FullWeight)]
     return ParameterCounts(
-        original=_size(bases),
+        original=original,
         added=_size(added),
         trainable=_size(trainable),
-        total=_size(bases) + _size(added),
+        total=original + _size(added),
         trainable_bytes=_bytes(trainable),
         total_bytes=_bytes((bases, added, copies)),
     )
@@ -128,11 +133,14 @@ def _without_empty_notes(
 def _notes(node: LoRAWeight | LoRABank) -> str:
     """Returns what distinguishes a weight from plain LoRA."""
     notes = []
+    base = innermost_base(node)
+    if is_quantized(base) and not is_adapter_node(node.base):
+        notes.append(f"{format_of(base)}, {8 * _bytes(base) / math.prod(base.shape):.2f} bits")
     if node.magnitude is not None:
         notes.append("DoRA")
     if isinstance(node, LoRABank):
         notes.append(f"{node.capacity} slots")
-    elif node.initial_A is not None:
+    elif changes_base(node):
         notes.append("base changed")
     if node.layers is not None:
         notes.append(f"layers {_ranges(node.layers)}")
@@ -199,7 +207,8 @@ def _scale_text(scale: Any) -> str:
 
 
 def _size(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
+    leaves = jax.tree.leaves(tree, is_leaf=is_quantized)
+    return sum(math.prod(leaf.shape) for leaf in leaves if hasattr(leaf, "shape"))
 
 
 def _bytes(tree: Any) -> int:

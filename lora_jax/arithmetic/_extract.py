@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lora_jax._algebra import as_array
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex
@@ -19,6 +20,7 @@ from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_lora_weight
 from lora_jax._wrap import wrap
 from lora_jax.arithmetic._svd import balanced_factors
+from lora_jax.quantization._weight import is_quantized
 
 
 def extract(
@@ -95,7 +97,7 @@ def extract(
 
     def extracted(path: str, node: Any) -> Any:
         if is_lora_weight(node):
-            return _extracted(path, node, jnp.asarray(tuned_leaves[path]), energy)
+            return _extracted(path, node, jnp.asarray(as_array(tuned_leaves[path])), energy)
         return _trained_in_full(node, tuned_leaves[path])
 
     return index.mapped(extracted)
@@ -120,7 +122,7 @@ def _extracted(path: str, node: LoRAWeight, tuned: Array, energy: float | None) 
     partition = Partition.of(node.base)
     # The decomposition needs the whole matrix anyway.
     whole = None if partition is None else uncut(partition.mesh)
-    U, S, Vt = cut_as(whole, decomposition, node.base, tuned)
+    U, S, Vt = cut_as(whole, decomposition, as_array(node.base), tuned)
     rank = node.rank if energy is None else _rank_of_energy(S, energy)
     key = own_key(jax.random.key(0), path)
 
@@ -156,8 +158,9 @@ def _rank_of_energy(singular_values: Array, energy: float) -> int:
 
 
 def _matching_leaves(params: Any, tuned: Any) -> dict[str, Any]:
-    structure: Any = jax.tree.structure(params)
-    tuned_structure: Any = jax.tree.structure(tuned)
+    # A quantised weight is a leaf here: what was trained beside it may be merged into an array.
+    structure: Any = jax.tree.structure(params, is_leaf=is_quantized)
+    tuned_structure: Any = jax.tree.structure(tuned, is_leaf=is_quantized)
     if structure != tuned_structure:
         raise ValueError(
             "`tuned` has a different structure from `params`; expected params of the same model.\n"
@@ -165,15 +168,23 @@ def _matching_leaves(params: Any, tuned: Any) -> dict[str, Any]:
         )
     before, after = dict(leaves_with_paths(params)), dict(leaves_with_paths(tuned))
     for path, leaf in before.items():
-        if np.shape(leaf) != np.shape(after[path]):
+        if _shape(leaf) != _shape(after[path]):
             raise ValueError(
-                f"`tuned` has the shape {np.shape(after[path])} at '{path}', and `params` "
-                f"{np.shape(leaf)}; expected params of the same model."
+                f"`tuned` has the shape {_shape(after[path])} at '{path}', and `params` "
+                f"{_shape(leaf)}; expected params of the same model."
             )
     return after
 
 
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
+
+
 def _is_same(leaf: Any, other: Any) -> bool:
+    if is_quantized(leaf) or is_quantized(other):
+        structures: list[Any] = [jax.tree.structure(each) for each in (leaf, other)]
+        pairs = zip(jax.tree.leaves(leaf), jax.tree.leaves(other), strict=False)
+        return structures[0] == structures[1] and all(_is_same(*pair) for pair in pairs)
     if not hasattr(leaf, "dtype"):
         return leaf is other or bool(leaf == other)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -45,7 +45,7 @@ from lora_jax._weight import (
     is_adapter_node,
 )
 from lora_jax.checkpoint._weights import leaf_path
-from lora_jax.quantization._weight import is_quantized
+from lora_jax.quantization._weight import format_of, is_quantized
 
 # 2³² over the golden ratio, and the multipliers of MurmurHash3's last step.
 _GOLDEN = 0x9E3779B1
@@ -70,7 +70,7 @@ class BaseFingerprint:
     """What a checkpoint says of a weight that adapters were saved beside.
 
     Attributes:
-      dtype: its dtype; for a weight of several arrays, those of all of them.
+      dtype: its dtype; of a quantised weight, its format.
       bits: the fingerprint of each of its arrays.
       sums: its signed sums, in place of `bits` where an initialiser changed the base, so that the
         original is known to rounding only. Where it quantised the base, `bits` are those of that.
@@ -156,7 +156,7 @@ def check_same_base(
     if recast:
         path = next(iter(recast))
         warnings.warn(
-            f"the checkpoint {source} was saved beside weights of dtype {recast[path].dtype}, and "
+            f"the checkpoint {source} was saved beside weights in {recast[path].dtype}, and "
             f"`params` has {_dtypes(leaves[path])} at {listed(list(recast))}. The adapters are the "
             "same, but compute with rounded weights, and whether these belong to the same model "
             "can't be checked. restore(..., check_base=False) accepts them.",
@@ -168,7 +168,8 @@ def check_same_base(
 def frozen_fingerprints(wrapped: PyTree) -> dict[str, int]:
     """Returns the fingerprint of each array that a training checkpoint leaves out, by its path."""
     bases = map_nodes(innermost_base, wrapped)
-    leaves = [(path, leaf) for path, leaf in leaves_with_paths(bases) if hasattr(leaf, "dtype")]
+    arrays = leaves_with_paths(bases, is_leaf=lambda _: False)
+    leaves = [(path, leaf) for path, leaf in arrays if hasattr(leaf, "dtype")]
     for path, leaf in leaves:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise CheckpointError(
@@ -195,7 +196,12 @@ def _bits(weight: Any) -> tuple[int, ...]:
 
 
 def _dtypes(weight: Any) -> str:
-    """Returns the dtypes that a weight's arrays have in JAX, which may be narrower than NumPy's."""
+    """Returns the dtypes that a weight's arrays have in JAX, which may be narrower than NumPy's.
+
+    Of a quantised weight it is the format.
+    """
+    if is_quantized(weight):
+        return str(format_of(weight))
     return ", ".join(str(jnp.result_type(array)) for array in jax.tree.leaves(weight))
 
 

@@ -16,8 +16,9 @@ from lora_jax._selection import SelectedWeight, selected_weights
 from lora_jax._shapes import Axes, batch_places, factor_places, factor_shapes, side_size, sizes
 from lora_jax._targets import Targets
 from lora_jax.init._moments import InputMoments
+from lora_jax.quantization._weight import is_quantized
 from lora_jax.transform._adapt import traced_function
-from lora_jax.transform._bases import array_of
+from lora_jax.transform._bases import array_of, stand_in
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._sharing import SharedFunctions
@@ -112,14 +113,17 @@ def _total(
     probes: Probes,
 ) -> Array:
     """Returns a number that depends on every differentiable output of `fn`."""
-    leaves, structure = jax.tree.flatten(((params, batch), {}))
-    traced = traced_function(fn, structure, leaves)
+    leaves, structure = jax.tree.flatten(((params, batch), {}), is_leaf=is_quantized)
+    traced = traced_function(fn, structure, list(map(stand_in, leaves)))
     paths = [path for path, _ in leaves_with_paths(params)]
     probed = [
         _probed(path, leaf, weights[path].axes, probes[path]) if path in weights else leaf
         for path, leaf in zip(paths, leaves, strict=False)
     ]
-    values = [*probed, *leaves[len(paths) :]]
+    values = [
+        Factored(value, ()) if is_quantized(value) else value
+        for value in (*probed, *leaves[len(paths) :])
+    ]
     interpreter = Interpreter(with_rows(), SharedFunctions())
     outputs = [array_of(value) for value in interpreter.run(traced.closed_jaxpr, values)]
     differentiable = [y for y in outputs if jnp.issubdtype(y.dtype, jnp.inexact)]
@@ -132,7 +136,7 @@ def _real_sum(array: Array) -> Array:
     return sum((jnp.sum(part.astype(jnp.float32)) for part in parts), jnp.zeros(()))
 
 
-def _probed(path: str, leaf: Array, axes: Axes, probes: tuple[Array, Array]) -> Factored:
+def _probed(path: str, leaf: Any, axes: Axes, probes: tuple[Array, Array]) -> Factored:
     # The scale is zero: where the weight itself is needed, it is built without the probes.
     term = Term(
         factor_A=Factor(probes[0], factor_places(axes)[0]),

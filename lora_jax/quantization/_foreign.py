@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lora_jax._serialization import introduce_to_flax
 from lora_jax._shapes import Size
 
 
@@ -27,6 +28,9 @@ class ForeignWeight:
     array: Any
     function: Callable[[Any], Array] = dataclasses.field(metadata={"static": True})
     dtype_name: str = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        introduce_to_flax(type(self))
 
     @property
     def shape(self) -> tuple[Size, ...]:

@@ -289,3 +289,10 @@ AnyWeight = AnyArray | jax.ShapeDtypeStruct | QuantizedWeight | ForeignWeight
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedWeight | ForeignWeight]:
     """Says whether a leaf of a parameter tree is a quantised weight."""
     return isinstance(leaf, QuantizedWeight | ForeignWeight)
+
+
+def format_of(leaf: Any) -> str | None:
+    """Returns the format of a quantised weight, of another library's its type; None for others."""
+    if isinstance(leaf, QuantizedWeight):
+        return leaf.format
+    return type(leaf.array).__name__ if isinstance(leaf, ForeignWeight) else None

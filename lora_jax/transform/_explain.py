@@ -10,7 +10,8 @@ import jax
 from lora_jax._nodes import levels_of
 from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
-from lora_jax._weight import LoRAWeight, is_lora_weight
+from lora_jax._weight import LoRAWeight, innermost_base, is_lora_weight
+from lora_jax.quantization._weight import format_of
 from lora_jax.transform._adapt import rewrite, unbound, weight_paths, with_trained_values
 from lora_jax.transform._dropout import NoDropout
 from lora_jax.transform._report import Use
@@ -27,6 +28,7 @@ class TargetReport:
       axes: the role of each axis.
       rank: r.
       uses: where it is used; empty if the function does nothing with it.
+      format: the format of a quantised base, which stands beside the shape; None for an array.
     """
 
     path: str
@@ -34,6 +36,7 @@ class TargetReport:
     axes: Axes
     rank: int
     uses: tuple[Use, ...]
+    format: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 axes=node.axes,
                 rank=node.rank,
                 uses=_with_norm(path, node, _gathered([use for use in uses if use.path == path])),
+                format=format_of(innermost_base(node)),
             )
             for path, node in _adapted_weights(arguments)
         )
@@ -173,7 +177,8 @@ def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:
 
 
 def _rows(target: TargetReport) -> list[tuple[str, ...]]:
-    described = (target.path, str(target.shape), ", ".join(target.axes), str(target.rank))
+    shape = str(target.shape) if target.format is None else f"{target.shape} {target.format}"
+    described = (target.path, shape, ", ".join(target.axes), str(target.rank))
     if not target.uses:
         return [(*described, "nowhere", "", "0", "", "", "", "")]
     return [

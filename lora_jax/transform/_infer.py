@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax._axes import InferredAxes, WeightUse
 from lora_jax._paths import path_strings
 from lora_jax._selection import check_not_wrapped
+from lora_jax.quantization._tree import dequantize
 from lora_jax.transform._adapt import traced_function
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
@@ -51,7 +52,8 @@ def infer_axes(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     check_not_wrapped(params)
     arguments = with_static(((params, *args), kwargs))
     found: dict[str, list[WeightUse]] = {}
-    jax.eval_shape(lambda arguments: _run_with_probes(fn, arguments, found), arguments)
+    # Under `eval_shape` a quantised weight is dequantised as a shape alone.
+    jax.eval_shape(lambda arguments: _run_with_probes(fn, dequantize(arguments), found), arguments)
     return InferredAxes({path: tuple(dict.fromkeys(uses)) for path, uses in found.items()})
 
 
