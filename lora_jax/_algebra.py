@@ -167,7 +167,8 @@ def on_original(weight: LoRAWeight) -> LoRAWeight:
     r"""Returns the same weight with its original base, and with factors of twice the rank.
 
     An initialiser that moved $s A_0 B_0$ into the factors left $W_0 = W - s A_0 B_0$, so
-    $W_0 + s A B = W + s\,[A, A_0]\,[B; -B_0]$; here with the scale in lora_A's second half.
+    $W_0 + s A B = W + s\,[A, A_0]\,[B; -B_0]$; here with the scale in lora_A's second half. A
+    quantised original is an array then: quantised again, it would be another model.
     """
     if weight.initial_A is None:
         return weight
@@ -179,7 +180,7 @@ def on_original(weight: LoRAWeight) -> LoRAWeight:
         [weight.lora_B.astype(wide), -weight.initial_B.astype(wide)], axis=rank_axis
     )
     return lora_weight(
-        original(weight),
+        original_array(weight),
         lora_A,
         lora_B,
         jnp.ones_like(weight.scale),

@@ -37,8 +37,8 @@ def floating_obstacle(leaf: Any) -> str | None:
         return f"its dtype is {leaf.dtype}, and only real weights can be adapted"
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         return (
-            f"its dtype is {leaf.dtype}, not a floating-point one; codes are a weight together with "
-            "their scales, as a lora_jax.QuantizedWeight or with quantization.declare"
+            f"its dtype is {leaf.dtype}, not a floating-point one; codes are a weight with their "
+            "scales, as a lora_jax.QuantizedWeight or with quantization.declare"
         )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"its dtype is {leaf.dtype}, not a floating-point one"

@@ -18,7 +18,8 @@ def on_original_base(wrapped: Any) -> Any:
       wrapped: what `wrap` returned, trained or not.
 
     Returns:
-      A wrapped tree in which every base is the original weight, to rounding.
+      A wrapped tree in which every base is the original weight, to rounding; where a quantised base
+      was changed, as an array.
 
     Source: Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
     Language Models, 2024, appendix C.

@@ -213,7 +213,7 @@ def stored_leaves(wrapped: PyTree, optimizer_state: PyTree) -> LeavesWithPaths:
         for path, node in adapter_nodes(wrapped).items()
         for name, array in saved_arrays(path, node).items()
     ]
-    of_optimizer = leaves_with_paths(optimizer_state)
+    of_optimizer = leaves_with_paths(optimizer_state, is_leaf=lambda _: False)
     return of_wrapped + [(f"optimizer_state/{path}", leaf) for path, leaf in of_optimizer]
 
 

@@ -67,7 +67,8 @@ def loftq(
 
     the best approximation of rank r of what is left, with factors of the same norm as in `pissa`.
     The model starts as $Q_T + s A_T B_T$, which is nearer to W than $q(W)$ is. Where nothing is
-    left to make up for, a column of A is drawn as in `kaiming`, and its row of B is zero.
+    left to make up for, a column of A is drawn as in `kaiming`, and its row of B is zero. Adapters
+    that were trained so belong to the base that is quantised, and not to W.
 
     `wrap(params, ..., init="loftq")` quantises the weights that it adapts, so that `params` are
     those before quantisation. A weight that is quantised already keeps its codes: what was lost is
