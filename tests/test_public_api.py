@@ -58,6 +58,7 @@ SHOWN_BY = {
     "Initializer": lora_jax.init.initializer,
     "ParameterCounts": lora_jax.count_parameters,
     "Preview": lora_jax.exchange.peft.preview,
+    "QuantizingInitializer": lora_jax.init.loftq,
     "Report": lora_jax.explain,
     "RequantizationError": lora_jax.requantization_errors,
     "TargetReport": lora_jax.explain,
