@@ -255,7 +255,9 @@ def _compiled_for(
             for row in rows
         ],
     )
-    console.note("TFLOP, GB and time: XLA counts the body of a loop as often as it runs on a TPU")
+    console.note(
+        "TFLOP, GB and time: XLA counts the body of a loop once, whatever the number of layers"
+    )
     return rows
 
 

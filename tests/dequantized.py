@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 # QLoRA, appendix E: quantiles of N(0, 1), scaled so that the outermost are -1 and 1.
@@ -56,5 +57,7 @@ def _numbers(weight: Any, rows: np.ndarray) -> np.ndarray:
         rows = np.stack([rows >> 4, rows & 15], axis=-1).reshape(*rows.shape[:-1], -1)
     if weight.format == "int4":
         return (rows.astype(np.int64) ^ 8) - 8.0
+    if weight.format == "fp8_e4m3":
+        return rows.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     levels = LEVELS.get(weight.format) if weight.codebook is None else weight.codebook
     return rows.astype(np.float64) if levels is None else np.asarray(levels)[rows]

@@ -233,7 +233,7 @@ def _codes(scaled: Array, form: Format, codebook: Array | None) -> Array:
         levels = np.asarray(form.levels, np.float32) if codebook is None else codebook
         return _nearest(scaled, levels).astype(jnp.uint8)
     if form.is_float:
-        return scaled.astype(form.dtype)
+        return jax.lax.bitcast_convert_type(scaled.astype(form.dtype), jnp.uint8)
     whole = jnp.clip(jnp.round(scaled), -form.largest, form.largest).astype(jnp.int8)
     return whole.astype(jnp.uint8) & ((1 << form.bits) - 1) if form.is_packed else whole
 

@@ -77,7 +77,9 @@ class Format:
       name: the name that `quantize` takes.
       bits: the bits of a code; below eight, codes are packed into bytes.
       levels: the number that each code stands for; None where a code is its own number.
-      dtype: the dtype of a code that is not packed.
+      dtype: the dtype of a code that is not packed; that of float8 codes is kept as bits in uint8,
+        since XLA's compiler for CPUs converts a stack of float8 numbers to float16, outside of the
+        loop that cuts it.
       is_signed: whether packed codes are two's complement.
       largest: what the largest absolute value of a block is scaled to; 0 for formats that are only
         read from files.
@@ -113,6 +115,8 @@ class Format:
             if self.is_packed and self.is_signed:
                 sign = 1 << (self.bits - 1)
                 codes = (codes ^ sign).astype(jnp.int8) - jnp.int8(sign)
+            if self.is_float:
+                codes = jax.lax.bitcast_convert_type(codes, jnp.dtype(self.dtype))
             return codes.astype(jnp.float32)
         levels = jnp.asarray(self.levels if codebook is None else codebook, jnp.float32)
         return _looked_up(codes, levels)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("optimised", "promoted_ranks", "promotion_o
 
 LAYERS, EMBED = 3, 128
 # No activation, nor a stack of them, has as many numbers as a stack of weights.
-SCANNED = transformer(layers=LAYERS, embed=EMBED, heads=2, batch=2, tokens=48)
+SCANNED = transformer(layers=LAYERS, embed=EMBED, heads=2, batch=2, tokens=40)
 STACKS = {LAYERS * EMBED * EMBED, LAYERS * EMBED * 4 * EMBED}
 # The bits of a code; those of the scale of 64 weights: a code, a 256th of a float32, or a float32.
 BITS = {"nf4": (4, 8 + 32 / 256), "int8": (8, 32), "int4": (4, 32)}
