@@ -240,10 +240,14 @@ def _codes(scaled: Array, form: Format, codebook: Array | None) -> Array:
 
 def _nearest(scaled: Array, levels: AnyArray) -> Array:
     """Returns the index of the nearest level; the lower one of two that are as near."""
-    bounds = jnp.asarray((levels[:-1] + levels[1:]) / 2)
-    # Comparing with each bound vectorises; with many bounds it would take their number in memory.
-    method = "compare_all" if len(levels) <= _MOST_COMPARED else "scan"
-    return jnp.searchsorted(bounds, scaled, side="left", method=method)
+    bounds = (levels[:-1] + levels[1:]) / 2
+    if len(levels) > _MOST_COMPARED:
+        return jnp.searchsorted(jnp.asarray(bounds), scaled, side="left", method="scan")
+    # One comparison after the other fuses: `searchsorted` would hold all of them.
+    places = jnp.zeros(scaled.shape, jnp.uint8)
+    for bound in bounds:
+        places = places + (scaled > bound).astype(jnp.uint8)
+    return places
 
 
 _MOST_COMPARED = 16
