@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lora_jax._paths import listed
-from lora_jax._shapes import AnyArray, Axes, positions
+from lora_jax._shapes import Axes, positions
 from lora_jax.quantization._formats import FORMATS, Format
 from lora_jax.quantization._packing import packed
 from lora_jax.quantization._weight import QuantizedWeight
@@ -120,7 +119,8 @@ def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
     if not is_written(like):
         raise ValueError(
             f"A weight of the format {like.format!r}"
-            + (" with offsets" if like.offsets is not None else "")
+            + ("" if like.offsets is None else " with offsets")
+            + ("" if like.codebook is None else " with a codebook of its own")
             + " is read from files, and nothing is quantised to it; expected one of the formats "
             f"{listed(_WRITTEN)}. quantization.dequantize(params) makes an array of it."
         )
@@ -134,7 +134,6 @@ def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
         features,
         Encoding.of(like),
         like.dtype_name,
-        like.codebook,
     )
 
 
@@ -145,7 +144,6 @@ def _quantized_along(
     features: tuple[int, ...],
     encoding: Encoding,
     dtype_name: str,
-    codebook: Array | None = None,
 ) -> QuantizedWeight:
     """Returns a weight quantised in blocks along the flattened axes `blocked`."""
     in_order = weight.transpose((*range(batch), *blocked, *features))
@@ -154,12 +152,10 @@ def _quantized_along(
     of_features = in_order.shape[batch + len(blocked) :]
     matrices = in_order.reshape(math.prod(front), math.prod(blocked_shape), *of_features)
 
-    codebooks = None if codebook is None else codebook.reshape(-1, codebook.shape[-1])
+    def of_matrix(rows: Array) -> QuantizedWeight:
+        return _quantized_rows(rows, encoding)
 
-    def of_matrix(inputs: tuple[Array, Array | None]) -> QuantizedWeight:
-        return _quantized_rows(inputs[0], encoding, inputs[1])
-
-    stacked = (jax.lax.map if batch else _mapped_at_once)(of_matrix, (matrices, codebooks))
+    stacked = jax.lax.map(of_matrix, matrices) if batch else jax.vmap(of_matrix)(matrices)
     leaves = jax.tree.map(lambda leaf: leaf.reshape(*front, *leaf.shape[1:]), stacked)
     return dataclasses.replace(
         leaves,
@@ -170,13 +166,7 @@ def _quantized_along(
     )
 
 
-def _mapped_at_once(function: Callable[[Any], Any], inputs: Any) -> Any:
-    return jax.vmap(function)(inputs)
-
-
-def _quantized_rows(
-    rows: Array, encoding: Encoding, codebook: Array | None = None
-) -> QuantizedWeight:
+def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
     """Returns an array (n, *features) quantised in blocks along its first axis."""
     form = FORMATS[encoding.format]
     rows = rows.astype(jnp.float32)
@@ -186,12 +176,11 @@ def _quantized_rows(
     # A block of zeros has codes of zero; the reciprocal of the smallest normal number is finite.
     inverse = form.largest / jnp.maximum(absmax, _SMALLEST)
     scaled = (blocks * inverse[:, None]).reshape(-1, *rows.shape[1:])[:count]
-    codes = _codes(scaled, form, codebook)
+    codes = _codes(scaled, form)
     scales = absmax / form.largest
     return QuantizedWeight(
         codes=packed(codes, form.bits, 0) if form.is_packed else codes,
         scales=_double(scales) if encoding.double else scales,
-        codebook=codebook,
         format=encoding.format,
         block=encoding.block,
         blocked=(-rows.ndim,),
@@ -227,18 +216,17 @@ def _in_blocks(rows: Array, block: int) -> Array:
     return jnp.pad(rows, padding).reshape(-1, block, *rows.shape[1:])
 
 
-def _codes(scaled: Array, form: Format, codebook: Array | None) -> Array:
+def _codes(scaled: Array, form: Format) -> Array:
     """Returns the code of the number that is nearest to each scaled weight."""
     if form.levels is not None:
-        levels = np.asarray(form.levels, np.float32) if codebook is None else codebook
-        return _nearest(scaled, levels).astype(jnp.uint8)
+        return _nearest(scaled, np.asarray(form.levels, np.float32)).astype(jnp.uint8)
     if form.is_float:
         return jax.lax.bitcast_convert_type(scaled.astype(form.dtype), jnp.uint8)
     whole = jnp.clip(jnp.round(scaled), -form.largest, form.largest).astype(jnp.int8)
     return whole.astype(jnp.uint8) & ((1 << form.bits) - 1) if form.is_packed else whole
 
 
-def _nearest(scaled: Array, levels: AnyArray) -> Array:
+def _nearest(scaled: Array, levels: np.ndarray) -> Array:
     """Returns the index of the nearest level; the lower one of two that are as near."""
     bounds = (levels[:-1] + levels[1:]) / 2
     if len(levels) > _MOST_COMPARED:
