@@ -94,7 +94,6 @@ def _mnist(options: argparse.Namespace, formats: Sequence[str], console: Console
                         arguments={
                             "folder": folder,
                             "learning_rate": _LEARNING_RATE,
-                            "keeps_memory": True,
                             **arguments,
                         },
                     )
@@ -137,7 +136,7 @@ def _mnist(options: argparse.Namespace, formats: Sequence[str], console: Console
 def _contenders(
     formats: Sequence[str], console: Console
 ) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
-    ours = "benchmarks.peers.mnist_jax:LoraJax"
+    ours = "benchmarks.peers.mnist_quantized:LoraJax"
     found = {name: (ours, {} if name == DENSE else {"quantize": name}) for name in formats}
     if importlib.util.find_spec("qwix") is None:
         console.note("Qwix is not installed, and is left out: make peers, or pip install qwix")

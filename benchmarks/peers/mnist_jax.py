@@ -11,8 +11,6 @@ import optax
 
 import lora_jax
 from benchmarks.peers.batches import read_batches, write_batches
-from benchmarks.quantized_programs import Memory
-from experiments.common.memory import keep_freed_memory
 from experiments.common.training import Training
 from experiments.mnist.network import ADAPTED_APPLY, LAYERS, initial_params
 from lora_jax.exchange import peft
@@ -64,25 +62,10 @@ def read_adapters(folder: str, quantize: str | None = None) -> Any:
 class LoraJax:
     """The study's training; see `benchmarks.peers.mnist_torch` for the others'."""
 
-    def __init__(
-        self,
-        folder: str,
-        learning_rate: float,
-        quantize: str | None = None,
-        keeps_memory: bool = False,
-    ) -> None:
-        """Reads what `write_start` wrote.
-
-        Args:
-          folder: where.
-          learning_rate: Adam's.
-          quantize: the format of the base; None for float32.
-          keeps_memory: whether the process keeps what it frees, for the next step.
-        """
-        if keeps_memory:
-            keep_freed_memory()
+    def __init__(self, folder: str, learning_rate: float) -> None:
+        """Reads what `write_start` wrote."""
         tx = lora_jax.optimizer(optax.adam(learning_rate))
-        self._training = Training(ADAPTED_APPLY, read_adapters(folder, quantize), tx)
+        self._training = Training(ADAPTED_APPLY, read_adapters(folder), tx)
         self._batches = [
             (batch["images"], batch["labels"].astype(np.int32))
             for batch in read_batches(Path(folder) / "batches.npz")
@@ -97,16 +80,6 @@ class LoraJax:
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "losses": [float(loss) for loss in losses]}
 
-    def memory(self) -> dict[str, int]:
-        """Returns the bytes of the arguments and of the temporary memory of a step."""
-        return memory_of(self._training.lowered(*self._batches[0]).compile())
-
     def versions(self) -> dict[str, str]:
         """Returns what computes."""
         return {"device": str(jax.devices()[0]), "jax": jax.__version__}
-
-
-def memory_of(compiled: Any) -> dict[str, int]:
-    """Returns the memory of a compiled program, fit for JSON."""
-    memory = Memory.of(compiled)
-    return {"argument_bytes": memory.arguments, "temporary_bytes": memory.temporary}

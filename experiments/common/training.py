@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from experiments.common.console import Console
 
 ApplyFn = Callable[..., Any]
-Step = jax.stages.Wrapped
+Step = Callable[..., tuple[Any, optax.OptState, Array]]
 
 # Reading a loss waits for its step; reading it rarely lets the host run ahead of the device.
 _STEPS_PER_LOSS_SHOWN = 50
@@ -61,7 +61,7 @@ def training_step(
         def loss_of(params: Any) -> Array:
             return cross_entropy(apply_fn({"params": params}, inputs), labels)
 
-        loss, gradients = jax.value_and_grad(loss_of, allow_int=True)(params)
+        loss, gradients = jax.value_and_grad(loss_of)(params)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -90,10 +90,6 @@ class Training:
         """Takes a step on one batch; returns its loss, perhaps before it is computed."""
         self.params, self._state, loss = self._step(self.params, self._state, inputs, labels)
         return loss
-
-    def lowered(self, inputs: Any, labels: Any) -> jax.stages.Lowered:
-        """Returns the step, lowered for batches like this one."""
-        return self._step.lower(self.params, self._state, inputs, labels)
 
 
 def train(
