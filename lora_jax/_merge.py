@@ -135,7 +135,7 @@ def _merged(path: str, node: AdapterNode) -> AnyArray:
     return dense(cast(LoRAWeight, node))
 
 
-def _unmerged(path: str, leaf: Array, node: AdapterNode) -> LoRAWeight | FullWeight:
+def _unmerged(path: str, leaf: Any, node: AdapterNode) -> LoRAWeight | FullWeight:
     if isinstance(node, FullWeight):
         return dataclasses.replace(node, value=leaf)
     check_single(path, node)
