@@ -23,13 +23,11 @@ from benchmarks.programs import (
     label_shapes,
     training_step,
 )
+from experiments.common.errors import InputError
 from lora_jax.quantization import QuantizedWeight
 
 DENSE = "dense"
 FORMATS = (DENSE, "nf4", "int8", "int4", "fp8_e4m3")
-# XLA's compiler for CPUs runs what it can side by side, whatever memory that takes. So it is told
-# to schedule for memory.
-FOR_MEMORY = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +144,11 @@ def device_of(target: str) -> Any:
     """Returns a device to compile for; only its compiler has to be installed.
 
     Raises:
-      ModuleNotFoundError: the compiler is missing.
+      InputError: the compiler is missing; the message says how to install it.
     """
     if importlib.util.find_spec("libtpu") is None:
         version = _required("libtpu")
-        raise ModuleNotFoundError(
+        raise InputError(
             f"compiling for {target} needs libtpu, which is not installed: "
             f"pip install --no-deps '{version}' installs the one that this JAX asks for"
         )
