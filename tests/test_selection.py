@@ -112,7 +112,7 @@ NO_WEIGHTS: dict[str, tuple[Any, str]] = {
     "scales of microscaling": (array(8, 8, dtype=jnp.float8_e8m0fnu), "float8_e8m0fnu"),
     "no array": ("text", "not an array"),
 } | {
-    f"{dtype}": (array(8, 8, dtype=dtype), f"{dtype}.*dequantised")
+    f"{dtype}": (array(8, 8, dtype=dtype), f"{dtype}.*quantization.declare")
     for dtype in ("int4", "uint4", "int8", "uint8", "int16", "int32", "uint32")
 }
 
