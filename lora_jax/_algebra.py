@@ -280,7 +280,8 @@ def _requantized_value(weight: LoRAWeight, *, stack: int) -> QuantizedWeight:
     base, axes, layers = weight.base, weight.axes, weight.layers
 
     def of_part(part: Array, lora_A: Array, lora_B: Array, magnitude: Any) -> QuantizedWeight:
-        return requantized(value_of_part(part, lora_A, lora_B, weight.scale, magnitude, axes), base)
+        value = value_of_part(part, lora_A, lora_B, weight.scale, magnitude, axes)
+        return requantized(value, base, at_once=not stack)
 
     if layers is None or (base.batch_ndim and axes[0] == "batch"):
         arrays = (weight.lora_A, weight.lora_B, weight.magnitude)

@@ -155,7 +155,8 @@ def _squared_sizes(node: LoRAWeight, *, stack: int) -> tuple[Array, ...]:
         if moved is not None:
             before = value_of_part(part, moved[0], moved[1], one, None, axes)
         after = value_of_part(part, lora_A, lora_B, node.scale, magnitude, axes)
-        rounded = _rounded(after, like).astype(jnp.float32)
+        codes = requantized(after, like, at_once=not stack)
+        rounded = dataclasses.replace(codes, dtype_name="float32").dequantize()
         change = after - before
         products = (rounded - after) ** 2, change**2, after**2, (rounded - before) * change
         front = (1,) * stack
@@ -166,8 +167,3 @@ def _squared_sizes(node: LoRAWeight, *, stack: int) -> tuple[Array, ...]:
     arrays = (node.lora_A, node.lora_B, node.magnitude, moved)
     sums = by_matrix(of_part, stack, base, axes, node.layers, *arrays)
     return tuple(jnp.sum(each) for each in sums)
-
-
-def _rounded(part: Array, like: QuantizedWeight) -> Array:
-    """Returns an array of some layers of a weight as it is after quantising it like that."""
-    return dataclasses.replace(requantized(part, like), dtype_name="float32").dequantize()

@@ -90,7 +90,9 @@ def is_written(weight: QuantizedWeight) -> bool:
     return weight.format in _WRITTEN and not has_own_numbers
 
 
-def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
+def quantized(
+    weight: Array, axes: Axes, encoding: Encoding, *, at_once: bool = False
+) -> QuantizedWeight:
     """Returns a weight quantised along its input axes, one batch index after the other.
 
     So the memory beside the weight and its codes is that of one matrix.
@@ -99,19 +101,24 @@ def quantized(weight: Array, axes: Axes, encoding: Encoding) -> QuantizedWeight:
       weight: the array; the batch axes that lead it are those of the result.
       axes: the role of each of its axes. A batch axis behind others counts as an output.
       encoding: how.
+      at_once: whether to quantise all batch indices at once, as where they are cut over a mesh: one
+        after the other, each device would need those of all.
     """
     batch = next(place for place, role in enumerate((*axes, "in")) if role != "batch")
     blocked = positions(axes, "in")
     features = tuple(axis for axis in range(batch, len(axes)) if axis not in blocked)
-    return _quantized_along(weight, batch, blocked, features, encoding, str(weight.dtype))
+    return _quantized_along(
+        weight, batch, blocked, features, encoding, str(weight.dtype), at_once=at_once
+    )
 
 
-def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
+def requantized(weight: Array, like: QuantizedWeight, *, at_once: bool = False) -> QuantizedWeight:
     """Returns an array of a quantised weight's shape, quantised as that one is.
 
     Args:
       weight: the array; it may be wider than the dtype that the result dequantises to.
       like: the quantised weight, of which only the static fields are read.
+      at_once: as for `quantized`.
 
     Raises:
       ValueError: the format is one that is read from files, and not written.
@@ -134,6 +141,7 @@ def requantized(weight: Array, like: QuantizedWeight) -> QuantizedWeight:
         features,
         Encoding.of(like),
         like.dtype_name,
+        at_once=at_once,
     )
 
 
@@ -144,6 +152,8 @@ def _quantized_along(
     features: tuple[int, ...],
     encoding: Encoding,
     dtype_name: str,
+    *,
+    at_once: bool,
 ) -> QuantizedWeight:
     """Returns a weight quantised in blocks along the flattened axes `blocked`."""
     in_order = weight.transpose((*range(batch), *blocked, *features))
@@ -155,7 +165,8 @@ def _quantized_along(
     def of_matrix(rows: Array) -> QuantizedWeight:
         return _quantized_rows(rows, encoding)
 
-    stacked = jax.lax.map(of_matrix, matrices) if batch else jax.vmap(of_matrix)(matrices)
+    one_by_one = batch > 0 and not at_once
+    stacked = jax.lax.map(of_matrix, matrices) if one_by_one else jax.vmap(of_matrix)(matrices)
     leaves = jax.tree.map(lambda leaf: leaf.reshape(*front, *leaf.shape[1:]), stacked)
     return dataclasses.replace(
         leaves,

@@ -24,11 +24,17 @@ def quantized_in_place(
       encoding: how.
     """
     program = _program(axes, encoding)
-    abstract = jax.eval_shape(program, leaf)
+    # Without its sharding: nothing maps over an axis that is cut over an explicit mesh.
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    abstract = jax.eval_shape(program, jax.ShapeDtypeStruct(leaf.shape, dtype))
     shardings = leaf_shardings(leaf, abstract)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return abstract if shardings is None else jax.tree.map(_placed, abstract, shardings)
-    return program(leaf) if shardings is None else _cut_program(axes, encoding, shardings)(leaf)
+    if shardings is None:
+        return program(leaf)
+    batch = jax.tree.leaves(shardings)[0].spec[: abstract.batch_ndim]
+    is_cut = any(cut is not None for cut in batch)
+    return _cut_program(axes, encoding, shardings, at_once=is_cut)(leaf)
 
 
 def leaf_shardings(leaf: Any, quantized_leaf: QuantizedWeight) -> QuantizedWeight | None:
@@ -51,10 +57,11 @@ def _program(axes: Axes, encoding: Encoding) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _cut_program(axes: Axes, encoding: Encoding, shardings: QuantizedWeight) -> Any:
-    return jax.jit(
-        lambda weight: cut_as(shardings, lambda each: quantized(each, axes, encoding), weight)
-    )
+def _cut_program(
+    axes: Axes, encoding: Encoding, shardings: QuantizedWeight, *, at_once: bool
+) -> Any:
+    computed = functools.partial(quantized, axes=axes, encoding=encoding, at_once=at_once)
+    return jax.jit(lambda weight: cut_as(shardings, computed, weight))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
