@@ -13,6 +13,7 @@ from lora_jax._algebra import as_array, requantized_value, value_of_part
 from lora_jax._compat import is_tracer
 from lora_jax._matrices import by_matrix, stack_ndim
 from lora_jax._nodes import NodeIndex, check_single
+from lora_jax._partition import Partition, cut_as, uncut
 from lora_jax._weight import LoRAWeight, innermost_base, is_lora_weight
 from lora_jax.quantization._encode import is_written, requantized
 from lora_jax.quantization._weight import QuantizedWeight, is_quantized
@@ -133,11 +134,14 @@ def requantized_sum(node: LoRAWeight) -> QuantizedWeight:
 
 def _error(node: LoRAWeight) -> RequantizationError:
     stack = stack_ndim(node.base, node.axes)
-    lost, added, whole, common = _squared_sizes(node, stack=stack)
-    whole = jnp.where(whole == 0, 1, whole)
+    partition = Partition.of(innermost_base(node))
+    sharding = None if partition is None else uncut(partition.mesh)
+    sums = cut_as(sharding, functools.partial(_squared_sizes, stack=stack), node)
+    lost, added, size, common = sums
+    size = jnp.where(size == 0, 1, size)
     return RequantizationError(
-        error=jnp.sqrt(lost / whole),
-        change=jnp.sqrt(added / whole),
+        error=jnp.sqrt(lost / size),
+        change=jnp.sqrt(added / size),
         kept=jnp.where(added == 0, 1, common / jnp.where(added == 0, 1, added)),
     )
 

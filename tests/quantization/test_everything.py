@@ -4,10 +4,8 @@ Each case is a function of params. The reference is the same call on `dequantize
 """
 
 import copy
-import dataclasses
 import functools
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,59 +17,24 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
 from lora_jax.exchange import peft
 from lora_jax.quantization import dequantize
 from tests.agreement import assert_agree
 from tests.arrays import random
+from tests.quantization.network import (
+    AXES,
+    FORMATS,
+    KEY,
+    PARAMS,
+    TARGETS,
+    TOKENS,
+    model,
+    quantized,
+    wrapped,
+)
 from tests.trained import as_if_trained
-
-FORMATS = ("nf4", "int8", "int4", "fp8_e4m3")
-TARGETS = "embed|layers/w|experts|conv|head"
-AXES: dict[str, tuple[str, ...]] = {
-    "conv": ("in", "in", "in", "out"),
-    "embed": ("in", "out"),
-    "experts": ("batch", "in", "out"),
-    "head": ("in", "out"),
-    "layers/w": ("batch", "in", "out"),
-}
-PARAMS = {
-    "embed": random(20, 30),
-    "layers": {"w": random(3, 30, 30), "b": random(3, 30)},
-    "experts": random(4, 30, 12),
-    "conv": random(3, 3, 12, 8),
-    "head": random(8, 5),
-}
-TOKENS = np.random.default_rng(0).integers(0, 20, (2, 4))
-KEY = jax.random.key(7)
-
-
-def model(params: Any, tokens: Any) -> jax.Array:
-    """An embedding that is tied, a scan, experts, a convolution and a head."""
-
-    def layer(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-        return jnp.tanh(x @ layer["w"] + layer["b"][None, None]), None
-
-    x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
-    mixed = jnp.einsum("btd,edh->ebth", x, params["experts"]).mean(0)
-    images = mixed.reshape(-1, 2, 2, 12)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    seen = jax.lax.conv_general_dilated(
-        images, params["conv"], (1, 1), "SAME", dimension_numbers=numbers
-    )
-    tied = x.mean(1) @ params["embed"].T
-    return jnp.tanh(seen).mean((1, 2)) @ params["head"] + tied[:, :5]
-
-
-def quantized(form: str = "nf4", params: Any = PARAMS) -> Any:
-    return lora_jax.quantize(params, TARGETS, format=form, axes=AXES)
-
-
-def wrapped(params: Any, seed: int = 13, **options: Any) -> Any:
-    settings = {"targets": TARGETS, "axes": AXES, "rank": 3, **options}
-    return as_if_trained(lora_jax.wrap(params, settings.pop("targets"), **settings), seed)
 
 
 def outputs(wrapped: Any, **options: Any) -> jax.Array:
@@ -409,132 +372,3 @@ def test_containers_of_libraries() -> None:
         assert_agree(lora_jax.adapt(fn)(adapted, x), fn(lora_jax.merge(adapted), x))
         again = lora_jax.unwrap(adapted)
         assert jax.tree.structure(again) == jax.tree.structure(tree)
-
-
-def test_shapes_alone() -> None:
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
-    abstract = lora_jax.quantize(shapes, TARGETS, axes=AXES)
-    expected = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), quantized())
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == expected
-    for settings in ({"dora": True}, {"init": "pissa"}, {"init": "loftq"}):
-        made = jax.eval_shape(lambda tree, s=settings: untrained(tree, **s), abstract)
-        concrete = untrained(quantized(), **settings)
-        assert jax.tree.structure(made) == jax.tree.structure(concrete)
-        assert lora_jax.count_parameters(made) == lora_jax.count_parameters(concrete)
-        assert "nf4" in lora_jax.summary(made)
-    jax.eval_shape(lambda: untrained(lora_jax.quantize(PARAMS, TARGETS, axes=AXES)))
-
-
-def untrained(params: Any, **options: Any) -> Any:
-    return lora_jax.wrap(params, TARGETS, axes=AXES, rank=3, **options)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_quantising_under_jit(form: str) -> None:
-    compiled = jax.jit(functools.partial(quantized, form))(params=PARAMS)
-    eager = quantized(form)
-    assert jax.tree.structure(compiled) == jax.tree.structure(eager)
-    assert_agree(dequantize(compiled), dequantize(eager), tolerance=2e-3)
-
-
-MESHES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
-CUTS = [("x", None), (None, "x"), ("x", "y"), (None, None)]
-
-
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"init": "pissa"}, {"init": "loftq"}])
-def test_weights_that_are_cut_over_a_mesh(
-    settings: dict[str, Any], kind: str, cuts: tuple[Any, ...]
-) -> None:
-    mesh = jax.make_mesh((2, 2), ("x", "y"), (MESHES[kind],) * 2, devices=jax.devices()[:4])
-    axes = {"w": ("batch", "in", "out")}
-    leaf = random(4, 256, 16)
-    for spec in ((None, *cuts), ("y" if "y" not in cuts else None, *cuts)):
-        placed = jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
-        with warnings.catch_warnings(), jax.set_mesh(mesh):
-            tree, whole = (
-                lora_jax.quantize({"w": each}, "w", axes=axes, format="int8")
-                for each in (placed, leaf)
-            )
-            made = lora_jax.wrap(tree, "w", axes=axes, rank=2, **settings)["w"]
-            alone = lora_jax.wrap(whole, "w", axes=axes, rank=2, **settings)["w"]
-            sharding = made.base.sharding
-            assert sharding.is_equivalent_to(placed.sharding, 3), (sharding, placed.sharding)
-            assert_agree(lora_jax.merge(made), lora_jax.merge(alone), tolerance=5e-3)
-            if made.magnitude is not None:
-                assert_agree(made.squared_norm, alone.squared_norm)
-            trained = dataclasses.replace(made, lora_B=made.lora_B + 0.1)
-            warnings.simplefilter("ignore", lora_jax.RequantizationWarning)
-            merged = lora_jax.merge({"w": trained}, requantize=True)["w"]
-            assert merged.sharding.is_equivalent_to(placed.sharding, 3)
-            assert_agree(merged.dequantize(), lora_jax.merge({"w": trained})["w"], tolerance=2e-2)
-            errors = lora_jax.requantization_errors({"w": trained})["w"]
-            assert 0 < errors.error < 2e-2
-
-
-def test_stacks_are_dequantised_matrix_by_matrix(optimised: None) -> None:
-    """What is computed from a stack holds a few matrices beside it, and not all of them."""
-    del optimised
-    layers, size = 12, 256
-    params = {"w": jax.ShapeDtypeStruct((layers, size, size), jnp.float32)}
-    axes = {"w": ("batch", "in", "out")}
-    quantized = lora_jax.quantize(params, "w", axes=axes)
-    matrix = 4 * size**2
-
-    def temporary(function: Callable[[Any], Any], argument: Any) -> float:
-        memory = jax.jit(function).lower(argument).compile().memory_analysis()
-        return memory.temp_size_in_bytes / matrix
-
-    def wrap(params: Any, **options: Any) -> Any:
-        return lora_jax.wrap(params, "w", axes=axes, rank=2, **options)
-
-    def scanned(params: Any) -> jax.Array:
-        x = jnp.ones((2, size))
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
-
-    dora = jax.eval_shape(functools.partial(wrap, dora=True), quantized)
-    assert temporary(functools.partial(wrap, dora=True), quantized) < 2
-    assert temporary(lora_jax.adapt(scanned), dora) < 2
-    assert temporary(functools.partial(wrap, init="pissa"), quantized) < 5
-    assert temporary(functools.partial(lora_jax.merge, requantize=True), dora) < 4
-    assert temporary(lora_jax.requantization_errors, dora) < 6
-    assert temporary(functools.partial(lora_jax.quantize, targets="w", axes=axes), params) < 2
-
-
-REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "no such leaf": (PARAMS, {"targets": "nope"}, ValueError, "`targets`: the expression 'nope'"),
-    "a format": (PARAMS, {"format": "nf5"}, ValueError, "has the format 'nf5'; expected one of"),
-    "a block of none": (PARAMS, {"block": 0}, ValueError, "has the block 0; expected at least 1"),
-    "half a block": (PARAMS, {"block": 1.5}, TypeError, "has the block 1.5; expected a whole"),
-    "a flag": (PARAMS, {"double_quantize": 1}, TypeError, "double_quantize=1; expected True, "),
-    "whole numbers": ({"head": np.ones((3, 4), int)}, {}, ValueError, "not a floating-point one"),
-    "complex": ({"head": np.ones((3, 4), np.complex64)}, {}, ValueError, "only real weights"),
-    "one axis": ({"head": np.ones(3)}, {}, ValueError, "fewer than two axes"),
-    "an infinity": ({"head": np.full((3, 4), np.inf)}, {}, ValueError, "not finite at 'head'"),
-    "twice": (quantized(), {}, ValueError, "quantised already: 'head'"),
-    "roles": (PARAMS, {"targets": "conv"}, ValueError, "`axes` is needed for 'conv'"),
-    "an override": (PARAMS, {"targets": {"head": {"rank": 2}}}, ValueError, "overrides 'rank'"),
-    "of a format": (PARAMS, {"targets": {"head": {"format": 4}}}, ValueError, "`targets` for 'hea"),
-    "adapters": (lora_jax.wrap(PARAMS, "head", rank=1), {}, ValueError, "is wrapped already"),
-}
-
-
-@pytest.mark.wrong_types
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input(name: str) -> None:
-    params, options, error, match = REFUSED[name]
-    with pytest.raises(error, match=match):
-        lora_jax.quantize(params, **{"targets": "head", **options})
-
-
-def test_codes_and_scales_that_are_not_declared_are_refused_with_what_declares_them() -> None:
-    params = {"q": {"codes": jnp.ones((8, 4), jnp.int8), "scales": jnp.ones((2, 4))}}
-    with pytest.raises(ValueError, match=r"lora_jax\.QuantizedWeight\(codes=.*declare\(params"):
-        lora_jax.wrap(params, "q/scales", rank=1)
-    with pytest.raises(ValueError, match=r"QuantizedWeight or with quantization\.declare"):
-        lora_jax.wrap(params, "q/codes", rank=1)
-    # The call that the message gives makes a weight of them.
-    weight = lora_jax.QuantizedWeight(**params["q"], format="int8", block=4, blocked_shape=(8,))
-    made = lora_jax.wrap({"q": weight}, "q", rank=1)
-    assert_agree(lora_jax.merge(made)["q"], np.ones((8, 4)))
