@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from lora_jax._algebra import as_array, requantized_value, value_of_part
 from lora_jax._compat import is_tracer
+from lora_jax._dtypes import epsilon
 from lora_jax._matrices import by_matrix, stack_ndim
 from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._partition import Partition, cut_as, uncut
@@ -139,10 +140,12 @@ def _error(node: LoRAWeight) -> RequantizationError:
     sums = cut_as(sharding, functools.partial(_squared_sizes, stack=stack), node)
     lost, added, size, common = sums
     size = jnp.where(size == 0, 1, size)
+    # A change that is below the rounding of the sum is none: what is left of it is noise.
+    is_changed = added > (4 * epsilon(jnp.float32)) ** 2 * size
     return RequantizationError(
         error=jnp.sqrt(lost / size),
-        change=jnp.sqrt(added / size),
-        kept=jnp.where(added == 0, 1, common / jnp.where(added == 0, 1, added)),
+        change=jnp.where(is_changed, jnp.sqrt(added / size), 0),
+        kept=jnp.where(is_changed, common / jnp.where(is_changed, added, 1), 1),
     )
 
 

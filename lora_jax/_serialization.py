@@ -18,10 +18,6 @@ import jax.export
 T = TypeVar("T")
 
 
-# What one of these nodes holds may be another one, made before Flax was imported.
-_NODE_TYPES: list[type] = []
-
-
 def exportable(node_type: type[T]) -> type[T]:
     """Registers a dataclass that is a pytree node for `jax.export`; to be used as a decorator."""
     jax.export.register_pytree_node_serialization(
@@ -30,22 +26,18 @@ def exportable(node_type: type[T]) -> type[T]:
         serialize_auxdata=lambda static_fields: json.dumps(static_fields).encode(),
         deserialize_auxdata=lambda written: _with_tuples(json.loads(written)),
     )
-    _NODE_TYPES.append(node_type)
     return node_type
 
 
 def introduce_to_flax(node_type: type) -> None:
-    """Registers all nodes of the library, and this one, with Flax, if Flax is loaded."""
+    """Registers a dataclass that is a pytree node with Flax, if Flax is loaded."""
     flax: Any = sys.modules.get("flax.serialization")
-    if flax is None or flax.is_serializable(node_type):
-        return
-    for each in {node_type, *_NODE_TYPES}:
-        if not flax.is_serializable(each):
-            flax.register_serialization_state(
-                each,
-                functools.partial(_state_dict, flax),
-                functools.partial(_from_state_dict, flax),
-            )
+    if flax is not None and not flax.is_serializable(node_type):
+        flax.register_serialization_state(
+            node_type,
+            functools.partial(_state_dict, flax),
+            functools.partial(_from_state_dict, flax),
+        )
 
 
 def _with_tuples(value: Any) -> Any:
@@ -78,4 +70,8 @@ def _leaves(node: Any) -> dict[str, Any]:
         for field in dataclasses.fields(node)
         if not field.metadata.get("static")
     }
+    for value in values.values():
+        # A node inside of this one may have been made before Flax was imported.
+        if dataclasses.is_dataclass(value):
+            introduce_to_flax(type(value))
     return {name: value for name, value in values.items() if value is not None}

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax.quantization._packing import packed_bits
-
 # The quantiles of a normal distribution with an exact zero, scaled to [-1, 1]. Source: Dettmers et
 # al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023, appendix E.
 _NORMAL_LEVELS = (
@@ -167,9 +165,3 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
-
-
-def counted_bits(name: str, count: int) -> int:
-    """Returns the bits that `count` codes of a format take, packed into whole bytes."""
-    form = FORMATS[name]
-    return 8 * packed_bits(count, form.bits) if form.is_packed else form.bits * count

@@ -17,12 +17,6 @@ def group_of(bits: int) -> tuple[int, int]:
     return common // bits, common // 8
 
 
-def packed_bits(count: int, bits: int) -> int:
-    """Returns the bytes that `count` codes take."""
-    codes, width = group_of(bits)
-    return -(-count // codes) * width
-
-
 def packed(codes: Array, bits: int, axis: int) -> Array:
     """Returns codes of the given width in bytes along an axis, the last group filled with zeros.
 

@@ -21,37 +21,56 @@ from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight
 
 
+class Deferred:
+    """What holds for every deferred base made here: it has the shape of what it is made of."""
+
+    @property
+    def like(self) -> Any:
+        """What has the shape and the dtype of this base."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """The shape of the array."""
+        return self.like.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the array."""
+        return self.like.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.like.dtype
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cast:
+class Cast(Deferred):
     """A base in another dtype; it is cut along its batch axes as the base is.
 
     Attributes:
       base: the base.
-      dtype: the dtype.
+      new_dtype: the dtype.
     """
 
     base: Any
-    dtype: Any = dataclasses.field(metadata={"static": True})
+    new_dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[Size, ...]:
-        """The shape of the base."""
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the base."""
-        return self.base.ndim
+    def like(self) -> Any:
+        """The base in the new dtype."""
+        return jax.ShapeDtypeStruct(self.base.shape, self.new_dtype)
 
     def dequantize(self) -> Array:
-        """Returns the base as an array of this dtype."""
-        return dequantized(self.base).astype(self.dtype)
+        """Returns the base as an array of the new dtype."""
+        return dequantized(self.base).astype(self.new_dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Moved:
+class Moved(Deferred):
     """An output of an equation on bases.
 
     Attributes:
@@ -65,23 +84,9 @@ class Moved:
     place: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def _aval(self) -> Any:
+    def like(self) -> Any:
+        """The type of the output."""
         return self.equation.outvars[self.place].aval
-
-    @property
-    def shape(self) -> tuple[Size, ...]:
-        """The shape of the output."""
-        return self._aval.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the output."""
-        return self._aval.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the output."""
-        return self._aval.dtype
 
     def dequantize(self) -> Array:
         """Returns the output, computed from arrays."""
@@ -128,7 +133,7 @@ def _transposed(equation: Equation, base: Any) -> list[Any] | None:
     order = equation.params["permutation"]
     if isinstance(base, Cast):
         inner = _transposed(equation, base.base)
-        return None if inner is None else [Cast(inner[0], base.dtype)]
+        return None if inner is None else [Cast(inner[0], base.new_dtype)]
     batch = batch_ndim(base)
     if not isinstance(base, QuantizedWeight) or order[:batch] != tuple(range(batch)):
         return None
@@ -138,7 +143,7 @@ def _transposed(equation: Equation, base: Any) -> list[Any] | None:
 def _reshaped(equation: Equation, base: Any) -> list[Any] | None:
     if isinstance(base, Cast):
         inner = _reshaped(equation, base.base)
-        return None if inner is None else [Cast(inner[0], base.dtype)]
+        return None if inner is None else [Cast(inner[0], base.new_dtype)]
     if not isinstance(base, QuantizedWeight) or equation.params["dimensions"] is not None:
         return None
     try:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._bases import array_of
-from lora_jax.transform._deferred import is_deferred
+from lora_jax.transform._deferred import Deferred, is_deferred
 from lora_jax.transform._factored import Factored, multiplied
 from lora_jax.transform._product import product, without_unit_axes
 from lora_jax.transform._terms import Term, block_shape, padded
@@ -31,7 +31,7 @@ def dense_value(value: Factored) -> Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Built:
+class Built(Deferred):
     """The sum of a value with a deferred base, built where an op needs it.
 
     Attributes:
@@ -41,19 +41,9 @@ class Built:
     value: Factored
 
     @property
-    def shape(self) -> tuple[Size, ...]:
-        """The shape of the value."""
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the value."""
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the value."""
-        return self.value.dtype
+    def like(self) -> Any:
+        """The value."""
+        return self.value
 
     def dequantize(self) -> Array:
         """Returns the sum as an array."""

@@ -5,7 +5,7 @@ same way on the axes that it holds. The rank is not cut.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,16 +25,11 @@ from lora_jax.transform.rules._rule import Rule
 
 def device_put(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
     """Returns each value on its device or in its memory, the factors of a weight beside it."""
-    if any(is_deferred(base_of(value)) for value in inputs):
-        bases = [
-            placed_base(base_of(value), where, _put)
-            for value, where in zip(inputs, equation.params["devices"], strict=True)
-        ]
-    else:
-        bases = moved_bases(equation, inputs)
+    places = equation.params["devices"]
+    bases = _placed_bases(equation, inputs, places, _put)
     return [
         placed(value, base, where, _put) if isinstance(value, Factored) else base
-        for value, base, where in zip(inputs, bases, equation.params["devices"], strict=True)
+        for value, base, where in zip(inputs, bases, places, strict=True)
     ]
 
 
@@ -63,11 +58,21 @@ def reshard(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> 
 def _constrained(
     equation: Equation, value: Factored, sharding: Any, put: Callable[[Array, Any], Array]
 ) -> Factored:
-    if is_deferred(value.base):
-        base = placed_base(value.base, sharding, put)
-    else:
-        base = moved_bases(equation, [value])[0]
-    return placed(value, base, sharding, put)
+    return placed(value, _placed_bases(equation, [value], [sharding], put)[0], sharding, put)
+
+
+def _placed_bases(
+    equation: Equation,
+    inputs: Sequence[Any],
+    places: Sequence[Any],
+    put: Callable[[Array, Any], Array],
+) -> list[Any]:
+    """Returns the bases where the equation puts them; a deferred one is put part by part."""
+    if not any(is_deferred(base_of(value)) for value in inputs):
+        return moved_bases(equation, inputs)
+    return [
+        placed_base(base_of(value), where, put) for value, where in zip(inputs, places, strict=True)
+    ]
 
 
 def placed(value: Factored, base: Any, where: Any, put: Callable[[Array, Any], Array]) -> Factored:
