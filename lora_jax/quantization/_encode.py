@@ -184,11 +184,12 @@ def _quantized_rows(rows: Array, encoding: Encoding) -> QuantizedWeight:
     count = rows.shape[0]
     blocks = _in_blocks(rows, encoding.block or count)
     absmax = jnp.max(jnp.abs(blocks), axis=1)
-    # A block of zeros has codes of zero; the reciprocal of the smallest normal number is finite.
-    inverse = form.largest / jnp.maximum(absmax, _SMALLEST)
+    # A block of zeros has codes of zero, and no scale is so small that its reciprocal is infinite.
+    bounded = jnp.maximum(absmax, form.largest * _SMALLEST)
+    inverse = form.largest / bounded
     scaled = (blocks * inverse[:, None]).reshape(-1, *rows.shape[1:])[:count]
     codes = _codes(scaled, form)
-    scales = absmax / form.largest
+    scales = jnp.where(absmax == 0, 0, bounded) / form.largest
     return QuantizedWeight(
         codes=packed(codes, form.bits, 0) if form.is_packed else codes,
         scales=_double(scales) if encoding.double else scales,

@@ -95,7 +95,7 @@ def declare(
       ...     shape = property(lambda self: self.codes.shape)
       >>> params = {"kernel": Scaled(jnp.ones((4, 3), jnp.int8), jnp.full((1, 3), 0.5))}
       >>> declared = lora_jax.quantization.declare(
-      ...     params, Scaled, dequantize=lambda array: array.codes * array.scale
+      ...     params, Scaled, dequantize=lambda array: array.codes.astype(jnp.float32) * array.scale
       ... )
       >>> wrapped = lora_jax.wrap(declared, "kernel", rank=2)
       >>> lora_jax.adapt(lambda params, x: x @ params["kernel"])(wrapped, jnp.ones((1, 4))).tolist()

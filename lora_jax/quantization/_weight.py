@@ -130,29 +130,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Array:
         """Returns the weight as an array of its `dtype`, computed in float32 and cast once."""
-        return cut_as(self.sharding, QuantizedWeight._dequantized, self)
-
-    def _dequantized(self) -> Array:
-        batch, count = self.batch_ndim, math.prod(self.blocked_shape)
-        form = FORMATS[self.format]
-        codes = jnp.asarray(self.codes)
-        if form.is_packed:
-            codes = unpacked(codes, form.bits, batch, count)
-        front, features = codes.shape[:batch], codes.shape[batch + 1 :]
-        # Where the last block is shorter, every weight is a block of its own.
-        width = self.block or count
-        width = width if count % width == 0 else 1
-        blocks = codes.reshape(*front, count // width, width, *features)
-        if not form.is_packed:
-            # Otherwise XLA flattens before it multiplies, and writes out the scale of each weight.
-            blocks = jax.lax.optimization_barrier(blocks)
-        scales, *offsets = (
-            self._of_blocks(each, width) for each in (self.scales, self.offsets) if each is not None
-        )
-        values = _numbers(form, blocks, self.codebook, batch) * scales
-        values = values + offsets[0] if offsets else values
-        split = values.astype(self.dtype).reshape(*front, *self.blocked_shape, *features)
-        return split.transpose(self._order())
+        return cut_as(self.sharding, _dequantized, self)
 
     def transpose(self, axes: Sequence[int]) -> "QuantizedWeight":
         """Returns the weight with its axes in another order; no array is touched.
@@ -270,6 +248,33 @@ def _regrouped_numbers(numbers: Any, found: Regrouped, batch: int) -> Any:
     order = (*range(batch), *(batch + place for place in found.feature_order), numbers.ndim - 1)
     moved = numbers.transpose(order)
     return moved.reshape((*moved.shape[:batch], *found.feature_shape, moved.shape[-1]))
+
+
+# One program, so that even outside of jit nothing of its size is held beside the result.
+@functools.partial(jax.jit, inline=True)
+def _dequantized(weight: QuantizedWeight) -> Array:
+    batch, count = weight.batch_ndim, math.prod(weight.blocked_shape)
+    form = FORMATS[weight.format]
+    codes = jnp.asarray(weight.codes)
+    if form.is_packed:
+        codes = unpacked(codes, form.bits, batch, count)
+    front, features = codes.shape[:batch], codes.shape[batch + 1 :]
+    # Where the last block is shorter, every weight is a block of its own.
+    width = weight.block or count
+    width = width if count % width == 0 else 1
+    blocks = codes.reshape(*front, count // width, width, *features)
+    if not form.is_packed:
+        # Otherwise XLA flattens before it multiplies, and writes out the scale of each weight.
+        blocks = jax.lax.optimization_barrier(blocks)
+    scales, *offsets = (
+        weight._of_blocks(each, width)
+        for each in (weight.scales, weight.offsets)
+        if each is not None
+    )
+    values = _numbers(form, blocks, weight.codebook, batch) * scales
+    values = values + offsets[0] if offsets else values
+    split = values.astype(weight.dtype).reshape(*front, *weight.blocked_shape, *features)
+    return split.transpose(weight._order())
 
 
 def _numbers(form: Format, codes: Array, codebook: Any, batch: int) -> Array:

@@ -50,8 +50,6 @@ class Option:
       calls: how the model calls the op.
       twice: whether an op's weights are both operands of one equation.
       mesh: None, or the kind of axis that cuts each weight's last axis over two devices.
-      format: None, or the format that weights are quantised to.
-      alone: the weights that have no adapter.
     """
 
     name: str
@@ -64,8 +62,6 @@ class Option:
     calls: tuple[Call, ...] = ONCE
     twice: bool = False
     mesh: str | None = None
-    format: str | None = None
-    alone: tuple[str, ...] = ()
 
     def dtype_of(self, name: str) -> Any:
         return self.other_dtype if name == "v" and self.other_dtype else self.dtype
@@ -95,13 +91,4 @@ OPTIONS = [
     Option("auto mesh", mesh="auto"),
     Option("explicit mesh", mesh="explicit"),
     Option("explicit mesh, dora", mesh="explicit", dora=True),
-    Option("nf4", format="nf4"),
-    Option("int8, dora, some layers", format="int8", dora=True, layers=(0, 2)),
-    Option("int4, bfloat16, twice", format="int4", dtype=jnp.bfloat16, calls=TWO_USES, twice=True),
-    Option("nf4, dora, shared, one alone", format="nf4", dora=True, calls=SHARED, alone=("v",)),
-    Option(
-        "fp8, inside a custom rule, one alone", format="fp8_e4m3", calls=CUSTOM_FIRST, alone=("v",)
-    ),
-    Option("nf4, auto mesh", format="nf4", mesh="auto"),
-    Option("int8, explicit mesh, one alone", format="int8", mesh="explicit", alone=("v",)),
 ]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 import lora_jax
 from lora_jax.quantization._placement import leaf_specs
 from lora_jax.quantization._weight import is_quantized
+from tests.battery.bases import Base
 from tests.battery.layouts import Layout
 from tests.battery.options import Option
 from tests.battery.registry import ROWS, WIDTH
@@ -45,13 +46,14 @@ class Problem:
 
 
 @functools.cache
-def problem_of(layout: Layout, option: Option) -> Problem:
-    random = np.random.default_rng(zlib.crc32(f"{layout.name} {option.name}".encode()))
+def problem_of(layout: Layout, option: Option, base: Base) -> Problem:
+    seed = f"{layout.name} {option.name} {base.name}"
+    random = np.random.default_rng(zlib.crc32(seed.encode()))
     wrapped = {
-        name: weight_of(random, layout, option, dtype=option.dtype_of(name), rank=rank)
+        name: weight_of(random, layout, option, base.format, dtype=option.dtype_of(name), rank=rank)
         for name, rank in RANKS.items()
     }
-    wrapped |= {name: wrapped[name].base for name in option.alone}
+    wrapped |= {name: wrapped[name].base for name in base.alone}
     adapters, frozen = lora_jax.split(wrapped)
     other = jax.tree.map(
         lambda label, x: (x * np.asarray(_OTHER[label], x.dtype)) if label in _OTHER else None,
@@ -64,7 +66,13 @@ def problem_of(layout: Layout, option: Option) -> Problem:
 
 
 def weight_of(
-    random: np.random.Generator, layout: Layout, option: Option, *, dtype: Any, rank: int
+    random: np.random.Generator,
+    layout: Layout,
+    option: Option,
+    name: str | None,
+    *,
+    dtype: Any,
+    rank: int,
 ) -> lora_jax.LoRAWeight:
     """Returns a weight as if trained: nothing of it is zero or as it was at the start."""
     factor_dtype = dtype if option.narrow_factors else np.float32
@@ -82,8 +90,8 @@ def weight_of(
     if option.zero_feature:
         base[tuple(0 if role == "out" else slice(None) for role in layout.axes)] = 0
     base = base.astype(dtype)
-    if option.format is not None:
-        base = quantized(base, layout, option.format)
+    if name is not None:
+        base = quantized(base, layout, name)
     node = lora_jax.LoRAWeight(
         base=base,
         lora_A=drawn(*batch, *inputs, rank).astype(factor_dtype),

@@ -1,4 +1,4 @@
-"""The product of layouts, ops, options and transforms, and the part of it that the suite runs."""
+"""The product of layouts, ops, options, bases and transforms, and what of it the suite runs."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tests.battery.bases import BASES, Base
 from tests.battery.covering import covering_array
 from tests.battery.layouts import LAYOUTS, Layout
 from tests.battery.ops import OPS
@@ -21,23 +22,25 @@ class Row:
     op: Op
     layout: Layout
     option: Option
+    base: Base
     transform: Transform
 
     @property
     def name(self) -> str:
         return (
             f"{self.op.family}.{self.op.name} | {self.layout.name} | {self.option.name} | "
-            f"{self.transform.name}"
+            f"{self.base.name} | {self.transform.name}"
         )
 
     @classmethod
     def named(cls, name: str) -> "Row":
         """Returns the row of this name."""
-        op, layout, option, transform = name.split(" | ")
+        op, layout, option, base, transform = name.split(" | ")
         return cls(
             next(each for each in OPS if op == f"{each.family}.{each.name}"),
             _called(LAYOUTS, layout),
             _called(OPTIONS, option),
+            _called(BASES, base),
             _called(TRANSFORMS, transform),
         )
 
@@ -57,6 +60,9 @@ class Row:
         return max(self.op.tolerance, self.option.tolerance)
 
 
+_FACTORS = (OPS, LAYOUTS, OPTIONS, BASES, TRANSFORMS)
+
+
 def _called(values: Sequence[Any], name: str) -> Any:
     return next(value for value in values if value.name == name)
 
@@ -72,7 +78,7 @@ def is_possible(row: Row) -> bool:
         and (transform.name != "symbolic rows" or (op.symbolic and option.mesh is None))
         and (option.mesh is None or op.meshes)
         and (option.mesh != "explicit" or op.explicit)
-        and (option.format is None or option.mesh != "explicit" or _is_cut_in_blocks(row.layout))
+        and (row.base.format is None or option.mesh != "explicit" or _is_cut_in_blocks(row.layout))
     )
 
 
@@ -101,13 +107,14 @@ def jax_refuses(row: Row) -> bool:
 
 def all_rows() -> Iterator[Row]:
     """Returns the whole product."""
-    rows = (Row(*values) for values in itertools.product(OPS, LAYOUTS, OPTIONS, TRANSFORMS))
+    rows = (Row(*values) for values in itertools.product(*_FACTORS))
     return (row for row in rows if is_possible(row) and not jax_refuses(row))
 
 
 @functools.cache
 def suite_rows() -> tuple[Row, ...]:
     """Returns rows in which every pair of values occurs that can."""
-    factors = (OPS, LAYOUTS, OPTIONS, TRANSFORMS)
-    rows = (Row(*v) for v in covering_array(factors, lambda v: is_possible(Row(*v))))
-    return tuple(row for row in rows if not jax_refuses(row))
+    rows = covering_array(
+        _FACTORS, lambda v: is_possible(Row(*v)), prefers=lambda v: Row(*v).base.format is None
+    )
+    return tuple(row for row in (Row(*v) for v in rows) if not jax_refuses(row))

@@ -52,7 +52,7 @@ def reason_against(row: Row) -> str:
     if row.kind == "shapes":
         return ""
     reasons: list[str] = []
-    problem = problem_of(row.layout, row.option)
+    problem = problem_of(row.layout, row.option, row.base)
     for place, (adapter, example) in enumerate(row.transform.instances):
         actual = jax.tree.map(lambda leaf, place=place: leaf[place], result)
         expected = expected_results(row.op, problem, adapter, example)
@@ -62,7 +62,7 @@ def reason_against(row: Row) -> str:
 
 def _result(row: Row) -> Any:
     """Returns what a row gives: traced as a whole by JAX, and then computed in NumPy."""
-    problem = problem_of(row.layout, row.option)
+    problem = problem_of(row.layout, row.option, row.base)
     inputs = problem.stacked_adapters, problem.frozen, problem.xs
     shapes = shapes_of(problem, None if row.option.mesh is None else mesh_of(row.option.mesh))
     closed_jaxpr, outputs = jax.make_jaxpr(applied(row), return_shape=True)(*shapes)

@@ -10,10 +10,12 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_lists_the_rows_that_an_expression_matches(capsys):
-    assert main(["--list", "--all", "--only", r"structure.transposed \| in,out \| lora"]) == 0
+    assert (
+        main(["--list", "--all", "--only", r"structure.transposed \| in,out \| lora \| array"]) == 0
+    )
     names = capsys.readouterr().out.splitlines()
     assert len(names) == 8
-    assert all(name.startswith("structure.transposed | in,out | lora | ") for name in names)
+    assert all(name.startswith("structure.transposed | in,out | lora | array | ") for name in names)
 
 
 def test_says_when_nothing_matches(capsys):
@@ -22,7 +24,7 @@ def test_says_when_nothing_matches(capsys):
 
 
 def test_runs_rows_in_processes_of_its_own():
-    row = r"structure.transposed \| in,out \| lora \| (jit|jvp)$"
+    row = r"structure.transposed \| in,out \| lora \| array \| (jit|jvp)$"
     done = subprocess.run(
         [sys.executable, "-m", "tests.battery", "--all", "--only", row, "--processes", "2"],
         capture_output=True,

@@ -7,6 +7,7 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
+from tests.battery.bases import BASES
 from tests.battery.layouts import LAYOUTS
 from tests.battery.model import expected_results, model_of
 from tests.battery.ops import OPS
@@ -25,7 +26,7 @@ NAMES = (
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.name in NAMES], ids=lambda op: op.name)
 def test_any_number_of_rows(op) -> None:
-    problem = problem_of(LAYOUTS[2], OPTIONS[0])
+    problem = problem_of(LAYOUTS[2], OPTIONS[0], BASES[0])
     wrapped = lora_jax.combine(problem.adapters[0], problem.frozen)
     (rows,) = jax.export.symbolic_shape("rows")
     x = jnp.asarray(problem.xs[0])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tests.battery.bases import Base
 from tests.battery.layouts import Layout
 from tests.battery.options import Option
 from tests.battery.registry import contracted, rows, squared, traced
@@ -57,13 +58,13 @@ class Program:
     """A function of weights and activations, as text.
 
     Attributes:
-      weights: the layout, the option and the rank of each weight.
+      weights: the layout, the option, the rank and the base of each weight.
       lines: what it computes, one after the other.
       transform: what is done to it.
       seed: what the numbers are drawn from.
     """
 
-    weights: Mapping[str, tuple[Layout, Option, int]]
+    weights: Mapping[str, tuple[Layout, Option, int, Base]]
     lines: tuple[Line, ...]
     transform: Transform
     seed: tuple[int, int]
@@ -84,8 +85,8 @@ class Program:
 
     def __str__(self) -> str:
         weights = [
-            f"# {name}: {layout.axes}, {layout.shape}, rank {rank}, {option.name}"
-            for name, (layout, option, rank) in self.weights.items()
+            f"# {name}: {layout.axes}, {layout.shape}, rank {rank}, {option.name}, {base.name}"
+            for name, (layout, option, rank, base) in self.weights.items()
         ]
         lines = [*map(str, self.lines), f"return {', '.join(self.results)}"]
         head = [f"# seed {self.seed[0]}, case {self.seed[1]}, {self.transform.name}", *weights]

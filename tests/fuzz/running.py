@@ -27,11 +27,11 @@ def reason_against(program: Program) -> str:
     """Returns what is wrong with a program adapted, or nothing."""
     random = np.random.default_rng([*program.seed, 1])
     wrapped = {
-        name: weight_of(random, layout, option, dtype=option.dtype, rank=rank)
-        for name, (layout, option, rank) in program.weights.items()
+        name: weight_of(random, layout, option, base.format, dtype=option.dtype, rank=rank)
+        for name, (layout, option, rank, base) in program.weights.items()
     }
-    for name, (_, option, _) in program.weights.items():
-        if name in option.alone:
+    for name, (*_, base) in program.weights.items():
+        if name in base.alone:
             wrapped[name] = wrapped[name].base
     adapters, frozen = lora_jax.split(wrapped)
     other = jax.tree.map(lambda x: x * np.asarray(-0.5, x.dtype), adapters)
@@ -47,7 +47,7 @@ def reason_against(program: Program) -> str:
         actual = _computed(applied, stacked, frozen, xs)
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    epsilon = max(float(jnp.finfo(option.dtype).eps) for _, option, _ in program.weights.values())
+    epsilon = max(float(jnp.finfo(option.dtype).eps) for _, option, *_ in program.weights.values())
     # A narrow dtype leaves little of what cancels: there the whole is compared.
     share = 0.01 if 16 * epsilon < 1e-3 else 1.0
     for place, (adapter, example) in enumerate(program.transform.instances):

@@ -9,7 +9,7 @@ from tests.typechecking import annotations_unchecked
 
 pytestmark = pytest.mark.usefixtures("promoted_ranks")
 
-SEED, CHUNKS, CASES = 0, 12, 25
+SEED, CHUNKS, CASES = 0, 12, 15
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -52,7 +52,7 @@ def test_its_numbers_are_not_zero() -> None:
     """A program whose results vanish would agree with anything."""
     program = running.program_of(0, 7)
     params = {
-        name: np.ones(layout.shape, np.float32) for name, (layout, _, _) in program.weights.items()
+        name: np.ones(layout.shape, np.float32) for name, (layout, *_) in program.weights.items()
     }
     results = program.function()(params, np.ones((3, 192), np.float32))
     assert any(np.any(np.asarray(result)) for result in results.values())

@@ -1,6 +1,5 @@
 """Writing a program that is valid by construction."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from tests.battery.bases import Base
 from tests.battery.layouts import LAYOUTS, Layout
 from tests.battery.options import Option
 from tests.battery.transforms import TRANSFORMS
@@ -39,13 +39,11 @@ class Writer:
         layouts = [self.layout()]
         for _ in range(self.choice([0, 1, 1, 2])):
             layouts.append(self.choice([layouts[0], self.layout()]))
-        weights = {f"w{i}": (each, *self.option(each, dtype)) for i, each in enumerate(layouts)}
-        if self.quantises:
-            weights = {
-                name: (each, self.quantised(option, name), rank)
-                for name, (each, option, rank) in weights.items()
-            }
-        for name, (layout, _, _) in weights.items():
+        weights = {
+            name: (each, *self.option(each, dtype), self.base(name))
+            for name, each in ((f"w{i}", each) for i, each in enumerate(layouts))
+        }
+        for name, (layout, *_) in weights.items():
             self.weights.append(self.write(f"p['{name}']", layout.shape, ()))
         for _ in range(int(self.random.integers(3, 7))):
             self.one_of(ops, of_scalars)
@@ -68,18 +66,13 @@ class Writer:
         name = f"{np.dtype(dtype).name}{', dora' * dora}{f', layers {layers}' if layers else ''}"
         return Option(name, dora=dora, layers=layers, dtype=dtype), self.choice([1, 2, 2, 3])
 
-    def quantised(self, option: Option, name: str) -> Option:
-        """Returns an option with a format or without; what is not the first weight may be alone."""
-        found = str(self.formats.choice(["", "nf4", "int8", "int4", "fp8_e4m3"]))
+    def base(self, name: str) -> Base:
+        """Returns an array or a format; what is quantised and not the first weight may be alone."""
+        found = self.quantises and str(self.formats.choice(["", "nf4", "int8", "int4", "fp8_e4m3"]))
         if not found:
-            return option
+            return Base("array")
         is_alone = name != "w0" and bool(self.formats.integers(3) == 0)
-        return dataclasses.replace(
-            option,
-            name=f"{option.name}, {found}{', alone' * is_alone}",
-            format=found,
-            alone=(name,) if is_alone else (),
-        )
+        return Base(f"{found}{', alone' * is_alone}", found, (name,) if is_alone else ())
 
     def write(
         self, expression: str, shape: Sequence[int], reads: Sequence[Value], *, result: bool = False

@@ -87,8 +87,13 @@ def test_it_is_algorithm_1(form: str, steps: int) -> None:
     assert node.encoding == (form, 32, False)
 
 
-@pytest.mark.parametrize("name", AXES)
-@pytest.mark.parametrize("form", ["nf4", "int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        *(("nf4", name) for name in AXES),
+        *((form, "matrix") for form in ("int8", "int4", "fp8_e4m3")),
+    ],
+)
 def test_it_makes_up_for_quantisation(form: str, name: str) -> None:
     shape, axes = AXES[name]
     leaf = random(*shape)

@@ -37,22 +37,29 @@ from tests.quantization.network import (
 from tests.trained import as_if_trained
 
 
-def outputs(wrapped: Any, **options: Any) -> jax.Array:
-    return lora_jax.adapt(model, **options)(wrapped, TOKENS)
+@jax.jit
+def outputs(wrapped: Any) -> jax.Array:
+    return lora_jax.adapt(model)(wrapped, TOKENS)
 
 
-def gradients(wrapped: Any) -> Any:
+@jax.jit
+def outputs_and_gradients(wrapped: Any) -> Any:
     adapters, frozen = lora_jax.split(wrapped)
 
-    def loss(adapters: Any) -> jax.Array:
-        return jnp.sum(outputs(lora_jax.combine(adapters, frozen)) ** 2)
+    def loss(adapters: Any) -> tuple[jax.Array, jax.Array]:
+        found = outputs(lora_jax.combine(adapters, frozen))
+        return jnp.sum(found**2), found
 
-    return jax.tree.leaves(jax.jit(jax.grad(loss))(adapters))
+    gradients, found = jax.grad(loss, has_aux=True)(adapters)
+    return found, jax.tree.leaves(gradients)
+
+
+in_batch = jax.jit(lora_jax.serving.adapt(model))
 
 
 def trains(params: Any, **options: Any) -> Any:
     tree = wrapped(params, **options)
-    return outputs(tree), gradients(tree), lora_jax.merge(tree)
+    return outputs_and_gradients(tree), lora_jax.merge(tree)
 
 
 def some_layers(params: Any, **options: Any) -> Any:
@@ -60,7 +67,7 @@ def some_layers(params: Any, **options: Any) -> Any:
 
 
 def with_dropout(params: Any) -> Any:
-    fn = lora_jax.adapt(model, dropout=0.3)
+    fn = jax.jit(lora_jax.adapt(model, dropout=0.3))
     return fn(wrapped(params), TOKENS, lora_key=KEY)
 
 
@@ -70,10 +77,10 @@ def a_bank(params: Any, **options: Any) -> Any:
     bank = serving.bank([wrapped(params, seed, **options) for seed in (1, 2)], capacity=4)
     bank, added = serving.add(bank, wrapped(params, 3, **options))
     bank = serving.replace(bank, wrapped(params, 4, **options), adapter_id=1)
-    in_batch = serving.adapt(model)(bank, jnp.array([added, -1]), TOKENS)
+    together = in_batch(bank, jnp.array([added, -1]), TOKENS)
     alone = [outputs(serving.select(bank, each)) for each in (0, 1, added)]
-    removed = serving.adapt(model)(serving.remove(bank, 0), jnp.array([1, added]), TOKENS)
-    return in_batch, alone, removed, lora_jax.merge(serving.select(bank, 1))
+    removed = in_batch(serving.remove(bank, 0), jnp.array([1, added]), TOKENS)
+    return together, alone, removed, lora_jax.merge(serving.select(bank, 1))
 
 
 def several_at_once(params: Any) -> Any:
@@ -100,10 +107,15 @@ def stepped(params: Any, tx: Any) -> Any:
     tree = wrapped(params, train="layers/b")
     before, tx = lora_jax.unwrap(tree), lora_jax.optimizer(tx)
     state = tx.init(tree)
-    for _ in range(2):
+
+    @jax.jit
+    def step(tree: Any, state: Any) -> tuple[Any, Any]:
         gradient = jax.grad(lambda tree: jnp.mean(outputs(tree) ** 2), allow_int=True)(tree)
         updates, state = tx.update(gradient, state, tree)
-        tree = optax.apply_updates(tree, updates)
+        return optax.apply_updates(tree, updates), state
+
+    for _ in range(2):
+        tree, state = step(tree, state)
     jax.tree.map(np.testing.assert_array_equal, lora_jax.unwrap(tree), before)
     return outputs(tree)
 
@@ -122,6 +134,7 @@ def with_data(params: Any, name: str) -> Any:
     return [jnp.abs(node.lora_A).sum(-2) for node in nodes(tree)]
 
 
+@jax.jit
 def gradient_of_all(params: Any) -> Any:
     return jax.grad(lambda params: jnp.sum(model(params, TOKENS) ** 2))(params)
 
@@ -179,14 +192,11 @@ CASES: dict[str, Callable[[Any], Any]] = {
 LOOSE = {"eva": 1e-3, "corda": 5e-2, "resize down": 1e-4, "extract": 1e-3, "blend svd": 1e-4}
 
 
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        (form, name)
-        for name in CASES
-        for form in (FORMATS if name in ("lora", "dora", "bank") else FORMATS[:1])
-    ],
-)
+# The battery runs every op with every format; here one format shows what a task does with codes.
+OTHER_FORMATS = [(form, "lora") for form in FORMATS[1:]] + [("int8", "dora"), ("int8", "bank")]
+
+
+@pytest.mark.parametrize(("form", "name"), [*(("nf4", name) for name in CASES), *OTHER_FORMATS])
 def test_it_is_what_it_is_on_arrays(form: str, name: str) -> None:
     params = quantized(form)
     expected = dequantize(CASES[name](dequantize(params)))

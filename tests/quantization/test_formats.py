@@ -184,14 +184,19 @@ def test_a_codebook_replaces_the_levels() -> None:
         assert_agree(np.asarray(part.dequantize(), np.float64), expected, tolerance=1e-6)
 
 
-def test_a_block_of_zeros_is_zero() -> None:
-    weight = np.ones((128, 2), np.float32)
+@pytest.mark.parametrize("name", ["nf4", "int8", "int4", "fp8_e4m3"])
+@pytest.mark.parametrize("size", [0, 1e-38, 1e-36, 1e-34, 1e-30])
+def test_blocks_and_features_of_zeros_and_of_the_smallest_numbers(size: float, name: str) -> None:
+    """A feature that is dead is zero, whatever shares its scale."""
+    weight = np.ones((128, 3), np.float32)
     weight[:64] = 0
-    for name in ("nf4", "int8", "int4", "fp8_e4m3"):
-        codes = lora_jax.quantize({"w": jnp.asarray(weight)}, "w", format=name)["w"]
-        found = np.asarray(codes.dequantize())
-        np.testing.assert_allclose(found, weight, atol=0.01, rtol=0.01)
-        assert np.all(np.isfinite(found))
+    weight[:, 1] = size
+    codes = lora_jax.quantize({"w": jnp.asarray(weight)}, "w", format=name, double_quantize=False)
+    found = np.asarray(codes["w"].dequantize())
+    assert np.all(np.isfinite(codes["w"].scales))
+    np.testing.assert_allclose(found, weight, rtol=0.01, atol=1e-37)
+    if size == 0:
+        np.testing.assert_array_equal(np.asarray(codes["w"].codes)[:, 1], codes["w"].codes[0, 0])
 
 
 @pytest.mark.parametrize(

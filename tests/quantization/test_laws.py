@@ -94,18 +94,19 @@ def test_adapted_is_what_the_dequantised_weights_give(case: Case, kind: Kind) ->
     assert_agree(
         jax.tree.leaves(gradients), jax.tree.leaves(dense_gradients), tolerance=2 * tolerance
     )
-    assert_agree(output, case.fn(lora_jax.merge(trained), x), tolerance=tolerance)
+    assert_agree(output, jax.jit(case.fn)(lora_jax.merge(trained), x), tolerance=tolerance)
 
 
 @grid
 def test_nothing_changes_at_initialisation(case: Case, kind: Kind) -> None:
     """Law 1: a new adapter changes nothing."""
     params, wrapped, x = weights_of(case, KINDS.index(kind))
-    expected = case.fn(lora_jax.quantization.dequantize(params), x)
+    expected = jax.jit(case.fn)(lora_jax.quantization.dequantize(params), x)
     tolerance = 3e-5 if kind.wrap else 1e-5
-    assert_agree(jax.jit(lora_jax.adapt(case.fn))(wrapped, x), expected, tolerance=tolerance)
+    adapted = jax.jit(lora_jax.adapt(case.fn))
+    assert_agree(adapted(wrapped, x), expected, tolerance=tolerance)
     # Without an adapter anywhere, too.
-    assert_agree(jax.jit(lora_jax.adapt(case.fn))(params, x), expected, tolerance=tolerance)
+    assert_agree(adapted(params, x), expected, tolerance=tolerance)
 
 
 @grid
@@ -125,7 +126,8 @@ def test_codes_and_scales_get_no_gradient(case: Case, kind: Kind) -> None:
     if not case.reverse:
         return
     adapted = lora_jax.adapt(case.fn)
-    gradient = jax.grad(lambda p: jnp.sum(adapted(p, x)), allow_int=True)(as_if_trained(wrapped))
+    gradient_of = jax.jit(jax.grad(lambda p: jnp.sum(adapted(p, x)), allow_int=True))
+    gradient = gradient_of(as_if_trained(wrapped))
     for node in gradient.values():
         if isinstance(node, lora_jax.LoRAWeight):
             for leaf in jax.tree.leaves(node.base):
@@ -142,9 +144,10 @@ def test_a_batch_of_adapters_is_a_loop(kind: Kind) -> None:
     several = [jax.tree.map(lambda leaf, k=k: leaf * k, adapters) for k in (0.5, 1.0, -0.5)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
     adapted = lora_jax.adapt(case.fn)
-    together = jax.vmap(lambda a: adapted(lora_jax.combine(a, frozen), x))(stacked)
+    one = jax.jit(lambda a: adapted(lora_jax.combine(a, frozen), x))
+    together = jax.jit(jax.vmap(one))(stacked)
     for place, single in enumerate(several):
-        assert_agree(together[place], adapted(lora_jax.combine(single, frozen), x), tolerance=1e-5)
+        assert_agree(together[place], one(single), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -118,9 +118,12 @@ def float_sizes(compiled):
     return {math.prod(map(int, shape.split(","))) for shape in shapes}
 
 
-@pytest.mark.parametrize("name", BITS)
-@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [*(("mlp", name) for name in BITS), ("scanned", "nf4"), ("unscanned", "nf4")],
+)
 def test_arguments_take_the_counted_bits(model, name):
+    model = MODELS[model]
     code, scale = BITS[name]
     kernels = adapted_kernels(model)
     quantised = sum(

@@ -50,9 +50,15 @@ MESHES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 CUTS = [("x", None), (None, "x"), ("x", "y"), (None, None)]
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
+OPTIONS: list[dict[str, Any]] = [{"dora": True}, {"init": "pissa"}, {"init": "loftq"}]
+
+
 @pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"init": "pissa"}, {"init": "loftq"}])
+@pytest.mark.parametrize(
+    ("settings", "cuts"),
+    [*(({}, cuts) for cuts in CUTS), *((settings, ("x", "y")) for settings in OPTIONS)],
+    ids=str,
+)
 def test_weights_that_are_cut_over_a_mesh(
     settings: dict[str, Any], kind: str, cuts: tuple[Any, ...]
 ) -> None:
