@@ -1,5 +1,6 @@
 """Small networks and data, and a console that keeps quiet."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.common.console import Console
+from experiments.data import images
 from experiments.data.dataset import Split
 from experiments.models.mlp import MLP
 
@@ -15,6 +17,14 @@ from experiments.models.mlp import MLP
 def promotion_as_users_have_it() -> Iterator[None]:
     """The studies' models add a bias to a batch, and Adam takes floats to an integer power."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def digits_once() -> Iterator[None]:
+    """Makes the images of digits once, of which every run of a study reads all."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(images, "digits", functools.cache(images.digits))
         yield
 
 

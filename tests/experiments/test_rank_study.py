@@ -13,27 +13,29 @@ import pytest
 
 from experiments.common.stores import CellStore
 from experiments.rank_study import main
-from experiments.ranks import cells
 from experiments.ranks.cells import FineTuning, StepTimes, cells_of
 from experiments.ranks.methods import METHODS, optimizer
 from experiments.ranks.options import parsed
+from tests.experiments import small_rank_study
+from tests.experiments.small_rank_study import HIDDEN
 
 DIGITS = ("--data", "digits", "--batch-size", "50", "--finetune-batches", "2", "--no-plots")
 GRID = ("--ranks", "1", "12", "--methods", "lora", "lora_plus", "--repeats", "2")
+# The inputs and outputs of the hidden layers, and those of the output layer.
+SIDES = (784 + HIDDEN[0] + HIDDEN[0] + HIDDEN[1], HIDDEN[1] + 10)
 # A fine-tuning for each rank, method and repetition, and the step times of each rank.
 GRID_CELLS = 2 * 2 * 2 + 2
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_timing_rounds():
+def small_network():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(cells, "_TIMING_ROUNDS", 1)
-        patched.setattr(cells, "_STEPS_TIMED_AT_ONCE", 1)
+        small_rank_study.patch(patched)
         yield
 
 
 @pytest.fixture(scope="module")
-def base(few_timing_rounds, tmp_path_factory) -> Path:
+def base(small_network, tmp_path_factory) -> Path:
     """Returns the base network of a run that trained it, and tried every method once."""
     out = tmp_path_factory.mktemp("first") / "out"
     assert run(out, "--ranks", "2", "--repeats", "1", "--base", out / "none") == 0
@@ -94,8 +96,8 @@ def test_every_method_gives_all_its_numbers(base):
         assert cell["milliseconds"] > 0
         assert cell["relative_time"] > 0
     by_method = {cell["method"]: cell for cell in metrics["cells"]}
-    assert by_method["lora"]["trainable"] == 2 * (784 + 1000 + 1000 + 2000 + 2000 + 10)
-    assert by_method["dora"]["trainable"] == by_method["lora"]["trainable"] + 1000 + 2000 + 10
+    assert by_method["lora"]["trainable"] == 2 * sum(SIDES)
+    assert by_method["dora"]["trainable"] == by_method["lora"]["trainable"] + sum(HIDDEN) + 10
 
 
 def test_the_grid_is_complete_and_the_output_layer_has_no_more_rank_than_columns(whole):
@@ -107,7 +109,7 @@ def test_the_grid_is_complete_and_the_output_layer_has_no_more_rank_than_columns
         (12, "lora_plus"),
     ]
     at_twelve = metrics["cells"][2]
-    assert at_twelve["trainable"] == 12 * (784 + 1000 + 1000 + 2000) + 10 * (2000 + 10)
+    assert at_twelve["trainable"] == 12 * SIDES[0] + 10 * SIDES[1]
     assert all(len(cell["accuracy"]) == 2 for cell in metrics["cells"])
     assert len(cells_in(whole)) == GRID_CELLS
 
@@ -132,34 +134,40 @@ def test_a_second_run_computes_nothing_and_says_so(whole, base, computed, capsys
     assert again == before
 
 
-@pytest.mark.parametrize("finished", range(GRID_CELLS))
 def test_an_interruption_loses_no_finished_cell(
-    finished, whole, base, computed, tmp_path, monkeypatch, capsys
+    whole, base, computed, tmp_path, monkeypatch, capsys
 ):
+    """One run after another is interrupted, each in the cell after the one that it finished."""
     out = tmp_path / "out"
     store_save = CellStore.save
+    reached = []
 
     def save(store, settings, result):
-        if len(computed) > finished:
+        reached.append(result)
+        if len(reached) > 1 or finished == 0:
             raise KeyboardInterrupt
         store_save(store, settings, result)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(CellStore, "save", save)
+    monkeypatch.setattr(CellStore, "save", save)
+    for finished in range(GRID_CELLS):
+        computed.clear()
+        reached.clear()
         assert run(out, *GRID, "--base", base) == 130
-    assert capsys.readouterr().err == "error: interrupted; what was finished is kept\n"
-    assert len(cells_in(out)) == finished
-    assert not (out / "metrics.json").exists()
+        assert capsys.readouterr().err == "error: interrupted; what was finished is kept\n"
+        assert len(computed) == (1 if finished == 0 else 2)
+        assert len(cells_in(out)) == finished
+        assert not (out / "metrics.json").exists()
     computed.clear()
+    monkeypatch.setattr(CellStore, "save", store_save)
     assert run(out, *GRID, "--base", base) == 0
-    assert len(computed) == GRID_CELLS - finished
+    assert len(computed) == 1
     assert numbers_of(metrics_in(out)) == numbers_of(metrics_in(whole))
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(whole, base, computed, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "experiments.rank_study", *DIGITS, *GRID]
+    command = [sys.executable, "-m", "tests.experiments.small_rank_study", *DIGITS, *GRID]
     with subprocess.Popen(
         [*command, "--base", str(base), "--out", str(out)],
         stdout=subprocess.DEVNULL,
@@ -168,7 +176,7 @@ def test_a_killed_run_goes_on_where_it_was(whole, base, computed, tmp_path):
     ) as process:
         while len(cells_in(out)) < 2:
             assert process.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     finished = len(cells_in(out))
     assert 2 <= finished < GRID_CELLS
@@ -205,21 +213,25 @@ def test_only_cells_of_the_same_settings_are_reused(
 
 
 @pytest.mark.slow
-def test_from_the_shell_standard_output_is_json_alone_and_the_picture_is_drawn(base, tmp_path):
+def test_from_the_shell_standard_output_is_json_alone_and_the_picture_is_drawn(tmp_path):
+    """The one run of the command itself, on the true network."""
     out = tmp_path / "out"
     command = [sys.executable, "-W", "error", "-m", "experiments.rank_study", *DIGITS[:-1]]
     options = ["--ranks", "1", "--methods", "lora", "--repeats", "1", "--json"]
-    places = ["--base", str(base), "--out", str(out)]
+    options += ["--batch-size", "20"]  # the times are those of hundreds of steps
+    places = ["--base", str(out / "none"), "--out", str(out)]
     done = subprocess.run(
         [*command, *options, *places], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == metrics_in(out)
+    metrics = json.loads(done.stdout)
+    assert metrics == metrics_in(out)
+    assert metrics["cells"][0]["trainable"] == 784 + 1000 + 1000 + 2000 + 2000 + 10
     assert done.stderr.startswith("JAX ")
     assert "Wrong answers on digit" in done.stderr
     assert "\x1b" not in done.stderr
     names = {path.name for path in out.iterdir()}
-    assert names == {"metrics.json", "rank_study.png", "cells"}
+    assert names == {"metrics.json", "rank_study.png", "cells", "base_checkpoint"}
 
 
 def test_a_damaged_cell_is_told_and_computed_again(whole, base, computed, tmp_path, capsys):
