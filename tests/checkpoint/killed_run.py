@@ -1,11 +1,13 @@
-"""A run that is killed again and again: `python -m tests.checkpoint.killed_run FOLDER KILLS MODE`.
+"""Runs that are killed again and again, in each mode of saving.
+
+The command is `python -m tests.checkpoint.killed_run FOLDER MODE=KILLS ...`.
 
 Each attempt is a process of its own, forked from this one, which has imported JAX and not used it,
 and with the compiled programs of the first: starting and compiling anew would take most of the
 time. A kill is a SIGKILL that the process sends itself: after a random time, or before a random
 operation on the checkpoint's folder, which is in the middle of a save. It prints what became of
-each attempt; `killed.npz` and `whole.npz` in the folder are what the killed run ended with, and one
-that was not killed.
+each attempt in each mode; `killed.npz` and `whole.npz` in the folder of a mode are what the killed
+run ended with, and one that was not killed.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ import orbax.checkpoint  # noqa: F401 - each fork would import it anew
 import lora_jax
 from lora_jax.checkpoint import TrainingCheckpoints
 
-STEPS = 80
+STEPS = 48
 SAVE_EVERY = 2
 # An attempt takes as many steps at the most, with about as many operations on files.
 STEPS_OF_AN_ATTEMPT = 6
@@ -80,15 +82,22 @@ def train(folder, death, result, asynchronous):
     """Trains to the end, from the latest checkpoint in `folder`, and writes all numbers."""
     random_state = np.random.default_rng(0)
     params = {
-        "in": jnp.asarray(random_state.normal(size=(8, 32)), jnp.float32),
-        "out": jnp.asarray(random_state.normal(size=(32, 4)), jnp.float32),
-        "bias": jnp.zeros(4),
+        "in": random_state.normal(size=(8, 32)).astype(np.float32),
+        "out": random_state.normal(size=(32, 4)).astype(np.float32),
+        "bias": np.zeros(4, np.float32),
     }
-    wrapped = lora_jax.wrap(params, ["in", "out"], rank=2, train="bias")
-    adapters, frozen = lora_jax.split(wrapped)
     tx = optax.adam(optax.cosine_decay_schedule(0.1, STEPS))
     data = np.random.default_rng(1)
-    state = {"optimizer": tx.init(adapters), "key": jax.random.key(2)}
+
+    # One program: each attempt starts with it.
+    @jax.jit
+    def initial(params):
+        wrapped = lora_jax.wrap(params, ["in", "out"], rank=2, train="bias")
+        adapters, _ = lora_jax.split(wrapped)
+        return wrapped, {"optimizer": tx.init(adapters), "key": jax.random.key(2)}
+
+    wrapped, state = initial(params)
+    adapters, frozen = lora_jax.split(wrapped)
 
     def step_function(adapters, state, inputs, labels):
         key, own = jax.random.split(state["key"])
@@ -149,11 +158,10 @@ def waited(function, *arguments):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def main(folder, kills, mode):
-    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    random_state, asynchronous = random.Random(0), mode == "asynchronous"
+def killed_again_and_again(folder, kills, asynchronous):
+    """Returns how each attempt of a run ended, and those that are not killed."""
+    folder.mkdir()
+    random_state = random.Random(0)
     # The second call compiles what only a run that goes on needs.
     codes = [
         waited(train, folder / "unkilled", None, folder / name, asynchronous)
@@ -173,10 +181,23 @@ def main(folder, kills, mode):
         left = sorted(path.name for path in checkpoints.glob("*")) if checkpoints.exists() else []
         attempts.append({**dataclasses.asdict(death), "code": code, "left": left})
     codes.append(waited(train, checkpoints, None, folder / "killed.npz", asynchronous))
-    print(json.dumps({"attempts": attempts, "codes": codes}))
+    return {"attempts": attempts, "codes": codes}
+
+
+def main(folder, kills):
+    """Prints what became of the run in each mode; `kills` says how often it is killed."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    reports = {
+        mode: killed_again_and_again(folder / mode, count, mode == "asynchronous")
+        for mode, count in kills.items()
+    }
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":
     # Orbax warns where saving is slow, as it is on a machine with other work.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    pairs = (argument.split("=") for argument in sys.argv[2:])
+    main(Path(sys.argv[1]), {mode: int(count) for mode, count in pairs})
