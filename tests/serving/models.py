@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from tests.battery.problems import Dense
 from tests.trained import as_if_trained
 
 BATCH = 7
@@ -52,7 +53,11 @@ class Model:
         return as_if_trained(wrapped, seed)
 
 
-def dense(params, x):
+# One program for all adapters of the same structure.
+merged = jax.jit(lora_jax.merge)
+
+
+def two_layers(params, x):
     h = x @ params["W1"]
     return jnp.tanh(h + jnp.broadcast_to(params["b"], h.shape)) @ params["W2"]
 
@@ -80,7 +85,7 @@ def scanned(params, x):
 
 
 MODELS = [
-    Model("dense", dense, {"W1": (12, 9), "W2": (9, 8), "b": (9,)}, (12,)),
+    Model("dense", two_layers, {"W1": (12, 9), "W2": (9, 8), "b": (9,)}, (12,)),
     Model(
         "heads",
         heads,
@@ -105,12 +110,30 @@ def in_float64(tree: Any) -> Any:
     )
 
 
+def dense(wrapped: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the weight that each leaf stands for, computed in NumPy, in float64."""
+    return {
+        name: Dense.of(leaf).value
+        if isinstance(leaf, lora_jax.LoRAWeight)
+        else np.asarray(leaf, np.float64)
+        for name, leaf in wrapped.items()
+    }
+
+
+@functools.cache
+def _loop(model: Model) -> Callable[..., jax.Array]:
+    """Returns what each row of inputs gives with its own weights: one program for all adapters."""
+
+    def each(weights_and_row: Any) -> jax.Array:
+        weights, row = weights_and_row
+        return model.fn(weights, row[None])[0]
+
+    return jax.jit(lambda weights, x: jax.lax.map(each, (weights, x)))
+
+
 def one_by_one(model: Model, wrappeds: list[Any], x: jax.Array) -> np.ndarray:
-    """Returns what each example's own merged weights give, in float64."""
-    merged = jax.jit(lambda wrapped, x: model.fn(lora_jax.merge(wrapped), x))
+    """Returns what each example's own weights give, in float64."""
+    weights = jax.tree.map(lambda *leaves: np.stack(leaves), *map(dense, wrappeds))
+    rows = np.asarray(x if model.integer_x else np.asarray(x, np.float64))
     with jax.enable_x64(True):
-        rows = [
-            merged(in_float64(wrapped), in_float64(np.asarray(x[place : place + 1])))
-            for place, wrapped in enumerate(wrappeds)
-        ]
-        return np.concatenate([np.asarray(row) for row in rows])
+        return np.asarray(_loop(model)(weights, rows))

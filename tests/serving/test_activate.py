@@ -9,26 +9,22 @@ import pytest
 
 import lora_jax
 from tests.agreement import assert_agree
-from tests.serving.models import DENSE, MODELS, Model, in_float64
+from tests.serving.models import BATCH, DENSE, MODELS, Model, dense, merged, one_by_one
 
 WEIGHTS = [1.0, 0.0, -0.5]
 
 
 def summed(model: Model, wrappeds: list[Any], weights: Any) -> dict[str, np.ndarray]:
     """Returns the params plus the weighted changes, in float64."""
-    with jax.enable_x64(True):
-        params = in_float64(model.params)
-        merged = [lora_jax.merge(in_float64(wrapped)) for wrapped in wrappeds]
-        return {
-            name: np.asarray(
-                leaf
-                + sum(
-                    weight * (each[name] - leaf)
-                    for weight, each in zip(weights, merged, strict=True)
-                )
-            )
-            for name, leaf in params.items()
-        }
+    weights_of_each = [dense(wrapped) for wrapped in wrappeds]
+    return {
+        name: leaf
+        + sum(
+            weight * (each[name] - leaf)
+            for weight, each in zip(weights, weights_of_each, strict=True)
+        )
+        for name, leaf in dense(model.params).items()
+    }
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -37,10 +33,9 @@ def test_the_sum_is_exact(model: Model) -> None:
     bank = lora_jax.serving.bank(wrappeds)
     active = lora_jax.serving.activate(bank, WEIGHTS)
     expected = summed(model, wrappeds, WEIGHTS)
-    for name, leaf in lora_jax.merge(active).items():
+    for name, leaf in merged(active).items():
         assert_agree(leaf, expected[name])
-    with jax.enable_x64(True):
-        reference = model.fn(jax.tree.map(jnp.asarray, expected), in_float64(model.x))
+    reference = one_by_one(model, [expected] * BATCH, model.x)
     actual = jax.jit(lora_jax.adapt(model.fn, on_materialize="error"))(active, model.x)
     assert_agree(actual, reference)
 

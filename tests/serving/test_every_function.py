@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -13,7 +15,7 @@ import lora_jax
 from lora_jax.checkpoint import CheckpointError, TrainingCheckpoints
 from lora_jax.exchange import peft
 from tests.agreement import assert_agree, assert_identical
-from tests.serving.models import DENSE, SCANNED, Model
+from tests.serving.models import DENSE, SCANNED, Model, dense, merged
 
 KINDS: dict[str, tuple[Model, dict[str, Any]]] = {
     "lora": (DENSE, {}),
@@ -42,7 +44,7 @@ def names_of(model: Model) -> list[peft.Rule]:
 def assert_each_is(bank: Any, adapters: list[Any]) -> None:
     """Asserts that the bank's places hold what computes as these adapters do."""
     for place, adapter in enumerate(adapters):
-        assert_agree(lora_jax.merge(lora_jax.serving.select(bank, place)), lora_jax.merge(adapter))
+        assert_agree(merged(lora_jax.serving.select(bank, place)), dense(adapter))
 
 
 SINGLE = r"'W1?' holds 3 adapters; expected one\..*serving\.select\(bank, id\)"
@@ -106,9 +108,7 @@ class TestTakesABank:
             resized, [lora_jax.arithmetic.resize(each, rank) for each in adapters_of(kind)]
         )
         assert lora_jax.serving.ids(resized)[:2] == (0, 1)
-        assert_agree(
-            lora_jax.merge(lora_jax.serving.select(resized, -1)), dict(KINDS[kind][0].params)
-        )
+        assert_agree(merged(lora_jax.serving.select(resized, -1)), dict(KINDS[kind][0].params))
 
     def test_save_and_restore(self, kind: str, tmp_path: Path) -> None:
         lora_jax.save(tmp_path / "bank", bank_of(kind))
@@ -150,12 +150,15 @@ class TestTakesABank:
         """The update of each adapter is that which it gets alone."""
         bank = lora_jax.combine(*lora_jax.split(bank_of(kind)))
         tx = lora_jax.optimizer(tx)
-        gradient = jax.tree.map(lambda leaf: leaf * 0.5 + 1, bank)
-        updates, _ = tx.update(gradient, tx.init(bank), bank)
+        first_update = jax.jit(lambda gradient, tree: tx.update(gradient, tx.init(tree), tree)[0])
+        gradient = jax.tree.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf) * np.float32(0.5) + np.float32(1)), bank
+        )
+        updates = first_update(gradient, bank)
         for place in range(2):
             own, own_gradient, update = (
                 lora_jax.serving.select(each, place) for each in (bank, gradient, updates)
             )
-            expected, _ = tx.update(own_gradient, tx.init(own), own)
+            expected = first_update(own_gradient, own)
             actual, expected = (lora_jax.split(each)[0] for each in (update, expected))
             assert_agree(actual, expected)
