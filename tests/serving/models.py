@@ -48,9 +48,7 @@ class Model:
 
     def adapter(self, seed: int, **options: Any) -> Any:
         """Returns an adapter with numbers as if it had been trained."""
-        settings = {"rank": 2, "alpha": 3.0, "axes": self.axes, **options}
-        wrapped = lora_jax.wrap(self.params, self.targets, **settings)
-        return as_if_trained(wrapped, seed)
+        return dict(_adapter(self, seed, **options))
 
 
 # One program for all adapters of the same structure.
@@ -100,6 +98,14 @@ MODELS = [
     Model("scanned", scanned, {"W": (3, 10, 10)}, (4, 10), {"W": ("batch", "in", "out")}),
 ]
 DENSE, HEADS, CONVOLUTION, EMBEDDING, SCANNED = MODELS
+
+
+@functools.cache
+def _adapter(model: Model, seed: int, **options: Any) -> Any:
+    settings = {"rank": 2, "alpha": 3.0, "axes": model.axes, **options}
+    # As with the params of the model, a function that is being traced may ask for it first.
+    with jax.ensure_compile_time_eval():
+        return as_if_trained(lora_jax.wrap(model.params, model.targets, **settings), seed)
 
 
 def in_float64(tree: Any) -> Any:
