@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax
@@ -167,7 +168,10 @@ def sum_of_sines(outputs: list[jax.Array]) -> jax.Array:
 
 
 def in_float64(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if is_floating(x) else x, tree)
+    # NumPy casts: JAX would compile a program for each shape.
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x, np.float64)) if is_floating(x) else x, tree
+    )
 
 
 def is_floating(leaf: Any) -> bool:
