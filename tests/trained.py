@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
@@ -34,7 +33,7 @@ def as_if_trained(wrapped: Any, seed: int = 13, *, only: Sequence[str] = TRAINS)
             numbers = numbers * random.uniform(0.5, 1.5, numbers.shape)
         else:
             numbers = numbers + random.normal(size=numbers.shape) / 4
-        drawn = jnp.asarray(numbers.astype(leaf.dtype))
+        drawn = jax.device_put(numbers.astype(leaf.dtype))
         return jax.device_put(drawn, leaf.sharding) if leaf.committed else drawn
 
     return jax.tree.map(value, lora_jax.labels(wrapped), wrapped)

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from tests.models.linen import noise, tokens
-from tests.models.model import Call, model
+from tests.models.model import Call, drawn, fresh, model
 
 
 def called(forward: Callable[..., Any], *args: Any) -> Call:
     """Returns the call `fn(params, state, *args)` of a function of Haiku modules."""
     transformed = hk.transform_with_state(forward)
-    params, state = jax.jit(transformed.init)(jax.random.key(3), *args)
+    key = jax.random.key(3)
+    params = drawn(lambda *args: transformed.init(key, *args)[0], *args)
+    state = fresh(lambda *args: transformed.init(key, *args)[1], *args)
 
     def fn(params: Any, state: Any, *args: Any) -> Any:
         return transformed.apply(params, state, jax.random.key(9), *args)

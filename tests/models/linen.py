@@ -1,14 +1,14 @@
 """Models made of Flax Linen's own modules."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tests.models.model import Call, model, prefixed
+from tests.models.model import Call, drawn, fresh, model, prefixed
 
 _KEY = jax.random.key(3)
 
@@ -22,11 +22,14 @@ def called(
     **options: Any,
 ) -> Call:
     """Returns the call `fn(params, state, *args)` of a module, initialised at random."""
-    init = jax.jit(functools.partial(module.init, **options))
-    init_keys = {"params": _KEY, **(rngs or {})}
-    variables = init(init_keys, *(args if init_args is None else init_args))
-    params = variables["params"]
-    state = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def init(*args: Any) -> tuple[Any, Any]:
+        variables = module.init({"params": _KEY, **(rngs or {})}, *args, **options)
+        return variables.pop("params"), variables
+
+    given = args if init_args is None else init_args
+    params = drawn(lambda *args: init(*args)[0], *given)
+    state = fresh(lambda *args: init(*args)[1], *given)
 
     def fn(params: Any, state: Any, *args: Any) -> Any:
         return module.apply(
@@ -37,11 +40,11 @@ def called(
 
 
 def noise(*shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(5), shape)
+    return jax.device_put(np.random.default_rng(5).standard_normal(shape, np.float32))
 
 
 def tokens(*shape: int, vocabulary: int) -> jax.Array:
-    return jax.random.randint(jax.random.key(5), shape, 0, vocabulary)
+    return jax.device_put(np.random.default_rng(5).integers(0, vocabulary, shape, np.int32))
 
 
 class MLP(nn.Module):
@@ -65,7 +68,7 @@ def linen_mlp() -> Call:
 )
 def linen_mlp_by_its_bound_apply() -> Call:
     module, x = MLP((32, 28, 24)), noise(6, 24)
-    return Call(module.apply, jax.jit(module.init)(_KEY, x), (x,))
+    return Call(module.apply, drawn(module.init, _KEY, x), (x,))
 
 
 class CNN(nn.Module):

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 _ROLES = {"i": "in", "o": "out", "b": "batch"}
 
 
@@ -52,6 +55,34 @@ def model(
         return call
 
     return added
+
+
+def drawn(initialise: Callable[..., Any], *args: Any, seed: int = 3) -> Any:
+    """Returns parameters of the shapes that a module's own initialisation gives, drawn by NumPy.
+
+    To compile each initialisation would take as long as the tests.
+    """
+    random = np.random.default_rng(seed)
+
+    def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-1].key == "scale":
+            numbers = random.uniform(0.5, 1.5, leaf.shape)
+        else:
+            inputs = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
+            numbers = random.standard_normal(leaf.shape) / np.sqrt(inputs)
+        return jax.device_put(numbers.astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(initialise, *args))
+
+
+def fresh(initialise: Callable[..., Any], *args: Any) -> Any:
+    """Returns a state as it is at the start: variances are one, all else is zero."""
+
+    def of(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = 1 if path[-1].key == "var" else 0
+        return jax.device_put(np.full(leaf.shape, value, leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(of, jax.eval_shape(initialise, *args))
 
 
 def prefixed(prefix: str, axes: Mapping[str, str]) -> dict[str, str]:

@@ -170,7 +170,7 @@ def sum_of_sines(outputs: list[jax.Array]) -> jax.Array:
 def in_float64(tree: Any) -> Any:
     # NumPy casts: JAX would compile a program for each shape.
     return jax.tree.map(
-        lambda x: jnp.asarray(np.asarray(x, np.float64)) if is_floating(x) else x, tree
+        lambda x: jax.device_put(np.asarray(x, np.float64)) if is_floating(x) else x, tree
     )
 
 
