@@ -12,6 +12,7 @@ import numpy as np
 import lora_jax
 from tests.battery.problems import Dense
 from tests.cases import Case
+from tests.evaluation import evaluate
 from tests.trained import as_if_trained
 from tests.variants import Variant
 
@@ -33,7 +34,7 @@ class Problem:
 def params_of(case: Case, *, seed: int = 7) -> dict[str, jax.Array]:
     random = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(random.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32)
+        name: jax.device_put((random.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32))
         for name, shape in case.shapes.items()
     }
 
@@ -61,7 +62,7 @@ def problem_of(case: Case, variant: Variant) -> Problem:
         if case.integer_x
         else random.standard_normal(shape).astype(np.float32)
     )
-    return Problem(case, variant, params, wrapped, as_if_trained(wrapped), jnp.asarray(xs))
+    return Problem(case, variant, params, wrapped, as_if_trained(wrapped), jax.device_put(xs))
 
 
 def objective(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -92,10 +93,19 @@ def computed(case: Case, fn: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _dense_function(case: Case) -> Callable[..., Any]:
-    """Returns what a case gives for each example with plain weights: one program for all kinds."""
-    function = computed(case, case.fn)
-    return jax.jit(lambda params, xs: jax.lax.map(lambda x: function(params, x), xs))
+def _dense_program(case: Case) -> tuple[Any, Any]:
+    """Returns what a case gives for an example with plain weights, traced, and its structure."""
+    params = {name: jax.ShapeDtypeStruct(shape, np.float64) for name, shape in case.shapes.items()}
+    x = jax.ShapeDtypeStruct(case.x_shape, np.int32 if case.integer_x else np.float64)
+    with jax.enable_x64(True):
+        jaxpr, shapes = jax.make_jaxpr(computed(case, case.fn), return_shape=True)(params, x)
+    return jaxpr, jax.tree.structure(shapes)
+
+
+def _dense(case: Case, values: Any, x: np.ndarray) -> Any:
+    """Returns the output and the gradient for an example, in NumPy: nothing is compiled."""
+    jaxpr, structure = _dense_program(case)
+    return jax.tree.unflatten(structure, evaluate(jaxpr, jax.tree.leaves((values, x))))
 
 
 def dense_results(problem: Problem, wrapped: Any) -> tuple[np.ndarray, dict[str, Any] | None]:
@@ -110,13 +120,10 @@ def dense_results(problem: Problem, wrapped: Any) -> tuple[np.ndarray, dict[str,
         for name, leaf in wrapped.items()
     }
     xs = np.asarray(problem.xs)
-    with jax.enable_x64(True):
-        outputs, gradients = jax.device_get(
-            _dense_function(problem.case)(
-                jax.tree.map(jnp.asarray, values),
-                jnp.asarray(xs if problem.case.integer_x else xs.astype(np.float64)),
-            )
-        )
+    xs = xs if problem.case.integer_x else xs.astype(np.float64)
+    outputs, gradients = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(_dense(problem.case, values, x) for x in xs)
+    )
     if gradients is None:
         return outputs, None
     return outputs, {
