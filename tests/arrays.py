@@ -13,4 +13,4 @@ def random(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
     NumPy draws them: JAX would compile a program for each shape.
     """
     numbers = np.random.default_rng([seed, *shape]).standard_normal(shape)
-    return jnp.asarray(numbers.astype(dtype))
+    return jax.device_put(numbers.astype(dtype))

@@ -1,6 +1,7 @@
 """The encoder on its own, with random weights, and with MiniLM's where they are installed."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import jax
@@ -45,9 +46,11 @@ def strict_promotion():
 
 @pytest.fixture(scope="module")
 def params():
-    return BertClassifier(CONFIG_OF_TEST, 3).init(jax.random.key(0), TOKENS, MASK)["params"]
+    init = jax.jit(BertClassifier(CONFIG_OF_TEST, 3).init)
+    return init(jax.random.key(0), TOKENS, MASK)["params"]
 
 
+@functools.partial(jax.jit, static_argnames="deterministic")
 def logits(params, token_ids, mask, **options):
     model = BertClassifier(CONFIG_OF_TEST, 3)
     return model.apply({"params": params}, token_ids, mask, **options)
@@ -77,7 +80,7 @@ def test_a_row_without_tokens_is_finite_and_leaves_the_others_alone(params):
 
 def test_a_row_without_tokens_has_finite_gradients(params):
     mask = np.zeros_like(MASK)
-    gradients = jax.grad(lambda params: logits(params, TOKENS, mask).sum())(params)
+    gradients = jax.jit(jax.grad(lambda params: logits(params, TOKENS, mask).sum()))(params)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradients))
 
 
@@ -112,13 +115,8 @@ def test_every_rate_of_dropout_has_its_place(params, rate):
         classifier_dropout=0.0,
     )
     on = BertClassifier(dataclasses.replace(off, **{rate: 0.5}), 3)
-    dropped = on.apply(
-        {"params": params},
-        TOKENS,
-        MASK,
-        deterministic=False,
-        rngs={"dropout": jax.random.key(0)},
-    )
+    apply = jax.jit(functools.partial(on.apply, deterministic=False))
+    dropped = apply({"params": params}, TOKENS, MASK, rngs={"dropout": jax.random.key(0)})
     assert float(jnp.abs(dropped - logits(params, TOKENS, MASK)).max()) > 1e-3
 
 
@@ -152,7 +150,7 @@ def test_every_kernel_can_be_adapted_without_building_the_sum(params):
     assert {axes[path] for path in kernels} == {("in", "out")}
     wrapped = lora_jax.wrap(params, "all-linear", rank=2, axes=axes, key=jax.random.key(1))
     adapted = lora_jax.adapt(logits, on_materialize="error")
-    assert_agree(adapted(wrapped, TOKENS, MASK), logits(params, TOKENS, MASK))
+    assert_agree(jax.jit(adapted)(wrapped, TOKENS, MASK), logits(params, TOKENS, MASK))
 
 
 def test_query_and_value_learn_with_a_head_trained_in_full(params):
@@ -193,12 +191,13 @@ def test_pretrained_embeddings_put_like_beside_like():
     encoder = Encoder.read(None)
     model = BertEncoder(encoder.config)
 
-    def pooled(token_ids, mask):
-        return mean_pooled(model.apply({"params": encoder.params}, token_ids, mask), mask)
+    @jax.jit
+    def pooled(params, token_ids, mask):
+        return mean_pooled(model.apply({"params": params}, token_ids, mask), mask)
 
     texts = encoder.tokenizer(16).unlabelled(SENTENCES)
     batches = evaluation_batches(texts, batch_size=len(SENTENCES), lengths=(16,))
-    outputs = [jax.jit(pooled)(batch.token_ids, batch.mask) for batch in batches]
+    outputs = [pooled(encoder.params, batch.token_ids, batch.mask) for batch in batches]
     embeddings = in_order(batches, outputs)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
     likeness = embeddings @ embeddings.T - 2 * np.eye(len(SENTENCES))
