@@ -6,6 +6,7 @@ from lora_jax import exchange as exchange
 from lora_jax import init as init
 from lora_jax import quantization as quantization
 from lora_jax import serving as serving
+from lora_jax import sharding as sharding
 from lora_jax import transform as transform
 from lora_jax import updates as updates
 from lora_jax._folders import CheckpointError as CheckpointError

@@ -193,6 +193,17 @@ def source_line(equation: Equation) -> str | None:
     return None
 
 
+def mesh_of(array: Any) -> AbstractContextManager[Any]:
+    """Returns a context with the mesh of an array's type, which may be another than the caller's.
+
+    A model may have axes of its mesh automatic for some equations, and explicit for others.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    if mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def varying_axes(array: Any) -> frozenset[str]:
     """Returns the mesh axes over which an array in `shard_map` varies, if `check_vma` is on."""
     return jax.typeof(array).manual_axis_type.varying

@@ -52,7 +52,7 @@ class Partition:
         return NamedSharding(self.mesh, PartitionSpec(*cuts))
 
     def _parts(self, cut: Any) -> int:
-        return math.prod(self.mesh.shape[name] for name in _names(cut))
+        return math.prod(self.mesh.shape[name] for name in names_of(cut))
 
 
 def base_sharding(base: Any) -> NamedSharding | None:
@@ -88,13 +88,33 @@ def factor_shardings(
     )
 
 
-def feature_sharding(base: Any, axes: Axes, layers: Layers | None) -> NamedSharding | None:
-    """Returns how one number for each output feature of a weight is cut: (*batch, *out)."""
+def feature_sharding(
+    base: Any, axes: Axes, layers: Layers | None, *, in_slots: bool = False
+) -> NamedSharding | None:
+    """Returns how one number for each output feature of a weight is cut: (*batch, *out).
+
+    The arguments are those of `factor_shardings`.
+    """
     partition = Partition.of(base)
     if partition is None:
         return None
     shape = sizes(layers_shape(base.shape, axes, layers), axes, "batch", "out")
-    return partition.sharding(shape, positions(axes, "batch", "out"))
+    front = (1,) * in_slots, (None,) * in_slots
+    return partition.sharding((*front[0], *shape), (*front[1], *positions(axes, "batch", "out")))
+
+
+def is_abstract(weight: Any) -> bool:
+    """Says whether a weight has a shape and no numbers."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weight))
+
+
+def placed_shapes(shapes: Any, shardings: Any) -> Any:
+    """Returns a tree of `jax.ShapeDtypeStruct` with these shardings."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
 
 
 def uncut(mesh: Any) -> NamedSharding:
@@ -126,11 +146,11 @@ def cut_as(shardings: Any, function: Callable[..., Any], *arrays: Any) -> Any:
 
 def _restricted(sharding: NamedSharding, names: Sequence[str]) -> NamedSharding:
     """Returns a sharding without the cuts along other axes of the mesh."""
-    cuts = [cut if set(_names(cut)) <= set(names) else None for cut in sharding.spec]
+    cuts = [cut if set(names_of(cut)) <= set(names) else None for cut in sharding.spec]
     return NamedSharding(sharding.mesh, PartitionSpec(*cuts))
 
 
-def _names(cut: Any) -> tuple[str, ...]:
+def names_of(cut: Any) -> tuple[str, ...]:
     """Returns the axes of the mesh in an entry of a `PartitionSpec`."""
     return () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
 

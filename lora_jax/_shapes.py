@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lora_jax._compat import mesh_of
+
 AxisRole = Literal["in", "out", "batch"]
 Axes = tuple[AxisRole, ...]
 Layers = tuple[int, ...]
@@ -47,8 +49,11 @@ def aligned(array: Array, places: Places) -> Array:
     """Returns `array` with an axis for each of `places`, of size 1 where it holds none."""
     held = [place for place in places if place is not None]
     absent = [axis for axis, place in enumerate(places) if place is None]
-    in_order = array if held == sorted(held) else array.transpose(held)
-    return jnp.expand_dims(in_order, absent) if absent else in_order
+    if held == sorted(held) and not absent:
+        return array
+    with mesh_of(array):
+        in_order = array if held == sorted(held) else array.transpose(held)
+        return jnp.expand_dims(in_order, absent) if absent else in_order
 
 
 def side_size(shape: tuple[int, ...], axes: Axes, role: AxisRole) -> int:

@@ -13,7 +13,9 @@ from lora_jax._algebra import lora_weight, original, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._initial_factors import initial_factors
+from lora_jax._node_shardings import node_shardings
 from lora_jax._nodes import map_nodes
+from lora_jax._partition import Partition, is_abstract, placed_shapes
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
 from lora_jax._settings import Settings, check_rank_fits
@@ -21,7 +23,8 @@ from lora_jax._shapes import Axes, Layers, largest_rank
 from lora_jax._targets import Targets
 from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.init._registry import AnyInitializer
-from lora_jax.quantization._weight import AnyWeight
+from lora_jax.quantization._programs import leaf_shardings
+from lora_jax.quantization._weight import AnyWeight, is_quantized
 
 
 def wrap(
@@ -47,7 +50,8 @@ def wrap(
     through `adapt`.
 
     Args:
-      params: any parameter pytree.
+      params: any parameter pytree; its leaves may be `jax.ShapeDtypeStruct`, and so is then what is
+        put beside them.
       targets: what to adapt: a regular expression that matches whole path segments anywhere in a
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
         `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
@@ -111,21 +115,21 @@ def wrap(
         freeze=freeze,
         dtype=dtype,
     )
-    key = jax.random.key(0) if key is None else _checked_key(key)
+    key = None if key is None else _checked_key(key)
     adapted = selected_weights(params, targets, exclude=exclude, axes=axes)
     trained = trained_leaves(params, train, adapted)
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
             # A copy, because a training step can't donate one buffer as two arguments.
-            return FullWeight(base=leaf, value=jnp.copy(leaf))
+            return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.copy(leaf))
         if path in adapted:
             weight = adapted[path]
             settings = defaults.overridden(path, weight.selection.overrides)
             rank = _fitting_rank(path, weight, settings.rank)
-            return _wrapped_weight(
-                path, leaf, weight.axes, dataclasses.replace(settings, rank=rank), key
-            )
+            settings = dataclasses.replace(settings, rank=rank)
+            wrapped = _abstract_weight if is_abstract(leaf) else _wrapped_weight
+            return wrapped(path, leaf, weight.axes, settings, key)
         return leaf
 
     return map_with_paths(node, params)
@@ -153,8 +157,10 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def _wrapped_weight(
-    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray
+    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
 ) -> LoRAWeight:
+    # Not before: a tree of shapes is wrapped where no device can compute a key.
+    key = jax.random.key(0) if key is None else key
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
     wide = common_dtype(dtype, jnp.float32)
@@ -175,6 +181,21 @@ def _wrapped_weight(
         encoding=initial.encoding,
     )
     return _with_magnitude(weight, leaf, wide) if settings.dora else weight
+
+
+def _abstract_weight(
+    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
+) -> LoRAWeight:
+    """Returns the same as `_wrapped_weight` of a weight without numbers, cut as the weight is."""
+    # Without its sharding: tracing would need the mesh as its context.
+    shapes = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), leaf)
+    node = jax.eval_shape(lambda leaf: _wrapped_weight(path, leaf, axes, settings, key), shapes)
+    if Partition.of(leaf) is None:
+        return node
+    is_encoded = is_quantized(node.base) and not is_quantized(leaf)
+    cut = placed_shapes(node.base, leaf_shardings(leaf, node.base)) if is_encoded else leaf
+    node = dataclasses.replace(node, base=cut)
+    return placed_shapes(node, node_shardings(node))
 
 
 def _with_magnitude(weight: LoRAWeight, leaf: AnyWeight, dtype: Any) -> LoRAWeight:

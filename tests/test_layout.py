@@ -30,7 +30,7 @@ LAYERS = (
         "_version",
         "quantization",
     },
-    {"_algebra", "_nodes", "_weight"},
+    {"_algebra", "_node_shardings", "_nodes", "_weight"},
     {
         "_axes",
         "_initial_factors",
@@ -49,7 +49,7 @@ LAYERS = (
         "updates",
     },
     {"arithmetic"},
-    {"checkpoint", "exchange", "serving"},
+    {"checkpoint", "exchange", "serving", "sharding"},
     {"__init__"},
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from lora_jax._partition import Partition, cut_as
+from lora_jax._partition import Partition, cut_as, placed_shapes
 from lora_jax._shapes import AnyArray, Axes
 from lora_jax.quantization._encode import Encoding, quantized
 from lora_jax.quantization._placement import leaf_specs
@@ -29,7 +29,7 @@ def quantized_in_place(
     abstract = jax.eval_shape(program, jax.ShapeDtypeStruct(leaf.shape, dtype))
     shardings = leaf_shardings(leaf, abstract)
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return abstract if shardings is None else jax.tree.map(_placed, abstract, shardings)
+        return abstract if shardings is None else placed_shapes(abstract, shardings)
     if shardings is None:
         return program(leaf)
     batch = jax.tree.leaves(shardings)[0].spec[: abstract.batch_ndim]
@@ -62,7 +62,3 @@ def _cut_program(
 ) -> Any:
     computed = functools.partial(quantized, axes=axes, encoding=encoding, at_once=at_once)
     return jax.jit(lambda weight: cut_as(shardings, computed, weight))
-
-
-def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

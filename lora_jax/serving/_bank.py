@@ -197,9 +197,7 @@ def _occupying(index: NodeIndex) -> list[list[Any]]:
 @jax.jit
 def _occupied(numbers: Sequence[Sequence[Array]]) -> Bool[Array, "capacity"]:
     holds = [
-        jnp.any(array.reshape(array.shape[0], -1) != 0, axis=1)
-        for arrays in numbers
-        for array in arrays
+        jnp.any(array != 0, axis=range(1, array.ndim)) for arrays in numbers for array in arrays
     ]
     return jnp.any(jnp.stack(holds), axis=0)
 

@@ -1,0 +1,54 @@
+"""How each array of a node is cut over the mesh of its weight."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lora_jax._partition import Partition, factor_shardings, feature_sharding, uncut
+from lora_jax._weight import (
+    FullWeight,
+    LoRABank,
+    LoRAWeight,
+    innermost_base,
+    is_adapter_node,
+    is_bank,
+)
+
+
+def node_shardings(node: Any) -> Any:
+    """Returns a node with a `NamedSharding` in place of each array.
+
+    Args:
+      node: a node on a weight that is cut over a mesh, or the weight itself; its arrays may be
+        abstract.
+    """
+    if not is_adapter_node(node):
+        return jax.tree.map(lambda leaf: leaf.sharding, node)
+    base = node_shardings(node.base)
+    weight = innermost_base(node)
+    if isinstance(node, FullWeight):
+        return FullWeight(base=base, value=weight.sharding)
+    arrays = _shardings_beside(node, weight)
+    held = {name: sharding for name, sharding in arrays.items() if getattr(node, name) is not None}
+    return dataclasses.replace(node, base=base, **held)
+
+
+def _shardings_beside(node: LoRAWeight | LoRABank, weight: Any) -> dict[str, Any]:
+    """Returns how each array beside a weight is cut, by its name."""
+    partition = Partition.of(weight)
+    assert partition is not None
+    in_slots = is_bank(node)
+    factors: Any = factor_shardings(weight, node.axes, node.layers, node.rank, in_slots=in_slots)
+    features: Any = feature_sharding(weight, node.axes, node.layers)
+    in_front: Any = feature_sharding(weight, node.axes, node.layers, in_slots=in_slots)
+    by_name = {
+        "lora_A": factors[0],
+        "lora_B": factors[1],
+        "scale": uncut(partition.mesh),
+        "magnitude": in_front,
+        "squared_norm": features,
+    }
+    if in_slots:
+        return by_name | {"norm": in_front}
+    return by_name | {"initial_A": factors[0], "initial_B": factors[1]}
