@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from benchmarks.machines import MACHINES, devices_of
 from benchmarks.models import SCANNED_TRANSFORMER, Model
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
@@ -29,9 +30,7 @@ from benchmarks.programs import OPTIMIZER
 from benchmarks.quantized_programs import (
     DENSE,
     FORMATS,
-    TARGETS,
     Memory,
-    device_of,
     in_dtype,
     largest_matrix_bytes,
     on_device,
@@ -210,7 +209,7 @@ class _Steps:
 def _compiled_for(
     options: argparse.Namespace, formats: Sequence[str], console: Console
 ) -> list[Row]:
-    device = device_of(options.target)
+    device = devices_of(options.target, 4)[0]
     model = in_dtype(
         transformer(
             layers=options.layers,
@@ -322,7 +321,7 @@ def _parser() -> Any:
     parser.add_argument("--rounds", type=positive_int, default=20, help="turns of each contender")
     parser.add_argument(
         "--target",
-        choices=list(TARGETS),
+        choices=[name for name in MACHINES if name != "h100"],
         help="compile the scanned transformer for this accelerator, in bfloat16, and print memory "
         "and cost; it needs libtpu and no accelerator",
     )

@@ -1,10 +1,7 @@
 """Training steps on quantised weights, and the memory that they need once compiled."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +20,6 @@ from benchmarks.programs import (
     label_shapes,
     training_step,
 )
-from experiments.common.errors import InputError
 from lora_jax.quantization import QuantizedWeight
 
 DENSE = "dense"
@@ -136,29 +132,6 @@ def _is_quantized(leaf: Any) -> bool:
 
 # --- accelerators that are not there -----------------------------------------------------------
 
-# For each target the platform and the smallest slice of it.
-TARGETS = {"tpu-v5p": ("tpu", "v5p:2x2x1"), "tpu-v6e": ("tpu", "v6e:2x2")}
-
-
-def device_of(target: str) -> Any:
-    """Returns a device to compile for; only its compiler has to be installed.
-
-    Raises:
-      InputError: the compiler is missing; the message says how to install it.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        version = _required("libtpu")
-        raise InputError(
-            f"compiling for {target} needs libtpu, which is not installed: "
-            f"pip install --no-deps '{version}' installs the one that this JAX asks for"
-        )
-    from jax.experimental import topologies
-
-    # Nothing is asked of a machine with a TPU.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    platform, topology = TARGETS[target]
-    return topologies.get_topology_desc(topology, platform=platform).devices[0]
-
 
 def on_device(program: Program, device: Any) -> Program:
     """Returns a program whose arguments are on a device."""
@@ -168,9 +141,3 @@ def on_device(program: Program, device: Any) -> Program:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return dataclasses.replace(program, arguments=jax.tree.map(put, program.arguments))
-
-
-def _required(package: str) -> str:
-    """Returns what JAX says of the version of a package."""
-    found = importlib.metadata.requires("jax") or []
-    return next(each.split(";")[0].strip() for each in found if each.startswith(package))

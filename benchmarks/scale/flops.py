@@ -1,0 +1,42 @@
+"""The operations of a program's products, counted in its trace: loops as often as they run."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
+    """Returns two operations for each multiplication of every `dot_general`.
+
+    A compiler counts the body of a loop once.
+
+    Args:
+      function: a function of arrays, whose loops are scans.
+      *arguments: the shapes of its arguments.
+    """
+    return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _flops(jaxpr: core.Jaxpr) -> int:
+    return sum(map(_equation_flops, jaxpr.eqns))
+
+
+def _equation_flops(equation: core.JaxprEqn) -> int:
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        inner = math.prod(shape[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * inner
+    bodies = jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda leaf: isinstance(leaf, core.Jaxpr | core.ClosedJaxpr),
+    )
+    found = sum(
+        _flops(body.jaxpr if isinstance(body, core.ClosedJaxpr) else body)
+        for body in bodies
+        if isinstance(body, core.Jaxpr | core.ClosedJaxpr)
+    )
+    return found * equation.params["length"] if equation.primitive.name == "scan" else found
