@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jaxtyping
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives as listed_primitives
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 ClosedJaxpr = core.ClosedJaxpr
 Equation = core.JaxprEqn
@@ -191,6 +192,14 @@ def source_line(equation: Equation) -> str | None:
             file_name = frame.file_name.rpartition("site-packages" + os.sep)[2]
             return f"{file_name}:{frame.line_num} ({frame.function_name})"
     return None
+
+
+def without_mesh() -> AbstractContextManager[Any]:
+    """Returns a context in which a program runs where its arrays are, whatever mesh the caller has.
+
+    It does not work under a transformation.
+    """
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def mesh_of(array: Any) -> AbstractContextManager[Any]:

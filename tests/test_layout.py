@@ -24,6 +24,7 @@ LAYERS = (
         "_matrices",
         "_partition",
         "_paths",
+        "_processes",
         "_serialization",
         "_shapes",
         "_tables",

@@ -4,6 +4,7 @@ A checkpoint is a folder with the arrays, which Orbax writes, and `adapters.json
 was trained at each adapted path.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from lora_jax._folders import (
 )
 from lora_jax._nodes import adapter_nodes
 from lora_jax._paths import map_with_paths
+from lora_jax._processes import is_shared, on_first_process
 from lora_jax.checkpoint._files import check_files, file_checksums, read_signed, signed_text
 from lora_jax.checkpoint._fingerprints import BaseFingerprint, base_fingerprints, check_same_base
 from lora_jax.checkpoint._weights import (
@@ -42,19 +44,19 @@ _FORMAT = "lora_jax adapters"
 _METADATA_FILE = "adapters.json"
 _ARRAYS_FOLDER = "arrays"
 
-ArraysByName = dict[str, np.ndarray]
+ArraysByName = dict[str, Any]
 
 
 def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = False) -> None:
     """Writes the adapters of `wrapped`, without the frozen base, into the folder `path`.
 
     A fingerprint of the base is kept, by which `restore` recognises it. The folder appears when it
-    is complete; one that it replaces stays until then.
+    is complete; one that it replaces stays until then. In a program of several processes all of
+    them call `save`: each writes its part into the folder, which they share.
 
     Args:
       path: the folder to write; its parents are created.
-      wrapped: what `wrap` returned, trained or not; sharded in any way over the devices of this
-        process.
+      wrapped: what `wrap` returned, trained or not; sharded in any way.
       overwrite: whether to replace a checkpoint that is already at `path`.
 
     Raises:
@@ -73,14 +75,28 @@ def save(path: str | os.PathLike[str], wrapped: PyTree, *, overwrite: bool = Fal
     """
     destination = Path(path).resolve()
     nodes = adapter_nodes(wrapped)
-    arrays = {key: _host_arrays(saved_arrays(key, node)) for key, node in nodes.items()}
+    arrays = {key: _local_on_host(saved_arrays(key, node)) for key, node in nodes.items()}
     metadata = {key: WeightMetadata.of(node, arrays[key]) for key, node in nodes.items()}
     bases = base_fingerprints(nodes)
-    check_destination(destination, obstacle=_obstacle, content="a checkpoint", overwrite=overwrite)
-    with complete_folder(destination, overwrite=overwrite) as folder:
+
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> str:
+            check_destination(
+                destination, obstacle=_obstacle, content="a checkpoint", overwrite=overwrite
+            )
+            return str(stack.enter_context(complete_folder(destination, overwrite=overwrite)))
+
+        folder = Path(on_first_process(begin))
+
+        def complete() -> str:
+            text = _metadata_text(metadata, bases, file_checksums(folder, _ARRAYS_FOLDER))
+            (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
+            stack.close()
+            return ""
+
         _write_arrays(folder / _ARRAYS_FOLDER, arrays)
-        text = _metadata_text(metadata, bases, file_checksums(folder, _ARRAYS_FOLDER))
-        (folder / _METADATA_FILE).write_text(text, encoding="utf-8")
+        on_first_process(complete)
 
 
 def restore(
@@ -99,10 +115,10 @@ def restore(
       path: the folder that `save` wrote.
       params: plain params of the model that the adapters belong to. Their containers and the
         weights' dtypes may differ from those at saving; paths and shapes may not.
-      like: a tree that is wrapped in the same way, of arrays or of `jax.ShapeDtypeStruct`; the
-        restored factors get the shardings of its factors. Without it they are on JAX's default
-        device and not committed to it, and a compiled function moves them to the mesh of the
-        weights.
+      like: a tree that is wrapped in the same way, of arrays or of `jax.ShapeDtypeStruct`, such as
+        `wrap` makes of shapes; the restored factors get the shardings of its factors, and each
+        process reads its part. Without it they are on JAX's default device and not committed to it,
+        and a compiled function moves them to the mesh of the weights.
       check_base: whether the adapted weights in `params` must be those that the adapters were saved
         beside. Weights without numbers (`jax.ShapeDtypeStruct`) are not checked, and checkpoints of
         earlier versions say nothing about theirs.
@@ -162,15 +178,14 @@ def _read(source: Path, params: PyTree, like: PyTree | None) -> _Stored:
     check_fits(source, metadata, params)
     shardings = {} if like is None else shardings_of(source, metadata, like)
     check_files(source, checksums, damaged=_damaged(source))
-    arrays = {
-        path: {name: placed(array, shardings.get((path, name))) for name, array in by_name.items()}
-        for path, by_name in _read_arrays(source, metadata).items()
+    return _Stored(metadata, bases, _read_arrays(source, metadata, shardings))
+
+
+def _local_on_host(arrays: Mapping[str, Any]) -> ArraysByName:
+    """Returns arrays of NumPy, but for those that other processes hold parts of."""
+    return {
+        name: array if is_shared(array) else np.asarray(array) for name, array in arrays.items()
     }
-    return _Stored(metadata, bases, arrays)
-
-
-def _host_arrays(arrays: Mapping[str, Any]) -> ArraysByName:
-    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def _metadata_text(
@@ -205,22 +220,38 @@ def _write_arrays(folder: Path, arrays: Mapping[str, ArraysByName]) -> None:
 
 
 def _read_arrays(
-    source: Path, metadata: Mapping[str, WeightMetadata]
+    source: Path, metadata: Mapping[str, WeightMetadata], shardings: Mapping[Any, Any]
 ) -> dict[str, dict[str, jax.Array]]:
+    """Returns the arrays of each weight, where `shardings` say by path and name."""
     import orbax.checkpoint as ocp
 
+    expected = {
+        (path, name): array
+        for path, weight in metadata.items()
+        for name, array in weight.arrays.items()
+    }
     with (
         as_checkpoint_error(_damaged(source)),
         ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
     ):
-        stored = checkpointer.restore(source / _ARRAYS_FOLDER)
-    return {
-        path: {
-            name: _checked_array(source, _array_key(path, name), stored, expected)
-            for name, expected in weight.arrays.items()
+        # What several processes read is read onto their devices, each its own part.
+        abstract = {
+            _array_key(*key): jax.ShapeDtypeStruct(
+                array.shape, jnp.dtype(array.dtype), sharding=shardings[key]
+            )
+            if jax.process_count() > 1 and shardings.get(key) is not None
+            else np.empty(array.shape, jnp.dtype(array.dtype))
+            for key, array in expected.items()
         }
-        for path, weight in metadata.items()
-    }
+        stored = checkpointer.restore(
+            source / _ARRAYS_FOLDER,
+            args=ocp.args.StandardRestore(abstract if jax.process_count() > 1 else None),
+        )
+    found: dict[str, dict[str, jax.Array]] = {path: {} for path in metadata}
+    for (path, name), array in expected.items():
+        checked = _checked_array(source, _array_key(path, name), stored, array)
+        found[path][name] = placed(checked, shardings.get((path, name)))
+    return found
 
 
 def _array_key(path: str, name: str) -> str:

@@ -30,11 +30,12 @@ import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
 from lora_jax._algebra import original
-from lora_jax._compat import is_tracer
+from lora_jax._compat import is_tracer, without_mesh
 from lora_jax._dtypes import epsilon
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import NodeIndex, map_nodes
 from lora_jax._paths import leaves_with_paths, listed
+from lora_jax._processes import is_shared, of_all_processes
 from lora_jax._weight import (
     AdapterNode,
     LoRABank,
@@ -217,24 +218,39 @@ def _root_mean_square(weight: Any) -> float:
 
 
 def _sums_over_parts(terms: Callable[..., Terms], array: Any, step: float) -> tuple[int, ...]:
-    """Returns the sums of `terms(part, places, step)` over an array, wherever it is."""
-    sums_of_parts = [
-        _sums_of_part(terms, array.shape, part, _starts(index, array.ndim), np.float32(step))
-        for part, index in _parts(array)
-    ]
-    return tuple(sum(map(int, sums)) % 2**32 for sums in zip(*sums_of_parts, strict=True))
+    """Returns the sums of `terms(part, places, step)` over an array, wherever it is.
+
+    Each process sums up its own parts, on the devices that hold them.
+    """
+    with without_mesh():
+        sums_of_parts = [
+            _sums_of_part(terms, array.shape, part, _starts(index, array.ndim), np.float32(step))
+            for part, index in _parts(array)
+        ]
+    total = _added(sums_of_parts)
+    if is_shared(array):
+        is_counted = any(each.replica_id == 0 for each in array.addressable_shards)
+        total = _added(of_all_processes(total * np.uint32(is_counted)))
+    return tuple(map(int, total))
+
+
+def _added(sums: Any) -> np.ndarray:
+    return np.asarray(np.sum(np.array(sums, np.uint32), axis=0, dtype=np.uint32))
 
 
 def _parts(array: Any) -> list[tuple[Any, tuple[slice, ...]]]:
-    """Returns the parts of an array beside their places, each on its own device."""
+    """Returns the parts of an array that this process sums up, beside their places.
+
+    A part that several devices hold is one for the first of them. A process that has none returns
+    another one, by which it learns how many sums there are.
+    """
     if not isinstance(array, jax.Array):
         return [(np.asarray(array), ())]
     if array.is_fully_replicated:
         return [(array.addressable_shards[0].data, ())]
-    if not array.is_fully_addressable:
-        return [(array, ())]  # which the processes sum up together
     # No sharding is changed, and none has to be known.
-    return [(each.data, each.index) for each in array.addressable_shards if each.replica_id == 0]
+    parts = [each for each in array.addressable_shards if each.replica_id == 0]
+    return [(each.data, each.index) for each in parts or array.addressable_shards[:1]]
 
 
 def _starts(index: tuple[slice, ...], axes: int) -> np.ndarray:

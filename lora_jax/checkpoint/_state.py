@@ -345,7 +345,11 @@ def _abstract_array(leaf: LeafMetadata, sharding: jax.sharding.Sharding | None) 
 
 
 def _array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    """Returns what Orbax writes; an array that each process has for itself is written by one."""
+    is_local = not isinstance(leaf, jax.Array) or (
+        jax.process_count() > 1 and leaf.is_fully_addressable
+    )
+    return np.asarray(leaf) if is_local else leaf
 
 
 def _weakly_typed(array: Array) -> Array:

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from lora_jax._folders import CheckpointError, as_checkpoint_error
+from lora_jax._processes import on_first_process
 from lora_jax.checkpoint._state import ARRAYS_ITEM, DESCRIPTION_FILE, Description
 
 _DELETED_FOLDER = ".deleted"
@@ -136,11 +139,16 @@ class StepFolders:
         """
         if self._is_tidy:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.iterdir():
-            match = _STEP_NAME.fullmatch(path.name)
-            if match is not None and match[2] is not None:
-                shutil.rmtree(path)
+
+        def tidy() -> str:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                match = _STEP_NAME.fullmatch(path.name)
+                if match is not None and match[2] is not None:
+                    shutil.rmtree(path)
+            return ""
+
+        on_first_process(tidy)
         self._remove_deleted()
         self._is_tidy = True
 
@@ -155,7 +163,8 @@ class StepFolders:
         self._remove_deleted()
 
     def _remove_deleted(self) -> None:
-        shutil.rmtree(self._folder / _DELETED_FOLDER, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _DELETED_FOLDER, ignore_errors=True)
 
     def _cannot_write(self, step: int) -> str:
         return f"the checkpoint {self.folder_of(step)} can't be written"

@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._deferred import is_deferred
+from lora_jax.transform._product import sharding_of
 from lora_jax.transform._terms import Factor, Term, without_windows
 
 
@@ -113,6 +115,20 @@ def gain_of(value: Any) -> Factor | None:
 
 
 def multiplied(array: Array, gain: Array) -> Array:
-    """Returns array · gain in the wider dtype of the two."""
+    """Returns array · gain in the wider dtype of the two, cut over a mesh as the array is.
+
+    A gain is cut as its weight is, and a model says how its own arrays are cut: a product of the
+    weight may be cut in another way, and so may what is summed over with it.
+    """
     wide = common_dtype(array.dtype, gain.dtype)
-    return array.astype(wide) * gain.astype(wide)
+    return array.astype(wide) * _cut_as(array, gain).astype(wide)
+
+
+def _cut_as(array: Array, gain: Array) -> Array:
+    """Returns a gain, of size 1 on some axes, cut over explicit mesh axes as an array is."""
+    sharding = sharding_of(array)
+    if sharding is None:
+        return gain
+    cuts = (*sharding.spec, *(None,) * array.ndim)
+    spec = PartitionSpec(*(c if n != 1 else None for c, n in zip(cuts, gain.shape, strict=False)))
+    return jax.sharding.reshard(gain, NamedSharding(sharding.mesh, spec))

@@ -113,14 +113,14 @@ def on_mesh(layout: str, mesh: Mesh) -> tuple[Any, Any]:
     return placed, jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
 
 
-def wrapped(tree: Any) -> Any:
-    return lora_jax.wrap(tree, TARGETS, rank=2, axes=AXES)
+def wrapped(tree: Any, **options: Any) -> Any:
+    return lora_jax.wrap(tree, TARGETS, rank=2, axes=AXES, **options)
 
 
 @functools.cache
-def alone() -> Any:
+def alone(*, dora: bool = False) -> Any:
     """Returns what one device computes."""
-    tree = as_if_trained(wrapped(params()))
+    tree = as_if_trained(wrapped(params(), dora=dora))
     return jax.device_get(
         jax.jit(functools.partial(loss_and_gradients, lora_jax.adapt(model)))(tree, TOKENS)
     )
@@ -131,7 +131,8 @@ def alone() -> Any:
     # JAX scans over no axis that is cut over an explicit mesh.
     [(layout, kind) for layout in LAYOUTS for kind in KINDS if (layout, kind) != REFUSED_BY_JAX],
 )
-def test_the_step_is_that_of_one_device(layout: str, kind: str) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_step_is_that_of_one_device(layout: str, kind: str, *, dora: bool) -> None:
     """Outputs and gradients agree, and gradients are cut as their factors are."""
     mesh = mesh_of(kind)
     fn = lora_jax.adapt(
@@ -139,14 +140,14 @@ def test_the_step_is_that_of_one_device(layout: str, kind: str) -> None:
     )
     with jax.set_mesh(mesh):
         placed, tokens = on_mesh(layout, mesh)
-        tree = as_if_trained(wrapped(placed))
+        tree = as_if_trained(wrapped(placed, dora=dora))
         shardings = lora_jax.split(sharding.of(tree))[0]
         step = jax.jit(
             functools.partial(loss_and_gradients, fn),
             out_shardings=(NamedSharding(mesh, P()), shardings),
         )
         found = step(tree, tokens)
-    assert_agree(jax.device_get(found), alone())
+    assert_agree(jax.device_get(found), alone(dora=dora), tolerance=2e-5 if dora else 1e-5)
 
 
 def training_step(fn: Any, mesh: Any, tree: Any, tokens: Any) -> Any:

@@ -147,21 +147,11 @@ def _with_gains_outside(
                 scaled = multiplied(
                     other, _in_axes_of(labels[1 - position], gain, labels[position])
                 )
-                operands[1 - position] = _cut_as(other, scaled.astype(other.dtype))
+                operands[1 - position] = scaled.astype(other.dtype)
             operands[position] = without_gain
         else:
             operands[position] = materialized_inputs(interpreter.reporter, equation, [value])[0]
     return operands, gains
-
-
-def _cut_as(other: Array, scaled: Array) -> Array:
-    """Returns an operand times a gain, cut over explicit mesh axes as the operand was.
-
-    The gain is cut as its weight is. Both operands would then be cut along an axis that the product
-    sums over, and JAX would ask how to cut the result, which the model's own operand left clear.
-    """
-    sharding = sharding_of(other)
-    return scaled if sharding is None else jax.sharding.reshard(scaled, sharding)
 
 
 def _in_axes_of(target: Labels, array: Array, labels: Labels) -> Array:
