@@ -54,9 +54,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return results(folder)
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "explicit"), [(2, 4, False), (4, 2, True), (2, 1, False)]
-)
+@pytest.mark.parametrize(("first", "then", "explicit"), [(2, 4, False), (2, 1, True)])
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     first: int, then: int, explicit: bool, unbroken: Any, tmp_path: Path
 ) -> None:
