@@ -106,6 +106,8 @@ MACHINES = {
         ),
     )
 }
+_WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
 # Virtual devices of this machine's processor: what they hold in bfloat16 is held in float32 too.
 CPU = "cpu"
 
@@ -143,7 +145,8 @@ def devices_of(name: str, count: int) -> list[Any]:
         )
         return list(described.devices)
     # Nothing is asked of a machine with a TPU.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     return list(topologies.get_topology_desc(topology, **options).devices)
 
 

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     tasks = _tasks(options)
+    # Compilers of accelerators do not need one, and JAX must not look for it.
+    jax.config.update("jax_platforms", "cpu")
     if any(task.machine == CPU for task in tasks):
         jax.config.update("jax_num_cpu_devices", max(task.devices for task in tasks))
     console, rows = Console(), []

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend import core
+
+from lora_jax._compat import Equation, Jaxpr, inner_jaxprs
 
 
 def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -20,23 +21,15 @@ def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
     return _flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def _flops(jaxpr: core.Jaxpr) -> int:
+def _flops(jaxpr: Jaxpr) -> int:
     return sum(map(_equation_flops, jaxpr.eqns))
 
 
-def _equation_flops(equation: core.JaxprEqn) -> int:
+def _equation_flops(equation: Equation) -> int:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         inner = math.prod(shape[axis] for axis in contracted)
         return 2 * math.prod(equation.outvars[0].aval.shape) * inner
-    bodies = jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda leaf: isinstance(leaf, core.Jaxpr | core.ClosedJaxpr),
-    )
-    found = sum(
-        _flops(body.jaxpr if isinstance(body, core.ClosedJaxpr) else body)
-        for body in bodies
-        if isinstance(body, core.Jaxpr | core.ClosedJaxpr)
-    )
+    found = sum(map(_flops, inner_jaxprs(equation)))
     return found * equation.params["length"] if equation.primitive.name == "scan" else found

@@ -147,7 +147,6 @@ def program(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     loss = functools.partial(llama.loss, task.sizes)
     if task.kind == FULL:
         trained, frozen = params, {}
-        shardings = sharded
 
         def applied(trained: Any, frozen: Any, tokens: Any) -> Any:
             del frozen
@@ -157,10 +156,6 @@ def program(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
             params = lora_jax.quantize(params, llama.TARGETS, axes=_ALL_LAYERS)
         wrapped = lora_jax.wrap(params, llama.TARGETS, rank=task.rank, axes=_ALL_LAYERS)
         trained, frozen = lora_jax.split(wrapped)
-        frozen = lora_jax.sharding.abstract(
-            frozen, lora_jax.split(lora_jax.sharding.of(wrapped, mesh))[1]
-        )
-        shardings = lora_jax.split(lora_jax.sharding.of(wrapped, mesh))[0]
         adapted = lora_jax.adapt(loss)
 
         def applied(trained: Any, frozen: Any, tokens: Any) -> Any:
@@ -168,7 +163,7 @@ def program(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 
     state = lora_jax.sharding.abstract(
         jax.eval_shape(optimizer.init, trained),
-        lora_jax.sharding.of_state(optimizer, trained, shardings),
+        lora_jax.sharding.of_state(optimizer, trained),
     )
 
     def step(trained: Any, state: Any, frozen: Any, tokens: Any) -> Any:

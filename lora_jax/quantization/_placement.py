@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from lora_jax._partition import names_of
 from lora_jax.quantization._weight import QuantizedWeight
 
 
@@ -16,8 +17,8 @@ def leaf_specs(
     """Returns the weight with a `PartitionSpec` in place of each array.
 
     An array is cut along the batch axes and the features as the weight is. Along the first blocked
-    axis it is cut where the mesh divides it. Scales that are quantised themselves are cut along
-    the batch axes alone, since their blocks run across features.
+    axis it is cut where the mesh divides it. Blocks of scales that are quantised themselves run
+    across features: what cuts the weight cuts these in a row, so that no device holds all of them.
 
     Args:
       weight: the weight; its arrays may be abstract.
@@ -38,9 +39,14 @@ def leaf_specs(
             )
         )
 
+    def in_a_row(numbers: QuantizedWeight) -> tuple[Any, ...]:
+        names = tuple(name for cut in (*features, in_blocks) for name in names_of(cut))
+        is_divided = names and numbers.shape[batch] % parts(names, mesh_shape) == 0
+        return (names,) if is_divided else ()
+
     def of_numbers(numbers: Any) -> Any:
         if isinstance(numbers, QuantizedWeight):
-            return leaf_specs(numbers, cuts[:batch], mesh_shape)
+            return leaf_specs(numbers, (*cuts[:batch], *in_a_row(numbers)), mesh_shape)
         return None if numbers is None else of_array(numbers)
 
     return dataclasses.replace(
@@ -54,5 +60,4 @@ def leaf_specs(
 
 def parts(cut: Any, mesh_shape: Mapping[str, int]) -> int:
     """Returns into how many parts an entry of a `PartitionSpec` cuts an axis."""
-    names = () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
-    return math.prod(mesh_shape[name] for name in names)
+    return math.prod(mesh_shape[name] for name in names_of(cut))

@@ -92,7 +92,7 @@ def train(run: Run) -> None:
         wrapped = lora_jax.wrap(plain, "up|down", rank=2, dora=True, train="bias")
         shardings = sharding.of(wrapped, mesh)
         tx = lora_jax.optimizer(optax.adam(1e-2))
-        of_state = sharding.of_state(tx, wrapped, shardings)
+        of_state = sharding.of_state(tx, wrapped)
         state = jax.jit(tx.init, out_shardings=of_state)(wrapped)
         fn = lora_jax.adapt(model if run.explicit else automatic)
 

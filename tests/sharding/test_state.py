@@ -45,7 +45,7 @@ def test_moments_are_cut_as_their_parameters(placed: Any, name: str) -> None:
     optimizer = lora_jax.optimizer(OPTIMIZERS[name])
     with jax.set_mesh(shardings["bias"].value.mesh):
         expected = optimizer.init(wrapped)
-    found = sharding.of_state(optimizer, wrapped, shardings)
+    found = sharding.of_state(optimizer, wrapped)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert_identical(jax.jit(optimizer.init, out_shardings=found)(wrapped), expected)
     by_shape = {leaf.shape: own for leaf, own in zip(*map(jax.tree.leaves, placed), strict=True)}
@@ -56,9 +56,9 @@ def test_moments_are_cut_as_their_parameters(placed: Any, name: str) -> None:
 
 
 def test_rows_and_columns_are_cut_along_the_axes_that_they_keep(placed: Any) -> None:
-    wrapped, shardings = placed
+    wrapped, _ = placed
     optimizer = lora_jax.optimizer(OPTIMIZERS["adafactor"])
-    found = sharding.of_state(optimizer, wrapped, shardings)
+    found = sharding.of_state(optimizer, wrapped)
     shapes = jax.eval_shape(optimizer.init, sharding.abstract(wrapped))
     cuts = {
         (jax.tree_util.keystr(path[-2:]), leaf.shape): tuple(own.spec)
@@ -72,12 +72,13 @@ def test_rows_and_columns_are_cut_along_the_axes_that_they_keep(placed: Any) -> 
 
 
 def test_a_half_and_shapes_alone(placed: Any) -> None:
-    wrapped, shardings = placed
-    adapters, of_adapters = lora_jax.split(wrapped)[0], lora_jax.split(shardings)[0]
+    adapters = lora_jax.split(placed[0])[0]
     optimizer = optax.adam(1e-3)
-    concrete = sharding.of_state(optimizer, adapters, of_adapters)
-    abstract = sharding.of_state(optimizer, sharding.abstract(adapters), of_adapters)
+    concrete = sharding.of_state(optimizer, adapters)
+    abstract = sharding.of_state(optimizer, sharding.abstract(adapters))
     assert concrete == abstract
+    with pytest.raises(ValueError, match="The weights in `params` are on no mesh"):
+        sharding.of_state(optimizer, jax.device_get(adapters))
     state = jax.jit(optimizer.init, out_shardings=concrete)(adapters)
     held = {leaf.addressable_shards[0].data.shape for leaf in jax.tree.leaves(state[0].mu)}
     assert held == {(4, 2), (2, 4), (4,)}

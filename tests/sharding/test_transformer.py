@@ -155,7 +155,7 @@ def training_step(fn: Any, mesh: Any, tree: Any, tokens: Any) -> Any:
     adapters, frozen = lora_jax.split(tree)
     shardings = lora_jax.split(sharding.of(tree, mesh))
     optimizer = optax.adam(1e-3)
-    of_state = sharding.of_state(optimizer, adapters, shardings[0])
+    of_state = sharding.of_state(optimizer, sharding.abstract(adapters, shardings[0]))
     state = sharding.abstract(jax.eval_shape(optimizer.init, adapters), of_state)
 
     def step(adapters: Any, state: Any, frozen: Any, tokens: Any) -> Any:

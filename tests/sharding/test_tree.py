@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_refused(mesh: Any, name: str) -> None:
 
 
 def test_a_mesh_is_needed(mesh: Any) -> None:
-    with pytest.raises(ValueError, match="`wrapped` are on no mesh; expected them on one, or"):
+    with pytest.raises(ValueError, match="`wrapped` are on no mesh; expected them on one"):
         sharding.of(wrapped(params()))
     other = jax.make_mesh((8,), ("z",))
     tree = {**cut(params(), mesh), "bias": cut_along(other)}
