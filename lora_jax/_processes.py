@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax._folders import CheckpointError
 
@@ -25,6 +26,21 @@ def of_all_processes(array: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
+
+
+def on_host(array: Any) -> np.ndarray:
+    """Returns the numbers of an array on the first process, which writes them into a file.
+
+    Of an array that several processes hold, the others get zeros, which take no memory. Every
+    process has to come here.
+    """
+    if not is_shared(array):
+        return np.asarray(array)
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
+    whole = jax.jit(lambda x: x, out_shardings=everywhere)(array)
+    if jax.process_index() != 0:
+        return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+    return np.asarray(whole.addressable_data(0))
 
 
 def on_first_process(action: Callable[[], str]) -> str:

@@ -22,8 +22,12 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import sharding
 from lora_jax.checkpoint import TrainingCheckpoints
+from lora_jax.exchange import peft
+from tests.agreement import assert_agree
 
 DEVICES = 8
+NAMES = [peft.Rule(f"{name}.weight", name) for name in ("up", "down")]
+NAMES += [peft.Rule("down.bias", "bias")]
 RULES = {"up": P("data", "model"), "down": P("model", "data")}
 
 
@@ -117,9 +121,12 @@ def train(run: Run) -> None:
                 checkpoints.save(step + 1, wrapped, state)
         check_that_a_process_holds_its_part(wrapped, run)
         save_and_restore(wrapped, plain, folder, shardings)
+        peft.save(folder / "peft", wrapped, names=NAMES)
         results = jax.jit(lora_jax.merge, out_shardings=NamedSharding(mesh, P()))(wrapped)
         results = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data), results)
     if run.process == 0:
+        loaded = lora_jax.merge(peft.load(folder / "peft", params(), names=NAMES))
+        assert_agree(loaded, results)
         np.savez(folder / "results.npz", **results, start=start)
 
 

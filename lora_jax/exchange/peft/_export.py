@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
+from lora_jax._processes import on_host
 from lora_jax._shapes import factor_shapes, layers_shape
 from lora_jax._weight import FullWeight, LoRAWeight, is_lora_weight
 from lora_jax.exchange.peft._files import Tensors
@@ -160,8 +161,8 @@ def exported_weights(
 def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
     _check_shapes(named, weight)
     layout = written_layout(named.layout)
-    lora_A, lora_B, scale = (np.asarray(x) for x in (weight.lora_A, weight.lora_B, weight.scale))
-    magnitude = None if weight.magnitude is None else np.asarray(weight.magnitude)
+    lora_A, lora_B, scale = map(on_host, (weight.lora_A, weight.lora_B, weight.scale))
+    magnitude = None if weight.magnitude is None else on_host(weight.magnitude)
     for place in named.places:
         if weight.layers is not None and place[0] not in weight.layers:
             continue

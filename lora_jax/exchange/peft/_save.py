@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from lora_jax._folders import CheckpointError, check_destination, complete_folder
 from lora_jax._nodes import adapter_nodes, check_whole
 from lora_jax._paths import listed
+from lora_jax._processes import on_first_process
 from lora_jax._weight import is_adapter_node, is_bank
 from lora_jax.exchange.peft._export import (
     Adapter,
@@ -68,6 +69,7 @@ def save(
     $r$, `lora_alpha` and their patterns are chosen so that PEFT computes exactly the scale of each
     node. A node whose initialiser changed the base is written as one of twice the rank on the
     original base. The folder appears when it is complete; one that it replaces stays until then.
+    All processes of a program call `save`, and the first one writes.
 
     Args:
       path: the folder to write; its parents are created.
@@ -115,11 +117,18 @@ def save(
     for key, tensor in tensors.items():
         check_finite("`wrapped`", key, tensor)
     content = _written_config(start, adapters, weights, tree)
-    check_destination(destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite)
-    with complete_folder(destination, overwrite=overwrite) as folder:
-        write_tensors(folder, tensors)
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def write() -> str:
+        check_destination(
+            destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite
+        )
+        with complete_folder(destination, overwrite=overwrite) as folder:
+            write_tensors(folder, tensors)
+            text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return ""
+
+    on_first_process(write)
 
 
 def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
