@@ -1,6 +1,5 @@
 """`resize`: growing changes nothing, pruning keeps the best approximation."""
 
-import functools
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 import lora_jax
 from tests.agreement import assert_agree
 from tests.arrays import random
-from tests.serving.models import dense, merged
 from tests.trained import as_if_trained
 
 AXES = {
@@ -33,11 +31,13 @@ def trained(**options: Any) -> Any:
 
 def changes(wrapped: Any) -> dict[str, np.ndarray]:
     """Returns each weight's change as matrices (batch, in, out), in float64."""
-    weights, plain = dense(wrapped), dense(lora_jax.unwrap(wrapped))
+    merged = lora_jax.merge(wrapped)
     order = {"dense": (0, 1), "heads": (0, 1, 2), "stack": (0, 1, 2), "mixed": (1, 2, 3, 0)}
     shape = {"dense": (1, 7, 6), "heads": (1, 7, 8), "stack": (3, 7, 6), "mixed": (3, 8, 6)}
     return {
-        name: (weights[name] - plain[name]).transpose(order[name]).reshape(shape[name])
+        name: np.asarray(merged[name] - lora_jax.unwrap(wrapped)[name], np.float64)
+        .transpose(order[name])
+        .reshape(shape[name])
         for name in SHAPES
     }
 
@@ -46,9 +46,9 @@ def changes(wrapped: Any) -> dict[str, np.ndarray]:
 def test_growing_changes_nothing_and_can_train(options: dict[str, Any]) -> None:
     wrapped = trained(rank=2, **options)
     grown = lora_jax.arithmetic.resize(wrapped, 5)
-    assert_agree(merged(grown), dense(wrapped))
     for name in SHAPES:
         assert grown[name].rank == 5
+        assert_agree(lora_jax.merge(grown)[name], lora_jax.merge(wrapped)[name])
         assert grown[name].scale is wrapped[name].scale
         # Both zero would have no gradient at all.
         new_columns = np.asarray(grown[name].lora_A)[..., 2:]
@@ -77,18 +77,18 @@ def test_new_columns_differ_between_weights_layers_and_keys() -> None:
 def test_pruning_keeps_the_best_approximation(rank: int, options: dict[str, Any]) -> None:
     wrapped = trained(rank=4, **options)
     pruned = lora_jax.arithmetic.resize(wrapped, rank)
-    actual = changes(pruned)
     for name, change in changes(wrapped).items():
         U, S, Vt = np.linalg.svd(change, full_matrices=False)
         best = (U[..., :rank] * S[:, None, :rank]) @ Vt[:, :rank]
         assert pruned[name].rank == rank
-        assert_agree(actual[name], best, tolerance=1e-4)
+        assert_agree(changes(pruned)[name], best, tolerance=1e-4)
 
 
 def test_pruning_what_was_grown_gives_the_same_model() -> None:
     wrapped = trained(rank=2)
     back = lora_jax.arithmetic.resize(lora_jax.arithmetic.resize(wrapped, 5), 2)
-    assert_agree(merged(back), dense(wrapped))
+    for name in SHAPES:
+        assert_agree(lora_jax.merge(back)[name], lora_jax.merge(wrapped)[name])
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -211,22 +211,14 @@ def bank(request: pytest.FixtureRequest) -> Any:
     return lora_jax.serving.bank(adapters, capacity=3)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def resized_alone(bank: Any, rank: int) -> list[Any]:
-    """Returns both adapters of a bank, each taken out and then resized."""
-    return [
-        lora_jax.arithmetic.resize(lora_jax.serving.select(bank, adapter_id), rank)
-        for adapter_id in (0, 1)
-    ]
-
-
 @pytest.mark.parametrize("rank", [1, 2, 5])
 class TestStack:
     def test_each_adapter_is_resized_by_itself(self, bank: Any, rank: int) -> None:
         resized = lora_jax.arithmetic.resize(bank, rank)
-        for adapter_id, alone in enumerate(resized_alone(bank, rank)):
+        for adapter_id in (0, 1):
+            alone = lora_jax.arithmetic.resize(lora_jax.serving.select(bank, adapter_id), rank)
             one = lora_jax.serving.select(resized, adapter_id)
-            assert_agree(merged(one), merged(alone))
+            assert_agree(lora_jax.merge(one), lora_jax.merge(alone))
             for node, expected in zip(nodes(one), nodes(alone), strict=True):
                 assert node.lora_A.shape == expected.lora_A.shape
                 assert node.lora_B.shape == expected.lora_B.shape
@@ -235,7 +227,7 @@ class TestStack:
         resized = lora_jax.arithmetic.resize(bank, rank)
         assert lora_jax.serving.ids(resized) == (0, 1)
         base = lora_jax.unwrap(resized)
-        assert_agree(merged(lora_jax.serving.select(resized, -1)), base)
+        assert_agree(lora_jax.merge(lora_jax.serving.select(resized, -1)), base)
         added = lora_jax.serving.add(resized, lora_jax.serving.select(resized, 1))
         assert lora_jax.serving.ids(added) == (0, 1, 2)
 
@@ -248,12 +240,10 @@ class TestStack:
 
         x = random(2, 2, 4, seed=9)
         together = jax.jit(lora_jax.serving.adapt(fn))(resized, jnp.arange(2), x)
-        weights = [dense(lora_jax.serving.select(resized, i))["mixed"] for i in (0, 1)]
         one_by_one = [
-            np.einsum("cd,obcd->ob", np.asarray(row, np.float64), weight)
-            for row, weight in zip(x, weights, strict=True)
+            fn(lora_jax.merge(lora_jax.serving.select(resized, i)), x[i][None])[0] for i in (0, 1)
         ]
-        assert_agree(together, np.stack(one_by_one))
+        assert_agree(together, jnp.stack(one_by_one))
 
 
 def nodes(tree: Any) -> list[Any]:
