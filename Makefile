@@ -28,7 +28,7 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text bench check test test-peft lowest nightly wheel docs
+.PHONY: help mnist rank-study text bench check test test-peft test-plan lowest nightly wheel docs
 .PHONY: peers format clean
 
 help: ## Show this list
@@ -61,6 +61,14 @@ test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
 
 test-peft: $(VENV)/peers.stamp ## Run it with PyTorch and PEFT, so that no comparison is skipped
 	$(bin)/python $(pytest) $(ARGS)
+
+test-plan: $(VENV)/test.stamp ## Compile for a TPU and an H100, which need not be there
+	for machine in tpu-v5p h100; do \
+	  $(bin)/python $(pip) --no-deps --upgrade --target $(VENV)/compilers/$$machine \
+	    $$($(bin)/python -c "from benchmarks.machines import requirements; print(*requirements('$$machine'))") && \
+	  JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compilers/$$machine $(bin)/python -m pytest \
+	    tests/benchmarks/test_accelerators.py -k $$machine $(ARGS) || exit 1; \
+	done
 
 lowest: $(VENV)-lowest/pip.stamp ## Run it with the lowest versions that pyproject.toml allows
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt

@@ -150,11 +150,16 @@ def devices_of(name: str, count: int) -> list[Any]:
     return list(topologies.get_topology_desc(topology, **options).devices)
 
 
+def requirements(name: str) -> list[str]:
+    """Returns what pip installs to compile for a machine, as this JAX asks for it."""
+    return list(map(_required, MACHINES[name].packages))
+
+
 def _check_compiler(machine: Machine) -> None:
     modules = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda12"}
     if _is_installed(modules[machine.platform]):
         return
-    versions = " ".join(f"'{_required(package)}'" for package in machine.packages)
+    versions = " ".join(f"'{each}'" for each in requirements(machine.name))
     raise InputError(
         f"compiling for {machine.name} needs {machine.packages[0]}, which is not installed: "
         f"pip install --no-deps {versions} installs what this JAX asks for"
