@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs layouts × ops × options × transforms against the dense weight.",
         epilog="Exit code: 0 if nothing failed, 1 if a row did, 2 if there is nothing to run.",
     )
-    parser.add_argument("--all", action="store_true", help="the whole product, which takes about a day")
+    parser.add_argument("--all", action="store_true", help="the whole product, about a day")
     parser.add_argument(
         "--only", default="", metavar="EXPRESSION", help="rows whose name this expression matches"
     )
