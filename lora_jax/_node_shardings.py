@@ -35,9 +35,17 @@ def node_shardings(node: Any) -> Any:
 
 
 def _shardings_beside(node: LoRAWeight | LoRABank, weight: Any) -> dict[str, Any]:
-    """Returns how each array beside a weight is cut, by its name."""
-    partition = Partition.of(weight)
-    assert partition is not None
+    """Returns how each array beside a weight is cut, by its name.
+
+    Of a quantised array of another library it is not known how it is cut: what is beside it is
+    whole.
+    """
+    mesh = jax.tree.leaves(weight)[0].sharding.mesh
+    if Partition.of(weight) is None:
+        fields = [
+            field.name for field in dataclasses.fields(node) if not field.metadata.get("static")
+        ]
+        return {name: uncut(mesh) for name in fields if name != "base"}
     in_slots = is_bank(node)
     factors: Any = factor_shardings(weight, node.axes, node.layers, node.rank, in_slots=in_slots)
     features: Any = feature_sharding(weight, node.axes, node.layers)
@@ -45,7 +53,7 @@ def _shardings_beside(node: LoRAWeight | LoRABank, weight: Any) -> dict[str, Any
     by_name = {
         "lora_A": factors[0],
         "lora_B": factors[1],
-        "scale": uncut(partition.mesh),
+        "scale": uncut(mesh),
         "magnitude": in_front,
         "squared_norm": features,
     }

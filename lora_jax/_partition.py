@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax._compat import is_tracer
@@ -108,13 +109,14 @@ def is_abstract(weight: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weight))
 
 
-def placed_shapes(shapes: Any, shardings: Any) -> Any:
-    """Returns a tree of `jax.ShapeDtypeStruct` with these shardings."""
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+def placed_shapes(tree: Any, shardings: Any) -> Any:
+    """Returns the shapes of a tree of arrays, numbers or shapes, with these shardings."""
+
+    def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype, sharding=sharding)
+
+    return jax.tree.map(placed, tree, shardings)
 
 
 def uncut(mesh: Any) -> NamedSharding:

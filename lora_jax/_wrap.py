@@ -115,7 +115,9 @@ def wrap(
         freeze=freeze,
         dtype=dtype,
     )
-    key = None if key is None else _checked_key(key)
+    # A tree of shapes is wrapped where no device can compute a key.
+    if key is not None or not is_abstract(params):
+        key = jax.random.key(0) if key is None else _checked_key(key)
     adapted = selected_weights(params, targets, exclude=exclude, axes=axes)
     trained = trained_leaves(params, train, adapted)
 
@@ -159,7 +161,6 @@ def unwrap(wrapped: Any) -> Any:
 def _wrapped_weight(
     path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
 ) -> LoRAWeight:
-    # Not before: a tree of shapes is wrapped where no device can compute a key.
     key = jax.random.key(0) if key is None else key
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))

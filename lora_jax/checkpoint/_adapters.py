@@ -234,24 +234,27 @@ def _read_arrays(
         as_checkpoint_error(_damaged(source)),
         ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
     ):
-        # What several processes read is read onto their devices, each its own part.
-        abstract = {
-            _array_key(*key): jax.ShapeDtypeStruct(
-                array.shape, jnp.dtype(array.dtype), sharding=shardings[key]
-            )
-            if jax.process_count() > 1 and shardings.get(key) is not None
-            else np.empty(array.shape, jnp.dtype(array.dtype))
-            for key, array in expected.items()
-        }
+        targets = _targets(expected, shardings) if jax.process_count() > 1 else None
         stored = checkpointer.restore(
-            source / _ARRAYS_FOLDER,
-            args=ocp.args.StandardRestore(abstract if jax.process_count() > 1 else None),
+            source / _ARRAYS_FOLDER, args=ocp.args.StandardRestore(targets)
         )
     found: dict[str, dict[str, jax.Array]] = {path: {} for path in metadata}
     for (path, name), array in expected.items():
         checked = _checked_array(source, _array_key(path, name), stored, array)
         found[path][name] = placed(checked, shardings.get((path, name)))
     return found
+
+
+def _targets(
+    expected: Mapping[tuple[str, str], ArrayMetadata], shardings: Mapping[Any, Any]
+) -> dict[str, Any]:
+    """Returns what several processes read: each its part of an array, if they share it."""
+    return {
+        _array_key(*key): np.empty(array.shape, jnp.dtype(array.dtype))
+        if shardings.get(key) is None
+        else jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype), sharding=shardings[key])
+        for key, array in expected.items()
+    }
 
 
 def _array_key(path: str, name: str) -> str:

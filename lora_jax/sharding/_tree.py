@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lora_jax._node_shardings import node_shardings
-from lora_jax._partition import names_of, uncut
+from lora_jax._partition import names_of, placed_shapes, uncut
 from lora_jax._paths import PathIndex, listed
 from lora_jax._weight import AdapterNode, is_adapter_node, is_node
-from lora_jax.quantization._placement import leaf_specs
+from lora_jax.quantization._foreign import ForeignWeight
+from lora_jax.quantization._programs import leaf_shardings
 from lora_jax.quantization._weight import QuantizedWeight
 from lora_jax.sharding._rules import CheckedRules, Rules
 
@@ -79,13 +79,10 @@ def abstract(tree: Any, shardings: Any = None) -> Any:
       (3,)
     """
     if shardings is None:
-        return jax.tree.map(lambda leaf: _abstract(leaf, getattr(leaf, "sharding", None)), tree)
-    return jax.tree.map(_abstract, tree, shardings)
-
-
-def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype, sharding=sharding)
+        leaves, structure = jax.tree.flatten(tree)
+        own = [placed_shapes(leaf, getattr(leaf, "sharding", None)) for leaf in leaves]
+        return jax.tree.unflatten(structure, own)
+    return placed_shapes(tree, shardings)
 
 
 def mesh_of_arrays(tree: Any, argument: str) -> Any:
@@ -127,15 +124,17 @@ def _on_cut_weight(path: str, node: Any, rules: CheckedRules) -> Any:
         return dataclasses.replace(node, base=_on_cut_weight(path, node.base, rules))
     sharding = rules.sharding_of(path, node)
     if sharding is None:
-        return jax.tree.map(
-            lambda leaf: _abstract(leaf, _own_sharding(path, leaf, rules.mesh)), node
+        own = jax.tree.map(lambda leaf: _own_sharding(path, leaf, rules.mesh), node)
+        return placed_shapes(node, own)
+    if isinstance(node, ForeignWeight):
+        raise ValueError(
+            f"`rules` cuts '{path}', a quantised array of another library, whose parts have shapes "
+            "of their own; expected it to be on the mesh already, and no rule for it."
         )
-    if not isinstance(node, QuantizedWeight):
-        return jax.tree.map(lambda leaf: _abstract(leaf, sharding), node)
-    specs = leaf_specs(node, sharding.spec, dict(rules.mesh.shape))
-    return jax.tree.map(
-        lambda leaf, spec: _abstract(leaf, NamedSharding(rules.mesh, spec)), node, specs
-    )
+    if isinstance(node, QuantizedWeight):
+        whole = jax.ShapeDtypeStruct(node.shape, node.dtype, sharding=sharding)
+        return placed_shapes(node, leaf_shardings(whole, node))
+    return placed_shapes(node, sharding)
 
 
 def _own_sharding(path: str, leaf: Any, mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ weight: the weight cut along batch axes or with its axes in another order is qua
 another dtype it is a `Cast`, and after any other op it is a `Moved`.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +22,13 @@ from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight
 
 
-class Deferred:
+class Deferred(abc.ABC):
     """What holds for every deferred base made here: it has the shape of what it is made of."""
 
     @property
+    @abc.abstractmethod
     def like(self) -> Any:
         """What has the shape and the dtype of this base."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[Size, ...]:

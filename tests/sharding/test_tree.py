@@ -1,7 +1,7 @@
 """Shardings of wrapped trees: by rules, from the weights, concrete and abstract."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -141,6 +141,34 @@ def test_adapters_on_adapters(mesh: Any) -> None:
     own = {"kernel/lora_A": P(), "kernel/base/lora_B": P()}
     found = specs(sharding.of({"kernel": outer}, mesh, rules=own)["kernel"])
     assert (found.lora_A, found.lora_B, found.base.lora_B) == ((), (None, "y"), ())
+
+
+class Scaled(NamedTuple):
+    """A quantised array as another library has it."""
+
+    codes: Any
+    scale: Any
+    shape = property(lambda self: self.codes.shape)
+
+
+def test_arrays_of_other_libraries(mesh: Any) -> None:
+    """Their parts stay as they are, and the factors beside them are whole."""
+    foreign = Scaled(jnp.ones((8, 16), jnp.int8), jnp.ones((1, 16)))
+    declared = lora_jax.quantization.declare(
+        {"kernel": foreign}, Scaled, dequantize=lambda x: x.codes.astype(jnp.float32) * x.scale
+    )
+    tree = lora_jax.wrap(declared, "kernel", rank=2)
+    found = sharding.of(tree, mesh)
+    assert {str(spec) for spec in jax.tree.leaves(specs(found)["kernel"], is_leaf=is_spec)} == {
+        "()"
+    }
+    jax.device_put(tree, found)
+    with pytest.raises(ValueError, match="'kernel', a quantised array of another library"):
+        sharding.of(tree, mesh, rules={"kernel": P("x")})
+
+
+def is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and not isinstance(leaf, Scaled)
 
 
 def test_rules_for_factors_alone(mesh: Any) -> None:
