@@ -5,7 +5,13 @@ from typing import Any
 
 import jax
 
-from lora_jax._partition import Partition, factor_shardings, feature_sharding, uncut
+from lora_jax._partition import (
+    Partition,
+    base_sharding,
+    factor_shardings,
+    feature_sharding,
+    uncut,
+)
 from lora_jax._weight import (
     FullWeight,
     LoRABank,
@@ -28,7 +34,7 @@ def node_shardings(node: Any) -> Any:
     base = node_shardings(node.base)
     weight = innermost_base(node)
     if isinstance(node, FullWeight):
-        return FullWeight(base=base, value=weight.sharding)
+        return FullWeight(base=base, value=base_sharding(weight) or weight.sharding)
     arrays = _shardings_beside(node, weight)
     held = {name: sharding for name, sharding in arrays.items() if getattr(node, name) is not None}
     return dataclasses.replace(node, base=base, **held)

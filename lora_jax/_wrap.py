@@ -123,8 +123,7 @@ def wrap(
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
-            # A copy, because a training step can't donate one buffer as two arguments.
-            return FullWeight(base=leaf, value=leaf if is_abstract(leaf) else jnp.copy(leaf))
+            return FullWeight(base=leaf, value=_trainable_copy(leaf))
         if path in adapted:
             weight = adapted[path]
             settings = defaults.overridden(path, weight.selection.overrides)
@@ -135,6 +134,18 @@ def wrap(
         return leaf
 
     return map_with_paths(node, params)
+
+
+def _trainable_copy(leaf: Any) -> Any:
+    """Returns a copy, because a training step can't donate one buffer as two arguments.
+
+    That of a weight in the host's memory is on its device, where a step changes it.
+    """
+    where = getattr(leaf, "sharding", None)
+    if where is not None and where.memory_kind == "pinned_host":
+        where = where.with_memory_kind("device")
+        return placed_shapes(leaf, where) if is_abstract(leaf) else jax.device_put(leaf, where)
+    return leaf if is_abstract(leaf) else jnp.copy(leaf)
 
 
 def unwrap(wrapped: Any) -> Any:

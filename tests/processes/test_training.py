@@ -13,7 +13,7 @@ import pytest
 from tests.agreement import assert_agree
 
 ROOT = Path(__file__).parents[2]
-STEPS, DIES_AT = 6, 4
+STEPS, DIES_AT = 6, 5
 
 
 def free_port() -> int:
@@ -54,17 +54,20 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     return results(folder)
 
 
-@pytest.mark.parametrize(("first", "then", "explicit"), [(2, 4, False), (2, 1, True)])
-def test_a_killed_run_goes_on_with_another_number_of_processes(
-    first: int, then: int, explicit: bool, unbroken: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("first", "then", "dies", "explicit"),
+    [(2, 4, "writing", False), (2, 1, "committing", True)],
+)
+def test_a_run_that_is_killed_while_it_saves_goes_on_with_other_processes(
+    first: int, then: int, dies: str, explicit: bool, unbroken: Any, tmp_path: Path
 ) -> None:
-    codes = run(tmp_path, first, dies_at=DIES_AT, explicit=explicit)
+    codes = run(tmp_path, first, dies_at=DIES_AT, dies=dies, explicit=explicit)
     # No process hangs, and none says that all went well.
-    assert codes[-1] == 9
+    assert codes[0 if dies == "committing" else -1] == 9
     assert all(codes)
     assert not (tmp_path / "results.npz").exists()
     assert run(tmp_path, then, explicit=explicit) == [0] * then
     found = results(tmp_path)
-    assert found.pop("start") == DIES_AT
+    assert found.pop("start") == DIES_AT - 1
     expected = {name: array for name, array in unbroken.items() if name != "start"}
     assert_agree(found, expected, tolerance=1e-5)

@@ -9,12 +9,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax
 from lora_jax import sharding
 from lora_jax.checkpoint import TrainingCheckpoints
+from lora_jax.checkpoint._state import Description
 from lora_jax.exchange import peft
 from tests.agreement import assert_agree
 
@@ -41,7 +43,10 @@ class Run:
       port: that of the first one.
       folder: where checkpoints and results go.
       steps: how many steps to train.
-      dies_at: the step before which the last process kills itself; None for never.
+      dies_at: the step whose checkpoint is never complete, as a process dies while it saves; None
+        for never.
+      dies: whether that is the last process, which has written nothing yet, or the first one, when
+        all is written and nothing renamed.
       explicit: whether the axes of the mesh are explicit.
     """
 
@@ -51,6 +56,7 @@ class Run:
     folder: str
     steps: int
     dies_at: int | None = None
+    dies: Literal["writing", "committing"] = "writing"
     explicit: bool = False
 
 
@@ -114,9 +120,9 @@ def train(run: Run) -> None:
                 wrapped, state = restored.wrapped, restored.optimizer_state
                 start = restored.step
             for step in range(start, run.steps):
-                if step == run.dies_at and run.process == run.processes - 1:
+                if step + 1 == run.dies_at:
                     checkpoints.wait()
-                    os._exit(9)
+                    die_in_the_next_save(run)
                 wrapped, state = step_of(wrapped, state, on_all(batch(step), rows))
                 checkpoints.save(step + 1, wrapped, state)
         check_that_a_process_holds_its_part(wrapped, run)
@@ -128,6 +134,18 @@ def train(run: Run) -> None:
         loaded = lora_jax.merge(peft.load(folder / "peft", params(), names=NAMES))
         assert_agree(loaded, results)
         np.savez(folder / "results.npz", **results, start=start)
+
+
+def die_in_the_next_save(run: Run) -> None:
+    """Lets one process die as if it were killed in the middle of a checkpoint."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os._exit(9)
+
+    if run.dies == "writing" and run.process == run.processes - 1:
+        ocp.CheckpointManager.save = die
+    if run.dies == "committing" and run.process == 0:
+        Description.write = die  # type: ignore[method-assign]
 
 
 def check_that_a_process_holds_its_part(wrapped: Any, run: Run) -> None:

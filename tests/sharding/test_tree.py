@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -195,12 +196,18 @@ def test_halves(mesh: Any) -> None:
 
 
 def test_offloaded_weights_keep_their_memory(mesh: Any) -> None:
-    """Factors are where the step computes, whatever memory the base is in."""
+    """What trains is where the step computes, whatever memory the base is in."""
     on_host = NamedSharding(mesh, P("x", "y"), memory_kind="pinned_host")
-    kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=on_host)
-    found = sharding.of(wrapped({"kernel": kernel, "stack": random(3, 8, 4)}))["kernel"]
-    assert found.base.memory_kind == "pinned_host"
-    assert found.lora_A.memory_kind == "device"
+    shapes = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=on_host)
+    for kernel in (shapes, jax.device_put(random(8, 16), on_host)):
+        tree = {"kernel": kernel, "stack": random(3, 8, 4), "other": kernel}
+        made = wrapped(tree, train="other")
+        for found in (sharding.of(made), jax.tree.map(lambda leaf: leaf.sharding, made)):
+            assert found["kernel"].base.memory_kind == "pinned_host"
+            assert found["kernel"].lora_A.memory_kind == "device"
+            assert found["other"].base.memory_kind == "pinned_host"
+            assert found["other"].value.memory_kind == "device"
+        assert made["other"].value is not made["other"].base
 
 
 def test_logical_axes_of_flax_carry_over(mesh: Any) -> None:
@@ -214,6 +221,33 @@ def test_logical_axes_of_flax_carry_over(mesh: Any) -> None:
     assert specs(tree["kernel"].lora_A) == ("x",)
     assert specs(tree["kernel"].lora_B) == (None, "y")
     assert specs(sharding.of(tree)["bias"]) == ()
+
+
+class NnxModel(nnx.Module):
+    """A layer that names the axes of its kernel."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("embed", "hidden"))
+        self.dense = nnx.Linear(8, 16, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("form", ["arrays", "shapes"])
+def test_names_of_axes_of_nnx_carry_over(mesh: Any, form: str) -> None:
+    """Flax puts parameters on the mesh by the names of their axes; what is wrapped follows them."""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules([("embed", "x"), ("hidden", "y")]):
+        if form == "arrays":
+            state = nnx.state(NnxModel(nnx.Rngs(0)))
+        else:
+            state = nnx.state(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))))
+            state = sharding.abstract(state, nnx.get_named_sharding(state, mesh))
+    tree = lora_jax.wrap(state, "kernel", rank=2)
+    kernel = tree["dense"]["kernel"].get_value()
+    assert specs(kernel.lora_A) == ("x",)
+    assert specs(kernel.lora_B) == (None, "y")
+    assert specs(sharding.of(tree, mesh)["dense"]["bias"].get_value()) == ()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

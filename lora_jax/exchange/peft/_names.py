@@ -12,7 +12,7 @@ from lora_jax._axes import given_roles
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
-from lora_jax._processes import on_host
+from lora_jax._processes import is_shared, on_host
 from lora_jax._shapes import Axes, AxisRole, positions
 from lora_jax._weight import is_lora_weight
 from lora_jax.exchange.peft._layout import Layout
@@ -208,9 +208,13 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
 
 
 def taken(leaf: Any, named: NamedLeaf, place: Place) -> np.ndarray:
-    """Returns one place of a stack."""
-    array = np.moveaxis(on_host(leaf), named.stack, range(len(named.stack)))
-    return np.asarray(array[place])
+    """Returns one place of a stack, which alone is gathered from other processes."""
+    index: list[int | slice] = [slice(None)] * leaf.ndim
+    for axis, number in zip(named.stack, place, strict=True):
+        index[axis] = number
+    if is_shared(leaf):
+        return on_host(leaf[tuple(index)])
+    return np.asarray(np.asarray(leaf)[tuple(index)])
 
 
 def parsed(key: str) -> Key:
