@@ -1,9 +1,11 @@
 """Products of several arrays with labelled axes, contracted in the cheapest order."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,11 +155,7 @@ def product(
       sharding: how an array with the labels of `output` is cut over explicit mesh axes, if it is.
         What a step keeps of these labels is cut so too; its other axes are not cut.
     """
-    size_of = {
-        label: size
-        for operand in operands
-        for label, size in zip(operand.labels, operand.array.shape, strict=True)
-    }
+    size_of = _sizes(operands)
     if plan is None:
         plan = plan_product([operand.labels for operand in operands], output, size_of)
     scaled = None if scale is None else _best_scaled(plan.labels, len(operands), size_of)
@@ -187,6 +185,11 @@ def _contract(
 ) -> Labelled:
     first = _summed(first, needed | set(second.labels))
     second = _summed(second, needed | set(first.labels))
+    first, second = _columns_first(first, second, needed), _columns_first(second, first, needed)
+    runs = _runs_to_join(first, second, needed)
+    size_of = _sizes([first, second])
+    first, second = _joined(first, runs), _joined(second, runs)
+    output = _without_followers(tuple(output), runs)
     # `dot_general` puts the left operand's free axes first: take the order that needs no transpose.
     lhs, rhs = first, second
     if _pair_labels(second, first, needed) == tuple(x for x in output if x in needed):
@@ -205,7 +208,112 @@ def _contract(
         preferred_element_type=preferred_element_type,
         out_sharding=None if sharding is None else _sharding_on(labels, output, sharding),
     )
-    return Labelled(array, labels)
+    return _separated(Labelled(array, labels), runs, size_of)
+
+
+# --- products whose gradients are cheap --------------------------------------------------------
+#
+# A skinny product, x A or h B, is bound by reading its large operand, and so is the gradient of its
+# small one. How long that takes on a CPU depends on how XLA gets to see it. JAX makes the gradient
+# of a factor from the cotangent, on the left, and the other operand, and transposes the result to
+# the factor's axes. XLA removes the transposition by exchanging the operands.
+#
+#   lora_A: (dhᵀ x)ᵀ has the small operand on the left and is fast; exchanged, xᵀ dh takes 2.5 to 6
+#     times as long. A barrier between product and transposition keeps XLA from it.
+#   lora_B: (dyᵀ h)ᵀ becomes the fast hᵀ dy, but if dy has several axes of rows, such as examples
+#     and tokens, XLA first makes a transposed copy of it: 10 times as long. With one axis of rows
+#     it does not. On a mesh several may be cut, and joining them would move activations.
+
+# So many rows for each column, and copying the columns is a small part of the product.
+_ROWS_OF_COLUMN = 8
+
+
+def _columns_first(factor: Labelled, rows: Labelled, needed: set[int]) -> Labelled:
+    """Returns a factor of few columns that multiplies many rows behind a barrier, transposed."""
+    columns = [label for label in factor.labels if label not in rows.labels]
+    contracted = [label for label in factor.labels if label in rows.labels]
+    if len(columns) != 1 or not contracted or needed.intersection(contracted):
+        return factor
+    size_of = _sizes([factor, rows])
+    row_count = math.prod(size_of[label] for label in rows.labels if label not in contracted)
+    depth, width = math.prod(size_of[label] for label in contracted), size_of[columns[0]]
+    if not _is_greater(depth, width) or not _is_greater(row_count, _ROWS_OF_COLUMN * width):
+        return factor
+    transposed = _in_order(factor, (*columns, *contracted))
+    return Labelled(jax.lax.optimization_barrier(transposed.array), transposed.labels)
+
+
+def _runs_to_join(first: Labelled, second: Labelled, needed: set[int]) -> list[Labels]:
+    """Returns the runs of axes that are one axis for a product with a factor of few rows."""
+    contracted = [label for label in first.labels if label in second.labels]
+    if needed.intersection(contracted) or any(map(_is_on_mesh, (first.array, second.array))):
+        return []
+    size_of = _sizes([first, second])
+    depth = math.prod(size_of[label] for label in contracted)
+    free = [set(each.labels) - set(contracted) for each in (first, second)]
+    if not all(
+        _is_greater(math.prod(size_of[label] for label in labels), depth) for labels in free
+    ):
+        return []
+    return _runs([first.labels, second.labels, _pair_labels(first, second, needed)])
+
+
+def _is_greater(size: Size, other: Size) -> bool:
+    """Says whether a size is greater than another, of which neither is a symbol."""
+    return isinstance(size, int) and isinstance(other, int) and size > other
+
+
+def _is_on_mesh(array: Array) -> bool:
+    return not jax.typeof(array).sharding.mesh.empty
+
+
+def _runs(sequences: Sequence[Labels]) -> list[Labels]:
+    """Returns the labels that are side by side, in one order, wherever one of them is."""
+    counts = collections.Counter(itertools.chain.from_iterable(sequences))
+    pairs = collections.Counter(itertools.chain.from_iterable(map(itertools.pairwise, sequences)))
+    following = {
+        label: after
+        for (label, after), count in pairs.items()
+        if count == counts[label] == counts[after]
+    }
+    starts = [label for label in following if label not in following.values()]
+    return [tuple(_chain(start, following)) for start in starts]
+
+
+def _chain(label: int, following: Mapping[int, int]) -> Iterator[int]:
+    yield label
+    while label in following:
+        label = following[label]
+        yield label
+
+
+def _joined(operand: Labelled, runs: Sequence[Labels]) -> Labelled:
+    """Returns an operand with one axis, labelled as its first, in place of each run."""
+    size_of, run_of = _sizes([operand]), {run[0]: run for run in runs}
+    labels = _without_followers(operand.labels, runs)
+    shape = [math.prod(size_of[each] for each in run_of.get(label, (label,))) for label in labels]
+    return Labelled(operand.array.reshape(shape), labels)
+
+
+def _separated(operand: Labelled, runs: Sequence[Labels], size_of: Mapping[int, Size]) -> Labelled:
+    """Returns an operand with the axes of each run again."""
+    run_of = {run[0]: run for run in runs}
+    labels = tuple(each for label in operand.labels for each in run_of.get(label, (label,)))
+    return Labelled(operand.array.reshape([size_of[label] for label in labels]), labels)
+
+
+def _without_followers(labels: Labels, runs: Sequence[Labels]) -> Labels:
+    """Returns labels with the first of each run alone."""
+    followers = {label for run in runs for label in run[1:]}
+    return tuple(label for label in labels if label not in followers)
+
+
+def _sizes(operands: Sequence[Labelled]) -> dict[int, Size]:
+    return {
+        label: size
+        for operand in operands
+        for label, size in zip(operand.labels, operand.array.shape, strict=True)
+    }
 
 
 def sharding_of(array: Array) -> NamedSharding | None:
