@@ -1,6 +1,7 @@
 """The slots of one weight's bank: filling one, reading one, and what an empty one holds."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +20,7 @@ def bank_of(adapters: Sequence[LoRAWeight], capacity: int) -> LoRABank:
     """Returns a bank of one weight whose first slots hold these adapters of equal shapes."""
     first = adapters[0]
     numbers = [numbers_of(adapter) for adapter in adapters]
-    slots: dict[str, Any] = {
-        name: _filled_up([each[name] for each in numbers], empty, capacity)
-        for name, empty in empty_numbers(first).items()
-    }
+    slots = _filled_up(numbers, empty_numbers(first), capacity)
     frozen = {adapter.frozen for adapter in adapters}
     return LoRABank(
         base=first.base,
@@ -41,17 +39,7 @@ def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
       bank: the bank.
       adapter_id: the slot, which may be traced.
     """
-    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
-    is_known = (adapter_id >= 0) & (adapter_id < bank.capacity)
-    slot = jnp.clip(adapter_id, 0, bank.capacity - 1)
-    held = {
-        name: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
-        for name, array in slot_arrays(bank).items()
-    }
-    # Chosen, not multiplied by zero: another adapter's infinity must not reach the base.
-    chosen: dict[str, Any] = {
-        name: jnp.where(is_known, held[name], empty) for name, empty in _empty(held, bank).items()
-    }
+    chosen = _chosen(slot_arrays(bank), _norm_of(bank), adapter_id)
     return FixedLoRAWeight(
         base=bank.base,
         axes=bank.axes,
@@ -60,6 +48,27 @@ def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
         frozen=bank.frozen,
         **chosen,
     )
+
+
+@functools.partial(jax.jit, inline=True)
+def _chosen(
+    arrays: Mapping[str, Array], norm: Array | None, adapter_id: int | Array
+) -> dict[str, Any]:
+    """Returns what one slot of a bank's arrays holds, or for an unknown one what an empty one does.
+
+    It is chosen, not multiplied by zero: another adapter's infinity must not reach the base.
+    """
+    capacity = len(arrays["scale"])
+    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
+    is_known = (adapter_id >= 0) & (adapter_id < capacity)
+    slot = jnp.clip(adapter_id, 0, capacity - 1)
+    held = {
+        name: jax.lax.dynamic_index_in_dim(array, slot, keepdims=False)
+        for name, array in arrays.items()
+    }
+    return {
+        name: jnp.where(is_known, held[name], empty) for name, empty in _empty(held, norm).items()
+    }
 
 
 def without_norm(weight: FixedLoRAWeight) -> LoRAWeight:
@@ -99,12 +108,16 @@ def empty_numbers(adapter: LoRAWeight) -> dict[str, Any]:
     like = {"lora_A": adapter.lora_A, "lora_B": adapter.lora_B, "scale": adapter.scale}
     if adapter.magnitude is not None:
         like |= {"magnitude": adapter.magnitude, "norm": squared_norm_of(adapter)}
-    return _empty(like, adapter)
+    return _empty(like, _norm_of(adapter))
 
 
-def _empty(like: dict[str, Any], node: LoRAWeight | LoRABank) -> dict[str, Any]:
-    """Returns what an empty slot of a node holds, in the dtypes of `like`."""
-    norm = None if node.magnitude is None else jnp.sqrt(squared_norm_of(node))
+def _norm_of(node: LoRAWeight | LoRABank) -> Array | None:
+    """Returns the norm of the base of a node with a magnitude."""
+    return None if node.magnitude is None else jnp.sqrt(squared_norm_of(node))
+
+
+def _empty(like: Mapping[str, Array], norm: Array | None) -> dict[str, Any]:
+    """Returns what an empty slot holds beside a base of this norm, in the dtypes of `like`."""
     return {
         name: jnp.zeros_like(array)
         if norm is None or name not in ("magnitude", "norm")
@@ -113,7 +126,18 @@ def _empty(like: dict[str, Any], node: LoRAWeight | LoRABank) -> dict[str, Any]:
     }
 
 
-def _filled_up(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
+@functools.partial(jax.jit, static_argnames="capacity", inline=True)
+def _filled_up(
+    numbers: Sequence[Mapping[str, Array]], empty: Mapping[str, Array], capacity: int
+) -> dict[str, Any]:
+    """Returns what the slots hold as one array of each name, with `empty` in those left over."""
+    return {
+        name: _as_one([each[name] for each in numbers], array, capacity)
+        for name, array in empty.items()
+    }
+
+
+def _as_one(arrays: Sequence[Array], empty: Array, capacity: int) -> Array:
     """Returns the arrays as one, in a dtype that holds all, with `empty` in the other slots."""
     dtype = common_dtype(*(array.dtype for array in arrays))
     rest = jnp.broadcast_to(empty.astype(dtype), (capacity - len(arrays), *empty.shape))
