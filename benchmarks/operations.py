@@ -75,7 +75,8 @@ class WrittenByHand:
             return PLAIN.project(x, weight, axes)
         W, A, B = weight
         change = jnp.tensordot(self.scale * jnp.tensordot(x, A, axes), B, 1)
-        return PLAIN.project(x, W, axes) + change
+        product = PLAIN.project(x, W, axes)
+        return product + change.astype(product.dtype)
 
     def project_back(self, x: Array, weight: Array | Factors) -> Array:
         """Returns a product with the transposed weight; see `Operations`."""

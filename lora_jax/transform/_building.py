@@ -9,36 +9,45 @@ from lora_jax._compat import Equation
 from lora_jax._shapes import Size
 from lora_jax.transform._dense import built, dense_flops, dense_value, is_as_exact_dense
 from lora_jax.transform._factored import Factored
-from lora_jax.transform._report import Reporter, Use
+from lora_jax.transform._report import How, Reporter, Use
 
 
-def prefers_dense(base_flops: Size, factored_flops: Size, building_flops: Size) -> bool:
-    """Says whether a training step is cheaper with W + AB built than with factors.
+def cheapest(
+    ways: Sequence[How], base_flops: Size, factored_flops: Size, building_flops: Size
+) -> How:
+    """Returns in which of some ways an op takes the fewest FLOPs in a training step.
 
     Let F be the FLOPs of the base op x W, f the FLOPs that the factored products add to it, and b
-    the FLOPs of building W + AB. With y = x W + x A B and the cotangent ȳ of y, a step takes
+    the FLOPs of building W' = W + A B. With y = x W + x A B and the cotangent ȳ of y, a step takes
 
         factored:  f forward; the cotangents of x A B in each of its operands, which for every
                    product are two products of the same size: 2 f
-        built:     b forward; W̄ = xᵀ ȳ, a product as large as the base op: F; and of it
+        merged:    b forward and b again backward, as W' is not kept; of the factored products
+                   those that give Ā and B̄: x A, ȳ Bᵀ, xᵀ (ȳ Bᵀ) and (x A)ᵀ ȳ, 2 f
+        dense:     b forward; W̄ = xᵀ ȳ, a product as large as the base op: F; and of it
                    Ā = W̄ Bᵀ and B̄ = Aᵀ W̄, two products of the size of A B: 2 b
 
-    beside the base op and its cotangent ȳ Wᵀ, which both have. So W + AB is built if
-    F + 3 b < 3 f. Counting the forward pass alone, b < f, would build W in every large batch and
-    then pay for W̄.
+    beside the base op and its cotangent, ȳ Wᵀ or ȳ W'ᵀ, which all have. Counting the forward pass
+    alone, b < f, would build W' in every large batch and then pay for W̄.
 
-    With a symbolic shape the counts are polynomials. Where neither is smaller for every value of
-    its symbols, the weight stays factored.
+    With a symbolic shape the counts are polynomials. Where none is smallest for every value of its
+    symbols, the weight stays factored.
 
     Args:
+      ways: the ways to choose from; the first one of those that cost the same is chosen.
       base_flops: F.
       factored_flops: f.
       building_flops: b.
     """
+    costs: dict[How, Size] = {
+        "factored": 3 * factored_flops,
+        "merged": 2 * factored_flops + 2 * building_flops,
+        "dense": base_flops + 3 * building_flops,
+    }
     try:
-        return bool(base_flops + 3 * building_flops < 3 * factored_flops)
+        return min(ways, key=lambda how: costs[how])
     except jax.errors.InconclusiveDimensionOperation:
-        return False
+        return ways[0]
 
 
 def chosen(
@@ -49,8 +58,9 @@ def chosen(
     term_flops: Sequence[Size],
     *,
     may_build: bool,
-) -> Any:
-    """Returns a weight as an op should use it: without terms if that is cheaper, else unchanged.
+    may_merge: bool = True,
+) -> How:
+    """Returns how an op should use a weight: `"factored"`, `"merged"` or `"dense"`.
 
     Building a half-precision weight would round away the factors' extra precision, so it stays
     factored.
@@ -63,12 +73,12 @@ def chosen(
       term_flops: operations of the products of each term.
       may_build: whether building is allowed; dropout acts on the adapter's input, so a built weight
         could not have it.
+      may_merge: whether `merged_product` covers the op.
     """
-    is_dense = (
-        may_build
-        and is_as_exact_dense(value)
-        and prefers_dense(base_flops, sum(term_flops), dense_flops(value))
-    )
+    ways: list[How] = ["factored"]
+    if may_build and is_as_exact_dense(value):
+        ways += ["merged", "dense"] if may_merge else ["dense"]
+    how = cheapest(ways, base_flops, sum(term_flops), dense_flops(value))
     source = reporter.source_of(equation)
     for path, part in value.parts().items():
         reporter.tell(
@@ -76,7 +86,7 @@ def chosen(
                 path=path,
                 primitive=equation.primitive.name,
                 source=source,
-                how="dense" if is_dense else "factored",
+                how=how,
                 base_flops=base_flops,
                 factored_flops=sum(
                     flops
@@ -86,7 +96,7 @@ def chosen(
                 dense_flops=dense_flops(part),
             )
         )
-    return built(value) if is_dense else value
+    return how
 
 
 def materialized(reporter: Reporter, equation: Equation, values: Sequence[Any]) -> list[Any]:

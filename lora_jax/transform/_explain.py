@@ -104,9 +104,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       **kwargs: its keyword arguments.
 
     Returns:
-      The report: data, and a table when printed. `how` is "factored" for x W + s (x A) B; "dense"
-      where building W + AB takes fewer FLOPs in a training step; "materialized" where no rule
-      covers the op.
+      The report: data, and a table when printed. `how` is "factored" for x W + s (x A) B; "merged"
+      where a training step takes fewer FLOPs with W + AB built in each direction, and with the
+      gradients of A and B as before; "dense" where it takes fewer with W + AB built and its
+      gradient; "materialized" where no rule covers the op.
 
     Examples:
       >>> import jax.numpy as jnp, lora_jax

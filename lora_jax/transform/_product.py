@@ -222,7 +222,10 @@ def _contract(
 #     times as long. A barrier between product and transposition keeps XLA from it.
 #   lora_B: (dyᵀ h)ᵀ becomes the fast hᵀ dy, but if dy has several axes of rows, such as examples
 #     and tokens, XLA first makes a transposed copy of it: 10 times as long. With one axis of rows
-#     it does not. On a mesh several may be cut, and joining them would move activations.
+#     it does not.
+#
+# On other platforms XLA chooses layouts itself, and a barrier is in its way. A program for a mesh
+# is left alone too: it may be one for another platform, and joining axes that are cut moves them.
 
 # So many rows for each column, and copying the columns is a small part of the product.
 _ROWS_OF_COLUMN = 8
@@ -233,6 +236,8 @@ def _columns_first(factor: Labelled, rows: Labelled, needed: set[int]) -> Labell
     columns = [label for label in factor.labels if label not in rows.labels]
     contracted = [label for label in factor.labels if label in rows.labels]
     if len(columns) != 1 or not contracted or needed.intersection(contracted):
+        return factor
+    if not _is_for_cpu(factor, rows):
         return factor
     size_of = _sizes([factor, rows])
     row_count = math.prod(size_of[label] for label in rows.labels if label not in contracted)
@@ -246,7 +251,7 @@ def _columns_first(factor: Labelled, rows: Labelled, needed: set[int]) -> Labell
 def _runs_to_join(first: Labelled, second: Labelled, needed: set[int]) -> list[Labels]:
     """Returns the runs of axes that are one axis for a product with a factor of few rows."""
     contracted = [label for label in first.labels if label in second.labels]
-    if needed.intersection(contracted) or any(map(_is_on_mesh, (first.array, second.array))):
+    if needed.intersection(contracted) or not _is_for_cpu(first, second):
         return []
     size_of = _sizes([first, second])
     depth = math.prod(size_of[label] for label in contracted)
@@ -263,8 +268,10 @@ def _is_greater(size: Size, other: Size) -> bool:
     return isinstance(size, int) and isinstance(other, int) and size > other
 
 
-def _is_on_mesh(array: Array) -> bool:
-    return not jax.typeof(array).sharding.mesh.empty
+def _is_for_cpu(*operands: Labelled) -> bool:
+    """Says whether a product is, as far as tracing can tell, for a CPU without a mesh."""
+    on_mesh = any(not jax.typeof(each.array).sharding.mesh.empty for each in operands)
+    return jax.default_backend() == "cpu" and not on_mesh
 
 
 def _runs(sequences: Sequence[Labels]) -> list[Labels]:

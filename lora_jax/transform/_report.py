@@ -9,7 +9,7 @@ from lora_jax._compat import Equation, callers_level, source_line
 from lora_jax._shapes import Size
 
 OnMaterialize = Literal["warn", "error", "ignore"]
-How = Literal["factored", "dense", "materialized"]
+How = Literal["factored", "merged", "dense", "materialized"]
 
 
 class MaterializationWarning(UserWarning):
@@ -28,7 +28,8 @@ class Use:
       path: the weight's path in the arguments.
       primitive: the name of the JAX primitive; `"norm"` for the norm of a DoRA weight.
       source: the line of the model's own source.
-      how: `"factored"`; `"dense"` where building W + AB takes fewer FLOPs in a training step;
+      how: `"factored"`; `"merged"` where building W + AB, with the gradients of the factors, takes
+        fewer FLOPs in a training step; `"dense"` where building it and its own gradient does;
         `"materialized"` where no rule covers the primitive.
       base_flops: FLOPs of the base op alone.
       factored_flops: FLOPs that products with the factors add in one forward pass; None where no
@@ -58,7 +59,8 @@ class Use:
         """Why it is computed in this way."""
         return {
             "factored": "a rule covers it",
-            "dense": "building W + AB makes a training step cheaper",
+            "merged": "building W + AB for each direction makes a training step cheaper",
+            "dense": "building W + AB and its gradient makes a training step cheaper",
             "materialized": "no rule covers it",
         }[self.how]
 

@@ -42,6 +42,16 @@ def scan_over_a_stack(params, x):
     )[0]
 
 
+@case(
+    {"W": (3, 24, 24)},
+    (64, 24),
+    axes={"W": ("batch", "in", "out")},
+    how=frozenset({"merged"}),
+)
+def scan_over_a_stack_with_many_rows(params, x):
+    return jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), x, params["W"])[0]
+
+
 @case({"W": (3, 24, 24)}, (5, 24), axes={"W": ("batch", "in", "out")})
 def scan_over_remat_of_a_stack(params, x):
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)

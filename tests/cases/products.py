@@ -81,6 +81,34 @@ def precision_is_kept(params, x):
     return jnp.dot(x, params["W"], precision="highest", preferred_element_type=x.dtype)
 
 
+_MERGED = frozenset({"merged"})
+
+
+@case({"W": (24, 20)}, (64, 24), how=_MERGED)
+def many_rows(params, x):
+    return x @ params["W"]
+
+
+@case({"W": (20, 24)}, (64, 24), how=_MERGED)
+def many_rows_transposed(params, x):
+    return jnp.tanh(params["W"] @ x.T)
+
+
+@case({"W": (24, 4, 6)}, (8, 8, 24), axes={"W": ("in", "out", "out")}, how=_MERGED)
+def many_rows_into_heads(params, x):
+    return jnp.einsum("bte,ehd->bthd", x, params["W"])
+
+
+@case({"W": (4, 6, 20)}, (8, 8, 4, 6), axes={"W": ("in", "in", "out")}, how=_MERGED)
+def many_rows_of_heads(params, x):
+    return jnp.einsum("bthd,hde->bte", x, params["W"])
+
+
+@case({"W": (3, 24, 20)}, (3, 64, 24), axes={"W": ("batch", "in", "out")}, how=_MERGED)
+def many_rows_of_experts(params, x):
+    return jnp.einsum("eti,eio->eto", x, params["W"])
+
+
 @case({"W": (4, 3)}, (50, 4), how=frozenset({"dense"}))
 def weight_smaller_than_its_factors(params, x):
     return x @ params["W"]

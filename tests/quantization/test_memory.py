@@ -176,7 +176,8 @@ def assert_one_layer_more(model, name, dense):
     compiled = compiled_step(model, name)
     assert not float_sizes(compiled) & STACKS
     layer = largest_matrix_bytes(wrapped_params(model, name))
-    assert Memory.of(compiled).temporary <= dense + layer
+    # What is made again beside the layer, such as x · lora_A, is small.
+    assert Memory.of(compiled).temporary <= dense + 1.05 * layer
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])

@@ -13,14 +13,15 @@ from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import AxisRole, Size
 from lora_jax.transform._bases import computed_with_bases
 from lora_jax.transform._building import chosen
-from lora_jax.transform._factored import Factored, multiplied, terms_of
+from lora_jax.transform._dense import built
+from lora_jax.transform._factored import Factored, multiplied
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._product import Labelled, product
 from lora_jax.transform._roles import note_roles
 from lora_jax.transform._rows import recorded
 from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform.rules._contraction import product_dtype
 from lora_jax.transform.rules._rule import Rule
-from lora_jax.transform.rules.dot import product_dtype
 
 
 def conv_general_dilated(
@@ -45,15 +46,16 @@ def conv_general_dilated(
         return None
     if len(factors) < len(terms) or not weight.held_by_gain <= {feature_axis_of(equation)}:
         return None
-    choice = chosen(
+    how = chosen(
         interpreter.reporter,
         equation,
         weight,
         *_costs(equation, weight),
         may_build=not interpreter.dropout.is_active,
+        may_merge=False,
     )
-    if not terms_of(choice) and weight.terms:
-        return computed_with_bases(equation, [x, choice])
+    if how == "dense":
+        return computed_with_bases(equation, [x, built(weight)])
     base = result = computed_with_bases(equation, inputs)[0]
     with scope_of(equation), jax.named_scope("lora"):
         for use, (term, (kernel, mixer)) in enumerate(zip(terms, factors, strict=True)):

@@ -18,8 +18,8 @@ from lora_jax.transform._report import Use
 from lora_jax.transform._roles import contraction_roles, note_roles
 from lora_jax.transform._rows import recorded
 from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform.rules._contraction import product_dtype
 from lora_jax.transform.rules._rule import Rule
-from lora_jax.transform.rules.dot import product_dtype
 
 
 def ragged_dot_general(
