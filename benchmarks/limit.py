@@ -190,7 +190,6 @@ def _parser() -> Parser:
         prog="python -m benchmarks.limit",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--rank", type=positive_int, action="append", help="repeatable; default: 8 and 64"

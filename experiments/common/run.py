@@ -8,6 +8,7 @@ from typing import Any
 from experiments.common.claims import Claim, check
 from experiments.common.console import Console, device_line
 from experiments.common.files import writable_folder, write_json
+from experiments.common.programs import keep_programs
 from experiments.common.shared_options import FolderOptions, OutputOptions
 from experiments.common.timing import Stopwatch
 
@@ -20,7 +21,7 @@ class Run:
     """
 
     def __init__(self, output: OutputOptions) -> None:
-        """Says which device computes, and starts the clock.
+        """Says which device computes, starts the clock, and has compiled programs kept.
 
         Args:
           output: what the caller chose; with a `FolderOptions` the results are written too.
@@ -28,6 +29,7 @@ class Run:
         Raises:
           InputError: the folder can't be written.
         """
+        keep_programs()
         self.console = Console(to_stderr=output.json)
         self.console.note(device_line())
         self._output = output

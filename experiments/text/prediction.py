@@ -12,6 +12,7 @@ import numpy as np
 import lora_jax
 from experiments.common.errors import InputError
 from experiments.common.options import Option, parsed_as
+from experiments.common.programs import keep_programs
 from experiments.models.bert import Encoder
 from experiments.text.adapter_folder import AdapterFolder
 from experiments.text.evaluation import batches_of, log_probabilities
@@ -70,6 +71,7 @@ def parsed_for_prediction(arguments: Sequence[str]) -> PredictOptions:
 
 def predict(options: PredictOptions) -> None:
     """Prints the class of each sentence and its probability."""
+    keep_programs()
     folder = AdapterFolder(options.adapter)
     card = folder.read_card()
     sentences = sentences_of(options.text)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax import transform
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
 from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.serving._bank import bank_index, check_known
 from lora_jax.serving._slots import slot_of, without_norm
+from lora_jax.transform._adapt import adapt_each
 from lora_jax.transform._report import OnMaterialize
 
 InAxes = int | None | Sequence[int | None]
@@ -65,7 +65,7 @@ def adapt(
       >>> serve(bank, jnp.array([0, -1]), jnp.ones((2, 4))).tolist()
       [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
-    adapted = transform.adapt(fn, on_materialize=on_materialize)
+    adapted = adapt_each(fn, on_materialize=on_materialize)
 
     def batched(bank: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
         index = bank_index(bank)

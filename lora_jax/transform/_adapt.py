@@ -39,10 +39,10 @@ def adapt(
     r"""Returns `fn` as a function of wrapped or quantised parameters, without changes to its code.
 
     The result is that of `fn` with $W + s \cdot A B$ in place of each adapted weight $W$; a
-    contraction $x W$ becomes $x W + s\,(x A) B$, and the sum is never built. A quantised weight,
-    adapted or not, is what it dequantises to; loops and the backward pass keep its codes. The
-    result differentiates, jits, vmaps, scans, remats and shards as `fn` does. `base` and `scale`
-    receive no gradient.
+    contraction $x W$ becomes $x W + s\,(x A) B$; the sum is built where that is cheaper and as
+    exact, as `explain` shows, and its gradient is not kept. A quantised weight, adapted or not, is
+    what it dequantises to; loops and the backward pass keep its codes. The result differentiates,
+    jits, vmaps, scans, remats and shards as `fn` does. `base` and `scale` receive no gradient.
 
     Args:
       fn: any JAX function: `model.apply`, a bound method, a loss, or one that holds adapters
@@ -77,32 +77,47 @@ def adapt(
       >>> lora_jax.adapt(apply)(wrapped, jnp.ones((1, 4))).tolist()
       [[4.0, 4.0, 4.0]]
     """
+    return _adapted_by_kind(fn, on_materialize, dropout, may_merge=True)
+
+
+def adapt_each(fn: Callable[..., Any], *, on_materialize: OnMaterialize) -> Callable[..., Any]:
+    """Returns `adapt(fn)` for one of many adapters under `jax.vmap`, which share their weights.
+
+    Merged, each example would have a weight of its own.
+    """
+    return _adapted_by_kind(fn, on_materialize, 0.0, may_merge=False)
+
+
+def _adapted_by_kind(
+    fn: Callable[..., Any], on_materialize: OnMaterialize, dropout: float, *, may_merge: bool
+) -> Callable[..., Any]:
+    """Returns an adapted function, with regard to what it is bound to and to its arguments."""
     if on_materialize not in ("warn", "error", "ignore"):
         raise ValueError(
             f"`on_materialize` is {on_materialize!r}; expected 'warn', 'error' or 'ignore'."
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"`dropout` is {dropout!r}; expected a probability from 0 to below 1.")
-
     function, bound = unbound(fn)
     if bound != ((), {}):
-        return _with_bound(fn, adapt(function, on_materialize=on_materialize, dropout=dropout))
+        adapted = _adapted_by_kind(function, on_materialize, dropout, may_merge=may_merge)
+        return _with_bound(fn, adapted)
     if _has_lora_key(fn, open_ended=dropout == 0):
         if dropout:
             raise ValueError(
                 "`fn` has an argument `lora_key` of its own, which adapt(fn, dropout=...) would "
                 "take for the key of its masks; give it another name."
             )
-        return _adapted_without_key(fn, on_materialize)
-    with_key = _adapted(fn, on_materialize, dropout)
+        return _adapted_without_key(fn, on_materialize, may_merge=may_merge)
+    with_key = _adapted(fn, on_materialize, dropout, may_merge=may_merge)
 
     @functools.wraps(fn)
-    def adapted(*args: Any, lora_key: PRNGKeyArray | None = None, **kwargs: Any) -> Any:
+    def with_optional_key(*args: Any, lora_key: PRNGKeyArray | None = None, **kwargs: Any) -> Any:
         if lora_key is not None and dropout == 0:
             raise ValueError("`lora_key` is given, but dropout is 0; call adapt(fn, dropout=0.1).")
         return with_key(lora_key, (args, kwargs))
 
-    return adapted
+    return with_optional_key
 
 
 def unbound(fn: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
@@ -151,9 +166,9 @@ def _has_lora_key(fn: Callable[..., Any], *, open_ended: bool) -> bool:
 
 
 def _adapted_without_key(
-    fn: Callable[..., Any], on_materialize: OnMaterialize
+    fn: Callable[..., Any], on_materialize: OnMaterialize, *, may_merge: bool
 ) -> Callable[..., Any]:
-    with_key = _adapted(fn, on_materialize, 0.0)
+    with_key = _adapted(fn, on_materialize, 0.0, may_merge=may_merge)
 
     @functools.wraps(fn)
     def adapted(*args: Any, **kwargs: Any) -> Any:
@@ -163,14 +178,14 @@ def _adapted_without_key(
 
 
 def _adapted(
-    fn: Callable[..., Any], on_materialize: OnMaterialize, dropout: float
+    fn: Callable[..., Any], on_materialize: OnMaterialize, dropout: float, *, may_merge: bool
 ) -> Callable[[PRNGKeyArray | None, Any], Any]:
     """Returns `fn` as a function of a dropout key and of (args, kwargs) that may hold adapters."""
     told = recorder_for(on_materialize)
 
     def rewritten(lora_key: PRNGKeyArray | None, arguments: Any) -> Any:
         masks = NoDropout() if lora_key is None else Dropout(dropout, lora_key)
-        return rewrite(fn, arguments, recorder=told, dropout=masks)
+        return rewrite(fn, arguments, recorder=told, dropout=masks, may_merge=may_merge)
 
     # Maps each signature to whether `fn` needs the values of Python floats, so that this takes one
     # trace to find out.
@@ -231,6 +246,7 @@ def rewrite(
     *,
     recorder: Recorder,
     dropout: Dropout | NoDropout,
+    may_merge: bool = True,
 ) -> Any:
     """Returns the outputs of `fn` on (args, kwargs) that hold adapted or quantised weights.
 
@@ -239,6 +255,7 @@ def rewrite(
       arguments: (args, kwargs), in which leaves that are not arrays are static.
       recorder: is called with each use of an adapted weight.
       dropout: LoRA dropout.
+      may_merge: whether an op may multiply by W + AB, with the gradients of the factors.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(arguments, is_leaf=is_weight)
     leaves = [leaf for _, leaf in flat]
@@ -246,7 +263,9 @@ def rewrite(
     plain = [stand_in(innermost_base(leaf)) for leaf in leaves]
     traced = traced_function(fn, structure, plain)
     reporter = Reporter(recorder)
-    interpreter = Interpreter(with_factors(), SharedFunctions(), reporter, dropout)
+    interpreter = Interpreter(
+        with_factors(), SharedFunctions(), reporter, dropout, may_merge=may_merge
+    )
     values = [
         symbolic_weight(leaf, path, reporter) if is_weight(leaf) else leaf
         for leaf, path in zip(leaves, paths, strict=True)

@@ -41,12 +41,14 @@ class Interpreter:
         traced once and appears once in the lowered program.
       reporter: records each equation that a factored weight reaches.
       dropout: LoRA dropout at the equation being evaluated.
+      may_merge: whether an op may multiply by W + AB, with the gradients of the factors.
     """
 
     evaluations: Mapping[Primitive, Evaluation]
     shared: SharedFunctions
     reporter: Reporter = dataclasses.field(default_factory=Reporter)
     dropout: Dropout | NoDropout = dataclasses.field(default_factory=NoDropout)
+    may_merge: bool = True
 
     def run(self, closed_jaxpr: ClosedJaxpr, arguments: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a closed jaxpr; each argument is an array or `Factored`."""

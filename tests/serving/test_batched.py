@@ -191,6 +191,23 @@ def test_the_base_is_multiplied_once_for_the_whole_batch(count: int) -> None:
     assert flops <= 1.02 * base
 
 
+def test_no_example_has_a_weight_of_its_own() -> None:
+    """However many rows an example has, the weight is not built for each adapter."""
+    rows, examples = jax.ShapeDtypeStruct((4, 512, 24), jnp.float32), 4
+
+    def fn(params: Any, x: Any) -> Any:
+        return x @ params["W"]
+
+    shapes = {"W": jax.ShapeDtypeStruct((24, 20), jnp.float32)}
+    wrapped = lora_jax.wrap(shapes, "W", rank=2)
+    alone = lora_jax.explain(fn, wrapped, rows)
+    assert [use.how for target in alone.targets for use in target.uses] == ["merged"]
+    bank = jax.eval_shape(lambda tree: lora_jax.serving.bank([tree] * 3), wrapped)
+    ids = jax.ShapeDtypeStruct((examples,), jnp.int32)
+    text = jax.jit(lora_jax.serving.adapt(fn)).lower(bank, ids, rows).as_text()
+    assert f"tensor<{examples}x24x20xf32>" not in text
+
+
 @pytest.mark.usefixtures("optimised", "promoted_ranks")
 def test_the_base_of_a_scanned_transformer_is_multiplied_once() -> None:
     model = SCANNED_TRANSFORMER

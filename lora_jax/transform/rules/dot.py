@@ -220,7 +220,7 @@ def _how(
         2 * math.prod(sizes_of(inputs, labels).values()),
         [plan.flops for plan in plans],
         may_build=not interpreter.dropout.is_active,
-        may_merge=not isinstance(inputs[1 - position], Factored),
+        may_merge=interpreter.may_merge and not isinstance(inputs[1 - position], Factored),
     )
 
 
