@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax
 from benchmarks.llama_blocks import LARGE, SMALL, TARGETS, Sizes, loss, shapes
-from benchmarks.machines import MACHINES, devices_of
+from benchmarks.machines import MACHINES, devices_of, whole_on
 from benchmarks.operations import PLAIN, WrittenByHand, with_factors
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
@@ -30,7 +29,7 @@ from experiments.common.timing import rounds_of_milliseconds
 
 LIMIT, BY_HAND, ADAPT = "limit", "by hand", "adapt"
 _HERE = "here"
-_SCALE = 2.0
+SCALE = 2.0
 _HEADER = ("rank", "step", "ms", "× limit", "GFLOP", "GB accessed", "temporary MB")
 _EPILOG = """\
 examples:
@@ -87,13 +86,13 @@ def steps_of(sizes: Sizes, rank: int, dtype: Any) -> Mapping[str, tuple[Callable
     """Returns each step, a function, and the shapes of its arguments."""
     params = shapes(sizes)
     axes = {name: ("batch", "in", "out") for name, leaf in params.items() if len(leaf.shape) == 3}
-    wrapped = lora_jax.wrap(params, TARGETS, rank=rank, alpha=_SCALE * rank, axes=axes, dtype=dtype)
+    wrapped = lora_jax.wrap(params, TARGETS, rank=rank, alpha=SCALE * rank, axes=axes, dtype=dtype)
     adapters, frozen = lora_jax.split(wrapped)
     x = jax.ShapeDtypeStruct((sizes.examples, sizes.length, sizes.embed), sizes.dtype)
     model = functools.partial(loss, sizes)
 
     def by_hand(wrapped: Any, x: Any) -> Any:
-        return model(WrittenByHand(_SCALE), with_factors(wrapped), x)
+        return model(WrittenByHand(SCALE), with_factors(wrapped), x)
 
     def plain(params: Any, x: Any) -> Any:
         return model(PLAIN, params, x)
@@ -113,10 +112,8 @@ def steps_of(sizes: Sizes, rank: int, dtype: Any) -> Mapping[str, tuple[Callable
 
 
 def _on(machine: str, arguments: Any) -> Any:
-    """Returns shapes on one device of a machine, as a mesh."""
-    device = devices_of(machine, min(MACHINES[machine].topologies))[0]
-    mesh = jax.sharding.Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
-    where = NamedSharding(mesh, PartitionSpec())
+    """Returns shapes on one device of a machine."""
+    where = whole_on(devices_of(machine, min(MACHINES[machine].topologies))[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), arguments
     )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.common.errors import InputError
 
@@ -148,6 +150,15 @@ def devices_of(name: str, count: int) -> list[Any]:
     for variable, value in _WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
     return list(topologies.get_topology_desc(topology, **options).devices)
+
+
+def whole_on(device: Any) -> NamedSharding:
+    """Returns the sharding of arrays on one device, as a mesh of one.
+
+    Without a mesh, tracing would take the machine at hand for the one to compile for.
+    """
+    mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def requirements(name: str) -> list[str]:

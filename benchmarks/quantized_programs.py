@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 
 import lora_jax
+from benchmarks.machines import whole_on
 from benchmarks.models import Model, block_params, floats, scanned_transformer
 from benchmarks.programs import (
     OPTIMIZER,
@@ -135,7 +135,7 @@ def _is_quantized(leaf: Any) -> bool:
 
 def on_device(program: Program, device: Any) -> Program:
     """Returns a program whose arguments are on a device."""
-    where = SingleDeviceSharding(device)
+    where = whole_on(device)
 
     def put(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -237,7 +237,7 @@ def _columns_first(factor: Labelled, rows: Labelled, needed: set[int]) -> Labell
     contracted = [label for label in factor.labels if label in rows.labels]
     if len(columns) != 1 or not contracted or needed.intersection(contracted):
         return factor
-    if not _is_for_cpu(factor, rows):
+    if not is_for_cpu(factor.array, rows.array):
         return factor
     size_of = _sizes([factor, rows])
     row_count = math.prod(size_of[label] for label in rows.labels if label not in contracted)
@@ -251,7 +251,7 @@ def _columns_first(factor: Labelled, rows: Labelled, needed: set[int]) -> Labell
 def _runs_to_join(first: Labelled, second: Labelled, needed: set[int]) -> list[Labels]:
     """Returns the runs of axes that are one axis for a product with a factor of few rows."""
     contracted = [label for label in first.labels if label in second.labels]
-    if needed.intersection(contracted) or not _is_for_cpu(first, second):
+    if needed.intersection(contracted) or not is_for_cpu(first.array, second.array):
         return []
     size_of = _sizes([first, second])
     depth = math.prod(size_of[label] for label in contracted)
@@ -266,12 +266,6 @@ def _runs_to_join(first: Labelled, second: Labelled, needed: set[int]) -> list[L
 def _is_greater(size: Size, other: Size) -> bool:
     """Says whether a size is greater than another, of which neither is a symbol."""
     return isinstance(size, int) and isinstance(other, int) and size > other
-
-
-def _is_for_cpu(*operands: Labelled) -> bool:
-    """Says whether a product is, as far as tracing can tell, for a CPU without a mesh."""
-    on_mesh = any(not jax.typeof(each.array).sharding.mesh.empty for each in operands)
-    return jax.default_backend() == "cpu" and not on_mesh
 
 
 def _runs(sequences: Sequence[Labels]) -> list[Labels]:
@@ -321,6 +315,12 @@ def _sizes(operands: Sequence[Labelled]) -> dict[int, Size]:
         for operand in operands
         for label, size in zip(operand.labels, operand.array.shape, strict=True)
     }
+
+
+def is_for_cpu(*arrays: Array) -> bool:
+    """Says whether a product is, as far as tracing can tell, for a CPU without a mesh."""
+    on_mesh = any(not jax.typeof(array).sharding.mesh.empty for array in arrays)
+    return jax.default_backend() == "cpu" and not on_mesh
 
 
 def sharding_of(array: Array) -> NamedSharding | None:

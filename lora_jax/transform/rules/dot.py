@@ -20,6 +20,7 @@ from lora_jax.transform._merged import merged_product
 from lora_jax.transform._product import (
     Labels,
     Plan,
+    is_for_cpu,
     product,
     without_unit_axes,
 )
@@ -123,6 +124,15 @@ def _merged(
     return merged_product(multiply, change, operands[1 - position], operands[position])
 
 
+def _may_merge(interpreter: Interpreter, x: Any) -> bool:
+    """Says whether the weight that multiplies x may be built in each direction.
+
+    XLA for a GPU joins products of one input, and keeps what it joined with x A; for a TPU, steps
+    of few layers take a tenth more memory. Until that is solved, weights are merged on a CPU.
+    """
+    return interpreter.may_merge and not isinstance(x, Factored) and is_for_cpu(x)
+
+
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Records which axes are contracted (inputs), mapped over (batch) and kept (outputs)."""
     contracted, batch = equation.params["dimension_numbers"]
@@ -220,7 +230,7 @@ def _how(
         2 * math.prod(sizes_of(inputs, labels).values()),
         [plan.flops for plan in plans],
         may_build=not interpreter.dropout.is_active,
-        may_merge=interpreter.may_merge and not isinstance(inputs[1 - position], Factored),
+        may_merge=_may_merge(interpreter, inputs[1 - position]),
     )
 
 
