@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from lora_jax._shapes import AnyArray
 from lora_jax.transform._dense import dense_value
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._terms import Term
@@ -17,7 +18,7 @@ from lora_jax.transform._terms import Term
 def merged_product(
     multiply: Callable[[Any, Array], Array],
     change: Callable[[Any, Sequence[Term], Array], Array],
-    x: Array,
+    x: AnyArray,
     value: Factored,
 ) -> Array:
     r"""Returns the product of x and W' = W + Σ terms, differentiated as the factored product is.

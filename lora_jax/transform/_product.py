@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from lora_jax._shapes import Size
+from lora_jax._shapes import AnyArray, Size
 
 Labels = tuple[int, ...]
 
@@ -317,7 +317,7 @@ def _sizes(operands: Sequence[Labelled]) -> dict[int, Size]:
     }
 
 
-def is_for_cpu(*arrays: Array) -> bool:
+def is_for_cpu(*arrays: AnyArray) -> bool:
     """Says whether a product is, as far as tracing can tell, for a CPU without a mesh."""
     on_mesh = any(not jax.typeof(array).sharding.mesh.empty for array in arrays)
     return jax.default_backend() == "cpu" and not on_mesh

@@ -69,6 +69,17 @@ def test_a_half_precision_weight_with_wider_factors_stays_factored() -> None:
     assert how(tree, X.astype(jnp.bfloat16)) == {"factored"}
 
 
+def test_rows_that_are_a_constant_of_the_model() -> None:
+    constant = np.asarray(X)
+
+    def fixed(params: Any) -> jax.Array:
+        return jnp.tanh(jax.lax.dot(constant, params["W"]))
+
+    report = lora_jax.explain(fixed, wrapped())
+    assert {use.how for target in report.targets for use in target.uses} == {"merged"}
+    assert_agree(lora_jax.adapt(fixed)(wrapped()), by_merging(wrapped(), X))
+
+
 def test_dropout_keeps_the_weight_factored() -> None:
     tree = wrapped()
     adapted = lora_jax.adapt(model, dropout=0.5)
