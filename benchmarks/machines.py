@@ -152,13 +152,18 @@ def devices_of(name: str, count: int) -> list[Any]:
     return list(topologies.get_topology_desc(topology, **options).devices)
 
 
-def whole_on(device: Any) -> NamedSharding:
-    """Returns the sharding of arrays on one device, as a mesh of one.
+def shapes_on(device: Any, tree: Any) -> Any:
+    """Returns a tree of shapes on one device, as a mesh of one.
 
     Without a mesh, tracing would take the machine at hand for the one to compile for.
     """
     mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec())
+    where = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(put, tree)
 
 
 def requirements(name: str) -> list[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax
-from benchmarks.machines import whole_on
+from benchmarks.machines import shapes_on
 from benchmarks.models import Model, block_params, floats, scanned_transformer
 from benchmarks.programs import (
     OPTIMIZER,
@@ -135,9 +135,4 @@ def _is_quantized(leaf: Any) -> bool:
 
 def on_device(program: Program, device: Any) -> Program:
     """Returns a program whose arguments are on a device."""
-    where = whole_on(device)
-
-    def put(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return dataclasses.replace(program, arguments=jax.tree.map(put, program.arguments))
+    return dataclasses.replace(program, arguments=shapes_on(device, program.arguments))

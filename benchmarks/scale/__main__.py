@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
+from benchmarks.llama_layers import SIZES
 from benchmarks.machines import CPU, GIB, MACHINES
-from benchmarks.scale.llama import SIZES
 from benchmarks.scale.picture import save_picture
 from benchmarks.scale.plans import KINDS, Plan, Task, plan_of
 from experiments.common.console import Console

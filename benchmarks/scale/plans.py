@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
+from benchmarks.llama_layers import TARGETS, Sizes
 from benchmarks.machines import CPU, MACHINES, devices_of
 from benchmarks.scale import llama
 from benchmarks.scale.collectives import Traffic, collectives
@@ -41,7 +42,7 @@ class Task:
     """
 
     model: str
-    sizes: llama.Sizes
+    sizes: Sizes
     kind: str
     machine: str
     devices: int
@@ -153,8 +154,8 @@ def program(task: Task, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
             return loss(trained, tokens)
     else:
         if task.kind == NF4:
-            params = lora_jax.quantize(params, llama.TARGETS, axes=_ALL_LAYERS)
-        wrapped = lora_jax.wrap(params, llama.TARGETS, rank=task.rank, axes=_ALL_LAYERS)
+            params = lora_jax.quantize(params, TARGETS, axes=_ALL_LAYERS)
+        wrapped = lora_jax.wrap(params, TARGETS, rank=task.rank, axes=_ALL_LAYERS)
         trained, frozen = lora_jax.split(wrapped)
         adapted = lora_jax.adapt(loss)
 

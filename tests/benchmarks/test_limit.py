@@ -1,46 +1,35 @@
-"""The steps that `benchmarks.limit` compares, on small blocks."""
+"""The steps that `benchmarks.limit` compares, on small layers."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from benchmarks.limit import ADAPT, BY_HAND, LIMIT, SCALE, compiled_steps, main, steps_of
-from benchmarks.llama_blocks import SMALL
+from benchmarks import limit
+from benchmarks.limit import ADAPT, BY_HAND, LIMIT, main, steps_of
+from benchmarks.limit_models import FEED_FORWARD, llama
+from benchmarks.llama_layers import Sizes
+from benchmarks.models import floats
+from benchmarks.programs import SCALE, Cost
 from tests.agreement import assert_agree
 from tests.arrays import random
 
-SIZES = dataclasses.replace(SMALL, layers=2, embed=96, hidden=256, heads=3, kv_heads=1, length=64)
-
-
-@pytest.mark.usefixtures("promoted_ranks")
-def test_both_steps_compute_the_same():
-    steps = steps_of(SIZES, 4, jnp.float32)
-    results = {}
-    for name in (BY_HAND, ADAPT):
-        step, shapes = steps[name]
-        arrays = jax.tree.map(array, shapes)
-        results[name] = jax.jit(step)(*arrays)
-    assert_agree(*results.values(), tolerance=1e-4)
-
-
-@pytest.mark.usefixtures("optimised", "promoted_ranks")
-@pytest.mark.parametrize("rank", [4, 16])
-def test_a_step_costs_less_than_one_written_by_hand(rank):
-    steps = {name: step for name, (step, _) in compiled_steps(SIZES, rank, jnp.float32).items()}
-    flops, accessed, temporary = (
-        {name: of(step) for name, step in steps.items()}
-        for of in (
-            lambda step: step.cost_analysis()["flops"],
-            lambda step: step.cost_analysis()["bytes accessed"],
-            lambda step: step.memory_analysis().temp_size_in_bytes,
-        )
-    )
-    assert flops[LIMIT] < flops[ADAPT] < flops[BY_HAND]
-    assert accessed[LIMIT] < accessed[ADAPT] < accessed[BY_HAND]
-    assert temporary[ADAPT] <= 1.05 * temporary[BY_HAND]
+LLAMA = llama(
+    Sizes(layers=2, embed=96, hidden=256, heads=3, kv_heads=1),
+    examples=8,
+    length=64,
+    dtype=jnp.float32,
+    remat=False,
+)
+SMALLER = dataclasses.replace(
+    FEED_FORWARD,
+    params={"up": floats(2, 64, 96), "down": floats(2, 96, 64)},
+    inputs=floats(512, 64),
+)
+MODELS = {model.name: model for model in (LLAMA, SMALLER)}
+pytestmark = pytest.mark.usefixtures("optimised", "promoted_ranks")
 
 
 def array(leaf):
@@ -50,13 +39,39 @@ def array(leaf):
     return random(*leaf.shape) / max(leaf.shape) ** 0.5
 
 
-def test_wrong_arguments(capsys):
-    assert main(["--rank", "0"]) == 2
-    assert "--rank" in capsys.readouterr().err
+@pytest.mark.parametrize("name", MODELS)
+def test_both_steps_compute_the_same(name):
+    steps = steps_of(dataclasses.replace(MODELS[name], rank=4), jnp.float32)
+    results = [
+        jax.jit(steps[each].function)(*jax.tree.map(array, steps[each].arguments))
+        for each in (BY_HAND, ADAPT)
+    ]
+    assert_agree(*results, tolerance=1e-4)
 
 
-def test_shapes_are_those_of_the_blocks():
-    _, (adapters, x, frozen) = steps_of(SIZES, 4, jnp.float32)[ADAPT]
-    assert adapters["down"].lora_A.shape == (2, 256, 4)
-    assert frozen["key"].base.shape == (2, 96, 32)
-    assert np.prod(x.shape[:2]) == SIZES.examples * SIZES.length
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_step_costs_less_than_one_written_by_hand(rank):
+    steps = steps_of(dataclasses.replace(LLAMA, rank=rank), jnp.float32)
+    cost = {name: Cost.of(step.lowered().compile()) for name, step in steps.items()}
+    assert cost[LIMIT].flops < cost[ADAPT].flops < cost[BY_HAND].flops
+    assert cost[LIMIT].bytes < cost[ADAPT].bytes < cost[BY_HAND].bytes
+    assert cost[ADAPT].temporary_bytes <= 1.05 * cost[BY_HAND].temporary_bytes
+
+
+def test_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(limit.TIMED, "feed-forward", SMALLER)
+    file = tmp_path / "limit.json"
+    arguments = ["--model", "feed-forward", "--rank", "4", "--rounds", "2", "--json", str(file)]
+    assert main(arguments) == 0
+    assert "by hand" in capsys.readouterr().out
+    steps = json.loads(file.read_text())["steps"]
+    assert [each["step"] for each in steps] == [LIMIT, BY_HAND, ADAPT]
+    assert steps[0]["of_limit"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["--rank", "0"], ["--model", "?"], ["--machine", "h100"]])
+def test_wrong_arguments(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert arguments[0] in error
+    assert len(error.splitlines()) == 1

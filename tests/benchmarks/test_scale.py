@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import llama_layers
 from benchmarks.scale import llama, plans
 from benchmarks.scale.__main__ import main
 from benchmarks.scale.collectives import collectives
 from benchmarks.scale.flops import product_flops
 
-SIZES = llama.Sizes(layers=3, embed=64, hidden=128, heads=4, kv_heads=2, vocabulary=128)
+SIZES = llama_layers.Sizes(layers=3, embed=64, hidden=128, heads=4, kv_heads=2, vocabulary=128)
 TASK = plans.Task(
     model="small",
     sizes=SIZES,
@@ -41,7 +42,7 @@ def plan_of_kind():
 
 
 def test_the_parameters_are_those_of_the_paper():
-    billions = [llama.parameter_count(sizes) / 1e9 for sizes in llama.SIZES.values()]
+    billions = [llama.parameter_count(sizes) / 1e9 for sizes in llama_layers.SIZES.values()]
     assert billions == pytest.approx([8.03, 70.6, 405.9], rel=1e-2)
 
 
@@ -54,7 +55,7 @@ def test_the_loss_is_that_of_a_model_without_blocks(monkeypatch):
     mesh = plans.mesh_of(dataclasses.replace(TASK, devices=1, tensor=1))
     with jax.set_mesh(mesh):
         whole = llama.loss(SIZES, params, tokens)
-        monkeypatch.setattr(llama, "_QUERIES", 8)
+        monkeypatch.setattr(llama_layers, "_QUERIES", 8)
         monkeypatch.setattr(llama, "_TOKENS", 4)
         np.testing.assert_allclose(llama.loss(SIZES, params, tokens), whole, rtol=1e-5)
     assert 0.5 * np.log(SIZES.vocabulary) < whole < 2 * np.log(SIZES.vocabulary)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +27,7 @@ from lora_jax.transform._report import How
 from lora_jax.transform._roles import contraction_roles, note_roles
 from lora_jax.transform._rows import recorded
 from lora_jax.transform._terms import Term, without_windows
-from lora_jax.transform.rules._contraction import (
-    change_by,
-    changing,
-    labels_of,
-    plans_of,
-    rank_label_of,
-    sizes_of,
-)
+from lora_jax.transform.rules._contraction import Contraction
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -49,33 +41,49 @@ def dot_general(
     both operands are factored, the sum is multiplied out. Where x has many rows, W is built, and
     the gradients are still those of the factors.
     """
-    labels, output = labels_of(equation, inputs)
-    inputs, gains = _with_gains_outside(interpreter, equation, inputs, labels, output)
-    plans = [plans_of(position, inputs, labels, output) for position in range(len(inputs))]
-    hows = [
-        _how(interpreter, equation, position, inputs, labels, plans[position])
-        for position in range(len(inputs))
-    ]
+    contraction = Contraction.of(interpreter, equation, inputs)
+    inputs, gains = _with_gains_outside(contraction, inputs)
+    plans = [contraction.plans(position, inputs) for position in range(len(inputs))]
+    hows = [_how(contraction, position, inputs, plans) for position in range(len(inputs))]
     operands = [
         built(value) if how == "dense" else value for value, how in zip(inputs, hows, strict=True)
     ]
     multiply = _merged if "merged" in hows else _multiplied_out
-    result = multiply(interpreter, equation, operands, plans, labels, output)
+    result = multiply(contraction, operands, plans)
     with scope_of(equation), jax.named_scope("lora"):
         for gain in gains:
             result = multiplied(result, gain).astype(result.dtype)
     return [result]
 
 
-def _multiplied_out(
-    interpreter: Interpreter,
-    equation: Equation,
-    operands: Sequence[Any],
+def _how(
+    contraction: Contraction,
+    position: int,
+    inputs: Sequence[Any],
     plans: Sequence[Sequence[Plan]],
-    labels: Sequence[Labels],
-    output: Labels,
+) -> How:
+    """Returns how to compute with an operand; an array has no terms."""
+    value, other, interpreter = inputs[position], inputs[1 - position], contraction.interpreter
+    if not isinstance(value, Factored):
+        return "factored"
+    return chosen(
+        interpreter.reporter,
+        contraction.equation,
+        value,
+        contraction.flops(inputs),
+        [plan.flops for plan in plans[position]],
+        may_build=not interpreter.dropout.is_active,
+        # XLA for a GPU joins products of one input, and keeps what it joined with x A; for a TPU,
+        # steps of few layers take a tenth more memory. So weights are merged on a CPU alone.
+        may_merge=interpreter.may_merge and not isinstance(other, Factored) and is_for_cpu(other),
+    )
+
+
+def _multiplied_out(
+    contraction: Contraction, operands: Sequence[Any], plans: Sequence[Sequence[Plan]]
 ) -> Array:
     """Returns the product of the bases, plus one of three or four arrays for each summand."""
+    equation = contraction.equation
     result = computed_with_bases(equation, operands)[0]
     parts: list[Any] = [
         # A weight that was built has no terms left.
@@ -85,22 +93,34 @@ def _multiplied_out(
     with scope_of(equation), jax.named_scope("lora"):
         for use, summand in enumerate(itertools.product(*parts)):
             if any(part is not None for part in summand):
-                changed = changing(
-                    interpreter, equation, use, operands, summand, labels, output, result
-                )
+                changed = _changing(contraction, use, operands, summand, result)
                 result += rematerialized(*changed)
     return result
 
 
-def _merged(
-    interpreter: Interpreter,
-    equation: Equation,
+def _changing(
+    contraction: Contraction,
+    use: int,
     operands: Sequence[Any],
-    plans: Sequence[Sequence[Plan]],
-    labels: Sequence[Labels],
-    output: Labels,
+    summand: Sequence[tuple[Term, Plan] | None],
+    result: Array,
+) -> tuple[Any, ...]:
+    """Returns `change` as a function of the operands that stand for themselves, and those."""
+    places = [place for place, part in enumerate(summand) if part is None]
+
+    def change(*own: Any) -> Array:
+        by_place = dict(zip(places, own, strict=True))
+        mixed = [by_place.get(place, operand) for place, operand in enumerate(operands)]
+        return contraction.change(use, mixed, summand, result)
+
+    return change, *(operands[place] for place in places)
+
+
+def _merged(
+    contraction: Contraction, operands: Sequence[Any], plans: Sequence[Sequence[Plan]]
 ) -> Array:
     """Returns the product of an array with base + Σ terms, and the gradients of the factors."""
+    equation = contraction.equation
     (position,) = (place for place, each in enumerate(operands) if isinstance(each, Factored))
 
     def in_order(x: Any, weight: Any) -> list[Any]:
@@ -114,23 +134,12 @@ def _merged(
         mixed = in_order(x, operands[position])
         with settings_of(equation), scope_of(equation), jax.named_scope("lora"):
             changes = [
-                change_by(
-                    interpreter, equation, use, mixed, in_order(None, part), labels, output, result
-                )
+                contraction.change(use, mixed, in_order(None, part), result)
                 for use, part in enumerate(zip(terms, plans[position], strict=True))
             ]
             return sum(changes[1:], start=changes[0])
 
     return merged_product(multiply, change, operands[1 - position], operands[position])
-
-
-def _may_merge(interpreter: Interpreter, x: Any) -> bool:
-    """Says whether the weight that multiplies x may be built in each direction.
-
-    XLA for a GPU joins products of one input, and keeps what it joined with x A; for a TPU, steps
-    of few layers take a tenth more memory. Until that is solved, weights are merged on a CPU.
-    """
-    return interpreter.may_merge and not isinstance(x, Factored) and is_for_cpu(x)
 
 
 def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
@@ -147,7 +156,8 @@ def roles(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Se
 
 def rows(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """Returns the product with the base, the rows of the other operand recorded."""
-    labels, output = labels_of(equation, inputs)
+    contraction = Contraction.of(interpreter, equation, inputs)
+    labels, output = contraction.labels, contraction.output
     result = computed_with_bases(equation, inputs)[0]
     for position, value in enumerate(inputs):
         other = inputs[1 - position]
@@ -165,11 +175,7 @@ def rows(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> Seq
 
 
 def _with_gains_outside(
-    interpreter: Interpreter,
-    equation: Equation,
-    inputs: Sequence[Any],
-    labels: Sequence[Labels],
-    output: Labels,
+    contraction: Contraction, inputs: Sequence[Any]
 ) -> tuple[list[Any], list[Array]]:
     r"""Returns the operands without gains, and the factor to multiply the product by instead.
 
@@ -177,18 +183,19 @@ def _with_gains_outside(
     axes that it sums over, g moves to the other operand: $(W \circ g) x = W (g \circ x)$. If it is
     on axes of both kinds, or if the other operand is a weight too, the weight is built.
     """
+    equation, labels = contraction.equation, contraction.labels
     operands = list(inputs)
     gains: list[Array] = []
     for position, value in enumerate(inputs):
         if not isinstance(value, Factored) or value.gain is None:
             continue
-        kept = {axis for axis, label in enumerate(labels[position]) if label in output}
+        kept = {axis for axis, label in enumerate(labels[position]) if label in contraction.output}
         other = operands[1 - position]
         without_gain = dataclasses.replace(value, gain=None)
         gain = value.gain.aligned.squeeze(-1)
         if value.held_by_gain <= kept:
             operands[position] = without_gain
-            gains.append(_in_axes_of(output, gain, labels[position]))
+            gains.append(_in_axes_of(contraction.output, gain, labels[position]))
         elif not value.held_by_gain & kept and not isinstance(other, Factored):
             with scope_of(equation), jax.named_scope("lora"):
                 scaled = multiplied(
@@ -197,7 +204,8 @@ def _with_gains_outside(
                 operands[1 - position] = scaled.astype(other.dtype)
             operands[position] = without_gain
         else:
-            operands[position] = materialized_inputs(interpreter.reporter, equation, [value])[0]
+            reporter = contraction.interpreter.reporter
+            operands[position] = materialized_inputs(reporter, equation, [value])[0]
     return operands, gains
 
 
@@ -208,29 +216,6 @@ def _in_axes_of(target: Labels, array: Array, labels: Labels) -> Array:
     in_order = held.array.transpose([held.labels.index(label) for label in order])
     return jnp.expand_dims(
         in_order, [axis for axis, label in enumerate(target) if label not in order]
-    )
-
-
-def _how(
-    interpreter: Interpreter,
-    equation: Equation,
-    position: int,
-    inputs: Sequence[Any],
-    labels: Sequence[Labels],
-    plans: Sequence[Plan],
-) -> How:
-    """Returns how to compute with an operand; an array has no terms."""
-    value = inputs[position]
-    if not isinstance(value, Factored):
-        return "factored"
-    return chosen(
-        interpreter.reporter,
-        equation,
-        value,
-        2 * math.prod(sizes_of(inputs, labels).values()),
-        [plan.flops for plan in plans],
-        may_build=not interpreter.dropout.is_active,
-        may_merge=_may_merge(interpreter, inputs[1 - position]),
     )
 
 
@@ -246,7 +231,7 @@ def _with_rows(
         if label in summed and size != 1
     }:
         return result
-    rank_label = rank_label_of(0, (x_labels, labels))
+    rank_label = 1 + max((*x_labels, *labels), default=0)
     x = x.astype(jnp.float32)
     operands = [
         without_unit_axes(array, named)
