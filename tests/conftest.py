@@ -3,14 +3,13 @@
 import contextlib
 import gc
 import os
-import resource
-import sys
 from collections.abc import Iterator
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from experiments.common.memory import host_bytes, return_freed_memory
 from tests.typechecking import annotations_unchecked
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -33,8 +32,8 @@ if jax.__version_info__ < (0, 11):
 # Tracing makes many objects that live long: looking through them less often saves a sixth.
 gc.set_threshold(200_000, 50, 100)
 
-# In kilobytes: where a process has once taken more, it frees the programs of finished modules.
-MEMORY = 3 * 1024**2
+# A process that holds more frees the programs of finished modules.
+MEMORY = 3 * 1024**3
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,9 +49,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts modules with slow tests first, so that no worker is left alone with one at the end."""
+    """Puts modules with slow tests first, so that no worker is left alone with one at the end.
+
+    Before them come tests that read costs off optimised programs: between those and others all
+    programs are dropped.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (not is_optimised(item), item.path not in slow))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,10 +66,11 @@ def no_programs_of_other_modules() -> Iterator[None]:
 
 
 def free_programs() -> None:
-    """Frees what JAX keeps of programs, if this process has ever taken much memory."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if peak > MEMORY * (1024 if sys.platform == "darwin" else 1):
+    """Frees what JAX keeps of programs, if this process holds much memory."""
+    if host_bytes() > MEMORY:
         jax.clear_caches()
+        gc.collect()
+        return_freed_memory()
 
 
 def optimise(value: bool) -> None:
@@ -75,6 +79,11 @@ def optimise(value: bool) -> None:
     jax.config.update("jax_enable_compilation_cache", not value)
     compilation_cache.reset_cache()
     jax.clear_caches()
+
+
+def is_optimised(item: pytest.Item) -> bool:
+    """Says whether a test reads costs off the program that a user would run."""
+    return "optimised" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     It comes before the fixtures of the module, which compile too.
     """
-    wanted = "optimised" in getattr(item, "fixturenames", ())
+    wanted = is_optimised(item)
     if wanted == jax.config.values["jax_disable_most_optimizations"]:
         optimise(wanted)
 

@@ -50,10 +50,19 @@ def peak_bytes() -> int:
 
 def host_peak_bytes() -> int:
     """Returns the peak of the host's memory that the process has used."""
+    # Not getrusage, which on Linux includes the process that started this one.
+    return _of_status("VmHWM")
+
+
+def host_bytes() -> int:
+    """Returns the host's memory that the process uses; its peak where that alone is known."""
+    return _of_status("VmRSS")
+
+
+def _of_status(name: str) -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-    # Not getrusage, which on Linux includes the process that started this one.
-    (kilobytes,) = re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    (kilobytes,) = re.findall(rf"^{name}:\s*(\d+) kB$", status, re.MULTILINE)
     return int(kilobytes) * 1024
