@@ -23,9 +23,9 @@ from lora_jax._shapes import (
     with_layers,
 )
 from lora_jax._weight import (
-    FixedLoRAWeight,
     LoRABank,
     LoRAWeight,
+    SlotWeight,
     is_adapter_node,
     is_lora_weight,
 )
@@ -334,7 +334,8 @@ def gain(weight: LoRAWeight) -> Array:
 
     Source: Liu et al. 2024, equations 5 and 11, and section 4.3 on the gradient.
     """
-    norm = weight.norm if isinstance(weight, FixedLoRAWeight) else norms(weight)
+    cached = weight.norm if isinstance(weight, SlotWeight) else None
+    norm = norms(weight) if cached is None else cached
     return _over(weight.magnitude, jax.lax.stop_gradient(norm))
 
 

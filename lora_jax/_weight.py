@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, TypeGuard
 
 import jax
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, Int
 
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
@@ -104,14 +104,20 @@ class LoRAWeight(_NodeWithFactors):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedLoRAWeight(LoRAWeight):
-    r"""A weight whose factors are fixed, with its DoRA norm cached.
+class SlotWeight(LoRAWeight):
+    r"""A weight with what one slot of a bank holds, which may be read from the bank again.
 
     Attributes:
-      norm: $\lVert W + s A B \rVert$ for each output feature; None without a magnitude.
+      norm: $\lVert W + s A B \rVert$ for each output feature, where the bank caches it; else None.
+      bank_A: `lora_A` of the bank.
+      bank_B: `lora_B` of the bank.
+      slot: the slot, out of bounds for an adapter that changes nothing.
     """
 
     norm: Float[Array, "..."] | Any = None
+    bank_A: Float[Array, "..."] | Any = None
+    bank_B: Float[Array, "..."] | Any = None
+    slot: Int[Array, ""] | Any = None
 
 
 @exportable

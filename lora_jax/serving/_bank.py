@@ -22,7 +22,7 @@ from lora_jax.arithmetic._alike import (
     spread,
     with_rank,
 )
-from lora_jax.serving._slots import bank_of, slot_of, without_norm
+from lora_jax.serving._slots import bank_of, slot_of, without_bank
 
 
 def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | None = None) -> Any:
@@ -95,7 +95,7 @@ def select(bank: Any, adapter_id: int | Array) -> Any:
     index = bank_index(bank)
     if not is_tracer(adapter_id):
         check_known(index, [checked_id(adapter_id)])
-    return index.mapped(lambda _, node: without_norm(slot_of(node, adapter_id)))
+    return index.mapped(lambda _, node: without_bank(slot_of(node, adapter_id)))
 
 
 def ids(bank: Any) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
 from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.serving._bank import bank_index, check_known
-from lora_jax.serving._slots import slot_of, without_norm
+from lora_jax.serving._slots import slot_of
 from lora_jax.transform._adapt import adapt_each
 from lora_jax.transform._report import OnMaterialize
 
@@ -93,7 +93,7 @@ def _served(bank: LoRABank, adapter_id: Array) -> LoRAWeight:
     """Returns an adapter of a weight; if its norm is cached, with factors that don't train."""
     weight = slot_of(bank, adapter_id)
     if bank.norm is None:
-        return without_norm(weight)
+        return weight
     factors = {"lora_A": weight.lora_A, "lora_B": weight.lora_B, "scale": weight.scale}
     return dataclasses.replace(weight, **_fixed(factors))
 

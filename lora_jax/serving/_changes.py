@@ -32,7 +32,7 @@ from lora_jax.serving._slots import (
     numbers_of,
     slot_arrays,
     slot_of,
-    without_norm,
+    without_bank,
 )
 
 
@@ -128,7 +128,7 @@ def remove(bank: Any, adapter_id: int) -> Any:
     _check_slot(index, slot)
     check_known(index, [slot])
     return index.mapped(
-        lambda _, node: _with_slot(node, empty_numbers(without_norm(slot_of(node, slot))), slot)
+        lambda _, node: _with_slot(node, empty_numbers(without_bank(slot_of(node, slot))), slot)
     )
 
 

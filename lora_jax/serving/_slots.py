@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from lora_jax._algebra import fixed_norms, squared_norm_of
 from lora_jax._dtypes import common_dtype
-from lora_jax._weight import FixedLoRAWeight, LoRABank, LoRAWeight
+from lora_jax._weight import LoRABank, LoRAWeight, SlotWeight
 
 # The fields with a separate value for each slot.
 _NUMBERS = ("lora_A", "lora_B", "scale", "magnitude", "norm")
@@ -32,34 +32,35 @@ def bank_of(adapters: Sequence[LoRAWeight], capacity: int) -> LoRABank:
     )
 
 
-def slot_of(bank: LoRABank, adapter_id: int | Array) -> FixedLoRAWeight:
+def slot_of(bank: LoRABank, adapter_id: int | Array) -> SlotWeight:
     """Returns one adapter of a weight's bank; for an unknown slot, one that changes nothing.
 
     Args:
       bank: the bank.
       adapter_id: the slot, which may be traced.
     """
+    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
     chosen = _chosen(slot_arrays(bank), _norm_of(bank), adapter_id)
-    return FixedLoRAWeight(
+    return SlotWeight(
         base=bank.base,
         axes=bank.axes,
         squared_norm=bank.squared_norm,
         layers=bank.layers,
         frozen=bank.frozen,
+        bank_A=bank.lora_A,
+        bank_B=bank.lora_B,
+        slot=adapter_id,
         **chosen,
     )
 
 
 @functools.partial(jax.jit, inline=True)
-def _chosen(
-    arrays: Mapping[str, Array], norm: Array | None, adapter_id: int | Array
-) -> dict[str, Any]:
+def _chosen(arrays: Mapping[str, Array], norm: Array | None, adapter_id: Array) -> dict[str, Any]:
     """Returns what one slot of a bank's arrays holds, or for an unknown one what an empty one does.
 
     It is chosen, not multiplied by zero: another adapter's infinity must not reach the base.
     """
     capacity = len(arrays["scale"])
-    adapter_id = jnp.asarray(adapter_id).astype(jnp.int32)
     is_known = (adapter_id >= 0) & (adapter_id < capacity)
     slot = jnp.clip(adapter_id, 0, capacity - 1)
     held = {
@@ -71,8 +72,8 @@ def _chosen(
     }
 
 
-def without_norm(weight: FixedLoRAWeight) -> LoRAWeight:
-    """Returns the weight without its cached norm, so that its factors may change."""
+def without_bank(weight: SlotWeight) -> LoRAWeight:
+    """Returns the weight without its bank and cached norm, so that its factors may change."""
     return LoRAWeight(
         base=weight.base,
         lora_A=weight.lora_A,

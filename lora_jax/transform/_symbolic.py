@@ -9,13 +9,13 @@ from jaxtyping import Array
 from lora_jax._algebra import gain
 from lora_jax._nodes import check_base, check_single, levels_of
 from lora_jax._shapes import Places, factor_places, magnitude_places, spread_layers
-from lora_jax._weight import LoRABank, LoRAWeight, is_lora_weight
+from lora_jax._weight import LoRABank, LoRAWeight, SlotWeight, is_lora_weight
 from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight, is_quantized
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter
-from lora_jax.transform._terms import Factor, Term
+from lora_jax.transform._terms import Factor, Slot, Term
 
 
 def symbolic_weight(
@@ -78,17 +78,31 @@ def _stopped(base: Any) -> Any:
 def _term(weight: LoRAWeight, path: str) -> Term:
     A_places, B_places = factor_places(weight.axes)
     return Term(
-        factor_A=_factor(weight, weight.lora_A, A_places),
-        factor_B=_factor(weight, weight.lora_B, B_places),
+        factor_A=_factor(weight, weight.lora_A, A_places, slot=_slot(weight, "bank_A")),
+        factor_B=_factor(weight, weight.lora_B, B_places, slot=_slot(weight, "bank_B")),
         scale=weight.scale,
         window=(None,) * len(weight.axes),
         origin=path,
     )
 
 
-def _factor(weight: LoRAWeight, array: Array, places: Places, *, elsewhere: int = 0) -> Factor:
+def _slot(weight: LoRAWeight, name: str) -> Slot | None:
+    """Returns the slot of a bank that a factor of all layers was read from, if it was."""
+    if not isinstance(weight, SlotWeight) or weight.layers is not None:
+        return None
+    return Slot(jax.lax.stop_gradient(getattr(weight, name)), weight.slot)
+
+
+def _factor(
+    weight: LoRAWeight,
+    array: Array,
+    places: Places,
+    *,
+    elsewhere: int = 0,
+    slot: Slot | None = None,
+) -> Factor:
     """Returns an array of the adapted layers extended to all; the others get no change."""
     if weight.layers is not None:
         axis = weight.axes.index("batch")
         array = spread_layers(array, places[axis], weight.layers, weight.shape[axis], elsewhere)
-    return Factor(array, places)
+    return Factor(array, places, slot=slot)

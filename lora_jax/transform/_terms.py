@@ -15,9 +15,47 @@ from lora_jax._shapes import Places, Size, aligned
 Window = tuple[Size, Size]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A slot of a bank, of which a loop reads a layer where it needs it.
+
+    Only what a loop reads need be in memory then, and not all layers of all examples of a batch.
+
+    Attributes:
+      bank: the array of all slots (slot, layer, ...).
+      index: the slot; out of bounds it holds zeros.
+    """
+
+    bank: Array
+    index: Array
+
+    def layer(self, place: Array, stored: Array) -> Array:
+        """Returns one layer of the slot.
+
+        Args:
+          place: which layer.
+          stored: the same layer, read outside of the loop, whose derivative this has: each layer's
+            own gradient would be as large as the bank.
+        """
+        return _layer_of_slot(self.bank, self.index, place, stored)
+
+
+@jax.custom_jvp
+def _layer_of_slot(bank: Array, index: Array, place: Array, stored: Array) -> Array:
+    starts: list[Any] = [index, place, *[0] * (bank.ndim - 2)]
+    held = jax.lax.dynamic_slice(bank, starts, (1, 1, *bank.shape[2:])).squeeze((0, 1))
+    return jnp.where((index >= 0) & (index < len(bank)), held, jnp.zeros_like(held))
+
+
+@_layer_of_slot.defjvp
+def _layer_of_slot_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _layer_of_slot(*primals), tangents[-1]
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("stored",),
+    data_fields=("stored", "slot"),
     meta_fields=("places", "alike_over"),
     drop_fields=("array",),
 )
@@ -34,12 +72,14 @@ class Factor:
         is, or None if the factor does not depend on it.
       alike_over: mesh axes along which all devices are known to hold the same array, inside a
         `shard_map` without `check_vma`, where JAX's types do not show it.
+      slot: where `stored` was read, if it was read out of a bank.
       array: the aligned array, where the trace at hand has one. It does not cross into a body.
     """
 
     stored: Array | Any
     places: Places
     alike_over: frozenset[str] = frozenset()
+    slot: Slot | None = None
     array: Array | None = None
 
     @classmethod
@@ -78,13 +118,25 @@ class Factor:
         places = tuple(None if place is None else order.index(place) for place in self.places)
         return self.with_stored(self.stored.transpose(order), places)
 
-    def layer(self, cut: Array | None) -> "Factor":
-        """Returns the factor of one layer, from a cut of `stored`, or the factor that all share."""
+    @property
+    def cuts(self) -> Any:
+        """What a loop cuts along the first axis to give `layer`; None if all layers are alike."""
+        if not self.is_stack:
+            return None
+        return self.stored, None if self.slot is None else jnp.arange(len(self.stored))
+
+    def layer(self, cut: Any) -> "Factor":
+        """Returns the factor of one layer, from one step's part of `cuts`."""
         first, *rest = self.places
         if first is None:
             return self.with_stored(self.stored, tuple(rest))
         places = tuple(None if place is None else place - 1 for place in rest)
-        return self.with_stored(self.stored[0] if cut is None else cut, places)
+        if cut is None:
+            return self.with_stored(self.stored[0], places)
+        stored, place = cut
+        return self.with_stored(
+            stored if self.slot is None else self.slot.layer(place, stored), places
+        )
 
     def spec(self, axes: Sequence[Any] | PartitionSpec) -> PartitionSpec:
         """Returns how `stored` is cut where the weight's axes are cut as `axes` says.

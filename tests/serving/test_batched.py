@@ -13,6 +13,7 @@ from benchmarks.models import MLP, SCANNED_TRANSFORMER
 from benchmarks.programs import Cost, base_function, wrapped_params
 from tests.agreement import assert_agree
 from tests.arrays import random
+from tests.jaxprs import equations
 from tests.serving.models import (
     BATCH,
     CONVOLUTION,
@@ -218,6 +219,54 @@ def test_the_base_of_a_scanned_transformer_is_multiplied_once() -> None:
     adapted = lora_jax.adapt(base_function(model))
     single = jax.jit(adapted).lower(wrapped_params(model), model.inputs).compile()
     assert Cost.of(compiled).flops <= 1.02 * Cost.of(single).flops
+
+
+def tanh_layers(params: Any, x: jax.Array) -> jax.Array:
+    def layer(h: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(h @ weight), None
+
+    return jax.lax.scan(layer, x, params["W"])[0]
+
+
+def stack_of_layers(count: int) -> tuple[Any, jax.Array, int]:
+    """Returns a bank of a stack of layers, ids, and the bytes of a batch's factors in one layer."""
+    shapes = {"W": jax.ShapeDtypeStruct((count, 256, 256), jnp.float32)}
+    wrapped = lora_jax.wrap(shapes, "W", rank=8, axes={"W": ("batch", "in", "out")})
+    bank = jax.eval_shape(lambda tree: lora_jax.serving.bank([tree] * 16), wrapped)
+    ids = jnp.arange(16)
+    return bank, ids, len(ids) * 2 * 256 * 8 * 4
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_loop_reads_the_factors_of_one_layer_at_a_time() -> None:
+    x = jax.ShapeDtypeStruct((16, 4, 256), jnp.float32)
+    bank, ids, layer_bytes = stack_of_layers(12)
+    served = jax.jit(lora_jax.serving.adapt(tanh_layers)).lower(bank, ids, x).compile()
+    base = jax.jit(tanh_layers).lower({"W": bank["W"].base}, x).compile()
+    more = Cost.of(served).temporary_bytes - Cost.of(base).temporary_bytes
+    assert more <= 2.5 * layer_bytes
+
+
+def test_the_gradient_of_a_bank_is_made_once_for_all_layers() -> None:
+    """A loop that added to the gradient of the bank would read all of it for each layer."""
+    bank, ids, _ = stack_of_layers(12)
+    adapters, frozen = lora_jax.split(bank)
+
+    def loss(adapters: Any, x: jax.Array) -> jax.Array:
+        served = lora_jax.serving.adapt(tanh_layers)
+        return jnp.sum(served(lora_jax.combine(adapters, frozen), ids, x))
+
+    x = jax.ShapeDtypeStruct((16, 4, 256), jnp.float32)
+    gradient = jax.make_jaxpr(jax.grad(loss))(adapters, x)
+    loops = list(equations(gradient.jaxpr, "scan"))
+    assert len(loops) == 2
+    inside = [
+        output.aval.size
+        for loop in loops
+        for equation in equations(loop.params["jaxpr"].jaxpr)
+        for output in equation.outvars
+    ]
+    assert max(inside) < bank["W"].lora_A.size
 
 
 @pytest.mark.usefixtures("optimised", "promoted_ranks")

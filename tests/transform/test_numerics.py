@@ -1,6 +1,5 @@
 """Dtypes and precision: what a low-precision model computes with factors of higher precision."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ import pytest
 import lora_jax
 from tests.agreement import assert_agree
 from tests.arrays import random
+from tests.jaxprs import equations
 
 KEY = jax.random.key(4)
 
@@ -24,18 +24,6 @@ def node(base: jax.Array, rank: int = 4, **options: Any) -> dict[str, lora_jax.L
 
 def project(params: Any, x: jax.Array) -> jax.Array:
     return x @ params["W"]
-
-
-def equations(jaxpr: Any, name: str) -> Iterator[Any]:
-    """Yields the equations of a primitive, those of inner functions too."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == name:
-            yield equation
-        for value in equation.params.values():
-            for part in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner, name)
 
 
 def in_float64(*arrays: jax.Array) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """What an equation is told is what it stays told: a rule passes every parameter on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax
+from tests.jaxprs import equations
 
 PARAMS = {"W": jnp.ones((6, 6)), "V": jnp.ones((3, 6, 6))}
 WRAPPED = lora_jax.wrap(PARAMS, ".*", rank=2, axes={"V": ("batch", "in", "out")})
@@ -118,19 +119,6 @@ CASES: dict[str, tuple[str, Callable[..., jax.Array]]] = {
     "gather": ("gather", with_lookup),
     "shard_map": ("shard_map", with_shards),
 }
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """Yields every equation of a jaxpr and of the jaxprs inside."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(inner):
-                yield from equations(getattr(inner, "jaxpr", inner))
-
-
-def is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns")
 
 
 def parameters(fn: Callable[..., Any], primitives: str, *arguments: Any) -> list[Mapping[str, Any]]:

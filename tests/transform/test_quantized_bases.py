@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import lora_jax
-from lora_jax._compat import inner_jaxprs
+from tests.jaxprs import equations
 
 DEPTH, WIDTH = 6, 32
 MATRIX = WIDTH * WIDTH
@@ -179,13 +179,6 @@ def a_stack_gathered_from_shards(w: Any, x: Any) -> Any:
         check_vma=False,
     )
     return each(w, x)
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in inner_jaxprs(equation):
-            yield from equations(inner)
 
 
 def floats(jaxpr: Any) -> Iterator[Any]:

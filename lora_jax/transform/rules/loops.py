@@ -249,12 +249,10 @@ class _Stack:
         if not isinstance(self.value, Factored):
             return self.value
         factors = [
-            _cut_leaf(factor)
-            for term in self.value.terms
-            for factor in (term.factor_A, term.factor_B)
+            factor.cuts for term in self.value.terms for factor in (term.factor_A, term.factor_B)
         ]
         gain = self.value.gain
-        return stacked_base(self.value), factors, gain and _cut_leaf(gain)
+        return stacked_base(self.value), factors, gain and gain.cuts
 
     def layer(self, leaves: Any) -> Any:
         """Returns one layer of the stack, from one step's cut of `leaves`."""
@@ -272,10 +270,6 @@ class _Stack:
         )
         gain = self.value.gain
         return Factored(base, terms, gain and gain.layer(gain_cut))
-
-
-def _cut_leaf(factor: Factor) -> Array | None:
-    return factor.stored if factor.is_stack else None
 
 
 def rules() -> dict[Primitive, Rule]:

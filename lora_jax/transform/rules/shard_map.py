@@ -74,7 +74,7 @@ def _for_shards(value: Any, mesh: Any, spec: Any, names: Collection[str]) -> Any
     def replicated(factor: Factor) -> Factor:
         cut = jax.tree.leaves(tuple(factor.spec(spec)))
         alike_over = factor.alike_over | frozenset(names) - frozenset(cut)
-        return dataclasses.replace(factor, alike_over=alike_over)
+        return dataclasses.replace(factor, alike_over=alike_over, slot=None)
 
     value = cut_for(value.without_windows(), mesh, spec).map_factors(replicated)
     terms = tuple(
