@@ -2,5 +2,6 @@
 
 from lora_jax.exchange import bitsandbytes as bitsandbytes
 from lora_jax.exchange import gguf as gguf
+from lora_jax.exchange import huggingface as huggingface
 from lora_jax.exchange import peft as peft
 from lora_jax.exchange._place import place as place

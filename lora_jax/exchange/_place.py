@@ -1,7 +1,9 @@
 """Putting the tensors of a PyTorch model where a parameter tree has them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +18,13 @@ from lora_jax._partition import Partition
 from lora_jax._paths import listed, map_with_paths, nearest_paths
 from lora_jax._shapes import AnyArray
 from lora_jax._targets import Targets, select
+from lora_jax.exchange._safetensors import StoredTensor
 from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, NamedTree, Place, named_tree
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.quantization._placement import leaf_specs
 from lora_jax.quantization._weight import QuantizedWeight
 
-Tensor = AnyArray | QuantizedWeight
+Tensor = AnyArray | QuantizedWeight | StoredTensor
 
 
 def place(
@@ -31,21 +34,26 @@ def place(
     names: Sequence[Rule],
     axes: GivenAxes = None,
     keep: Targets | None = None,
+    convert: Callable[[str, Any], Any] | None = None,
 ) -> PyTree:
     """Returns `params` with the tensors of a PyTorch model in place of its leaves.
 
     Rules say which tensor is which leaf, and how the two are laid out. A tensor is transposed, its
     axes are split or joined, and those of the layers of a stack are stacked. A quantised weight
-    goes the same way as codes: its numbers stay those of the file.
+    goes the same way as codes: its numbers stay those of the file. The tensors of a leaf are read
+    when it is its turn, so that the host holds those of one leaf at a time.
 
     Args:
-      tensors: the tensors by name, as a reader such as `exchange.gguf.load` returns them.
+      tensors: the tensors by name, as a reader such as `exchange.gguf.load` returns them or as
+        `exchange.huggingface.tensors` gives them.
       params: the parameter tree; `jax.ShapeDtypeStruct` leaves are enough, as `jax.eval_shape` of
         the function that makes params gives.
       names: the rules for the model's parameters; the first whose path a leaf has counts.
       axes: where the rules don't say it, each axis's role, as in `wrap`: a mapping from path or
         expression, or what `infer_axes` returned.
       keep: which leaves stay as they are, in the forms of `targets`; all others need a tensor.
+      convert: a function of each leaf's path and value, called when it is on its devices, that
+        returns what it becomes, such as one that quantises it.
 
     Returns:
       A tree of the same structure. Each leaf has the dtype that it has in `params` (a quantised
@@ -78,7 +86,10 @@ def place(
         raise CheckpointError(f"`tensors` do not fit `params`: {lines}{more}")
 
     def placed(path: str, leaf: Any) -> Any:
-        return _on_devices(_value(tensors, leaves[path]), leaf) if path in leaves else leaf
+        if path not in leaves:
+            return leaf
+        value = _on_devices(_value(tensors, leaves[path]), leaf)
+        return value if convert is None else convert(path, value)
 
     return map_with_paths(placed, params)
 
@@ -165,7 +176,7 @@ def _stack_problems(named: NamedLeaf, found: Sequence[tuple[str, Tensor]]) -> It
         )
         return
     try:
-        shapes = [_form(_laid_out(tensor, named)) for _, tensor in found]
+        shapes = [_form(_abstract_layout(tensor, named)) for _, tensor in found]
     except ValueError as error:
         yield f"'{found[0][0]}' can't have the axes of '{named.path}': {error}"
         return
@@ -182,6 +193,11 @@ def _stack_problems(named: NamedLeaf, found: Sequence[tuple[str, Tensor]]) -> It
 
 def _described(tensor: Tensor) -> str:
     return tensor.format if isinstance(tensor, QuantizedWeight) else str(tensor.dtype)
+
+
+def _abstract_layout(tensor: Any, named: NamedLeaf) -> Any:
+    """Returns the shapes of a PyTorch weight with the axes of the tree."""
+    return jax.eval_shape(named.layout.tree_weight, tensor)
 
 
 def _form(tensor: Tensor) -> Any:
@@ -210,37 +226,50 @@ def _all_names(tensors: Mapping[str, Tensor], named: NamedLeaf) -> Iterator[str]
 
 def _value(tensors: Mapping[str, Tensor], named: NamedLeaf) -> Tensor:
     """Returns what a leaf becomes, in the memory that the tensors are in."""
-    parts: list[Any] = [
-        _in_dtype(_laid_out(tensors[_names_in(tensors, named, place)[0]], named), named.leaf.dtype)
-        for place in named.places
-    ]
+    parts = (_part(tensors, named, place) for place in named.places)
+    first = next(parts)
     if not named.stack:
-        only: Tensor = parts[0]
-        return only
+        return first
     sizes = tuple(named.leaf.shape[axis] for axis in named.stack)
-    is_on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(parts))
-    library: Any = jnp if is_on_device else np
-
-    def stacked(*leaves: AnyArray) -> AnyArray:
-        return library.stack(leaves).reshape(*sizes, *leaves[0].shape)
-
-    if isinstance(parts[0], QuantizedWeight):
-        whole: QuantizedWeight = jax.tree.map(stacked, *parts)
+    is_on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first))
+    stacked = _stacked_on_device if is_on_device else _stacked
+    whole = jax.tree.map(
+        lambda array: array.reshape(*sizes, *array.shape[1:]),
+        stacked(itertools.chain([first], parts), math.prod(sizes)),
+    )
+    if isinstance(whole, QuantizedWeight):
         return whole
-    front = range(len(named.stack))
-    moved: AnyArray = library.moveaxis(stacked(*parts), tuple(front), named.stack)
+    library: Any = jnp if is_on_device else np
+    moved: AnyArray = library.moveaxis(whole, tuple(range(len(named.stack))), named.stack)
     return moved
 
 
-def _laid_out(tensor: Any, named: NamedLeaf) -> Any:
-    """Returns a PyTorch weight with the axes of the tree."""
-    return named.layout.tree_weight(tensor)
-
-
-def _in_dtype(tensor: Tensor, dtype: Any) -> Tensor:
+def _part(tensors: Mapping[str, Tensor], named: NamedLeaf, place: Place) -> Tensor:
+    """Returns one place of a leaf."""
+    tensor = tensors[_names_in(tensors, named, place)[0]]
     if isinstance(tensor, QuantizedWeight):
-        return dataclasses.replace(tensor, dtype_name=str(jnp.dtype(dtype)))
-    return tensor.astype(dtype)
+        laid_out = named.layout.tree_weight(tensor)
+        return dataclasses.replace(laid_out, dtype_name=str(jnp.dtype(named.leaf.dtype)))
+    array = tensor if isinstance(tensor, jax.Array) else np.asarray(tensor)
+    laid_out = named.layout.tree_weight(array)
+    return laid_out.astype(named.leaf.dtype, copy=False)
+
+
+def _stacked_on_device(parts: Iterable[Tensor], count: int) -> Tensor:
+    whole: Tensor = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+    return whole
+
+
+def _stacked(parts: Iterable[Tensor], count: int) -> Tensor:
+    """Returns parts one after another, of which the host holds one beside the whole."""
+    whole: Any = None
+    for place, part in enumerate(parts):
+        if whole is None:
+            whole = jax.tree.map(lambda array: np.empty((count, *array.shape), array.dtype), part)
+        for target, array in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            target[place] = array
+    stack: Tensor = whole
+    return stack
 
 
 def _on_devices(value: Tensor, leaf: Any) -> Tensor:

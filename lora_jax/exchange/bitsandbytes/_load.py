@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._paths import listed
 from lora_jax.exchange._names import check_names
-from lora_jax.exchange.bitsandbytes._files import Tensors, checked_dtype, opened
+from lora_jax.exchange._safetensors import Tensors, checked_dtype, opened
 from lora_jax.quantization._formats import FORMATS
 from lora_jax.quantization._weight import QuantizedWeight
 
@@ -72,7 +72,7 @@ def load(
       ((2, 64), [0.5, 2.0])
     """
     source = Path(path)
-    with opened(source) as tensors:
+    with opened(source, reader="lora_jax.exchange.bitsandbytes") as tensors:
         states = {found[1]: found for found in map(_STATE.fullmatch, tensors) if found}
         parts = {f"{name}.{part}" for name in states for part in _PARTS}
         parts |= {found[0] for found in states.values()}
@@ -82,7 +82,7 @@ def load(
         return {
             name: _Stored(source, tensors, name, states[name]).weight()
             if name in states
-            else checked_dtype(source, name, tensors[name])
+            else checked_dtype(source, name, np.asarray(tensors[name]))
             for name in chosen
         }
 
@@ -93,7 +93,7 @@ class _Stored:
     def __init__(self, source: Path, tensors: Tensors, name: str, state_key: re.Match[str]) -> None:
         self._source, self._tensors, self._name = source, tensors, name
         with as_checkpoint_error(f"{source} is damaged: '{state_key[0]}' can't be read"):
-            state = json.loads(bytes(tensors[state_key[0]]))
+            state = json.loads(np.asarray(tensors[state_key[0]]).tobytes())
             _checked(state["quant_type"], _TYPES)
             self._shape: Shape = _positive(state["shape"])
             (self._block,) = _positive([state["blocksize"]])
@@ -160,7 +160,7 @@ class _Stored:
             raise CheckpointError(
                 f"{self._source} is damaged: it holds no '{key}' beside '{self._name}'."
             )
-        stored = self._tensors[key].reshape(-1)
+        stored = np.asarray(self._tensors[key]).reshape(-1)
         # bnb_4bit_quant_storage may be another dtype, of which the bytes are the codes.
         flat = stored.view(dtype) if not suffix else stored
         if flat.dtype != dtype or flat.size != count:

@@ -13,23 +13,57 @@ from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._paths import listed
 from lora_jax.exchange.peft._files import safetensors_package
 
-_ONE_FILE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors by name, each read when it is asked for."""
+class StoredTensor:
+    """A tensor in a file, whose numbers are read each time when an array is made of it."""
+
+    def __init__(self, source: Path, name: str, file: Any) -> None:
+        self._source, self._name, self._file = source, name, file
+        header = file.get_slice(name)
+        self.shape = tuple(header.get_shape())
+        self._dtype_name = header.get_dtype()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the array."""
+        # Safetensors has dtypes, such as float4, that NumPy lacks.
+        with as_checkpoint_error(f"{self._source} holds '{self._name}' in {self._dtype_name}"):
+            return jnp.dtype(_DTYPES[self._dtype_name])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Returns the numbers, in memory of their own."""
+        with as_checkpoint_error(f"`path` {self._source} has '{self._name}', which can't be read"):
+            tensor: np.ndarray = self._file.get_tensor(self._name)
+        return tensor if dtype is None else tensor.astype(dtype, copy=False)
+
+
+_DTYPES = {
+    "BOOL": "bool",
+    **{
+        f"{kind}{bits}": f"{long}{bits}"
+        for kind, long in (("I", "int"), ("U", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+class Tensors(Mapping[str, StoredTensor]):
+    """The tensors by name, each read when an array is made of it."""
 
     def __init__(self, source: Path, files: Mapping[str, Any]) -> None:
         self._source = source
         self._files = files
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        """Returns a tensor, in memory of its own."""
-        file = self._files[name]
-        with as_checkpoint_error(f"`path` {self._source} has '{name}', which can't be read"):
-            tensor: np.ndarray = file.get_tensor(name)
-        return tensor
+    def __getitem__(self, name: str) -> StoredTensor:
+        """Returns a tensor, of which only shape and dtype are read."""
+        return StoredTensor(self._source, name, self._files[name])
 
     def __iter__(self) -> Iterator[str]:
         """Yields the names in the order of the files."""
@@ -41,14 +75,18 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 @contextlib.contextmanager
-def opened(source: Path) -> Iterator[Tensors]:
+def opened(source: Path, *, reader: str) -> Iterator[Tensors]:
     """Gives the tensors of a file or a folder.
+
+    Args:
+      source: the file or the folder.
+      reader: the module that reads, for the error.
 
     Raises:
       CheckpointError: there are none, a file is damaged, or the index names what is not there.
       ImportError: safetensors is not installed.
     """
-    safetensors = safetensors_package("lora_jax.exchange.bitsandbytes")
+    safetensors = safetensors_package(reader)
     with contextlib.ExitStack() as stack:
         of_name: dict[str, Any] = {}
         for file, names in _files(source).items():
@@ -83,19 +121,19 @@ def _files(source: Path) -> dict[Path, list[str] | None]:
     with as_checkpoint_error(f"`path` {source} can't be read"):
         if source.is_file():
             return {source: None}
-        if (source / _INDEX).is_file():
+        if (source / INDEX).is_file():
             return _indexed(source)
-        if (source / _ONE_FILE).is_file():
-            return {source / _ONE_FILE: None}
+        if (source / ONE_FILE).is_file():
+            return {source / ONE_FILE: None}
         found = "holds neither" if source.is_dir() else "does not exist: expected"
         raise CheckpointError(
-            f"`path` {source} {found} {_ONE_FILE} {'nor' if source.is_dir() else 'or'} {_INDEX}; "
+            f"`path` {source} {found} {ONE_FILE} {'nor' if source.is_dir() else 'or'} {INDEX}; "
             "model.save_pretrained(path) in transformers writes them."
         )
 
 
 def _indexed(source: Path) -> dict[Path, list[str] | None]:
-    file = source / _INDEX
+    file = source / INDEX
     with as_checkpoint_error(f"{file} is damaged, take another copy"):
         placed = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
         files: dict[Path, list[str] | None] = {}
