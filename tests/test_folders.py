@@ -1,4 +1,4 @@
-"""Folders that several processes write at once, and that processes leave which die."""
+"""Folders and files that several processes write at once, and that processes leave which die."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_jax import _folders
-from lora_jax._folders import CheckpointError, complete_folder, undisturbed
+from lora_jax._folders import CheckpointError, complete_file, complete_folder, undisturbed
 
 FILES = ("first", "second", "third")
 
@@ -192,3 +192,60 @@ def test_a_version_that_is_replaced_while_it_is_read_is_read_again(destination):
 
     assert undisturbed(destination, read) == ("new", "new")
     assert reads == ["old", "new"]
+
+
+class TestOneFile:
+    def write(self, destination, text, *, overwrite=True, failure=None, meanwhile=lambda: None):
+        with complete_file(destination, overwrite=overwrite) as file:
+            file.write_text(text)
+            meanwhile()
+            if failure is not None:
+                raise failure
+
+    def test_it_is_there_when_it_is_complete(self, destination):
+        with complete_file(destination, overwrite=False) as file:
+            file.write_text("text")
+            assert not destination.exists()
+        assert destination.read_text() == "text"
+        assert list(destination.parent.iterdir()) == [destination]
+        plain = destination.with_name("plain")
+        plain.write_text("text")
+        assert destination.stat().st_mode == plain.stat().st_mode
+
+    def test_its_parents_are_made(self, destination):
+        self.write(destination / "parent" / "file", "text")
+        assert (destination / "parent" / "file").read_text() == "text"
+
+    @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+    def test_what_was_there_stays_where_writing_fails(self, destination, failure):
+        destination.write_text("before")
+        with pytest.raises((CheckpointError, KeyboardInterrupt)):
+            self.write(destination, "half", failure=failure)
+        assert destination.read_text() == "before"
+        assert list(destination.parent.iterdir()) == [destination]
+
+    @pytest.mark.parametrize("links", [True, False])
+    def test_what_another_process_put_there_in_the_meantime(self, destination, monkeypatch, links):
+        if not links:
+
+            def refuse(*names):
+                raise OSError("no links here")
+
+            monkeypatch.setattr(type(destination), "hardlink_to", refuse)
+
+        def faster():
+            self.write(destination, "faster", overwrite=False)
+
+        with pytest.raises(CheckpointError, match="taken by another process.*overwrite=True"):
+            self.write(destination, "slow", overwrite=False, meanwhile=faster)
+        assert destination.read_text() == "faster"
+        self.write(destination, "last")
+        assert destination.read_text() == "last"
+        assert list(destination.parent.iterdir()) == [destination]
+
+    def test_what_a_killed_process_left_goes_with_the_next_one(self, destination):
+        left = destination.with_name(f".{destination.name}.0123abcd.unfinished")
+        left.mkdir()
+        (left / destination.name).write_text("half")
+        self.write(destination, "text")
+        assert list(destination.parent.iterdir()) == [destination]

@@ -12,6 +12,7 @@ from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._paths import listed
 from lora_jax.exchange._names import check_names
 from lora_jax.exchange.gguf._blocks import BLOCK_TYPES, quantized
+from lora_jax.exchange.gguf._package import gguf_package
 from lora_jax.quantization._weight import QuantizedWeight
 
 _FLOATS: Mapping[str, Any] = {
@@ -61,7 +62,7 @@ def load(
       >>> weight.shape, weight.format, weight.nbytes
       ((3, 64), 'int8', 204)
     """
-    gguf = _gguf_package()
+    gguf = gguf_package()
     source = Path(path)
     with as_checkpoint_error(f"`path` {source} can't be read"):
         if not source.is_file():
@@ -102,14 +103,3 @@ def _check_types(source: Path, kinds: Mapping[str, str]) -> None:
             f"{source} holds tensors of types that lora_jax does not read: {listed(others)}; "
             f"expected {', '.join(known)}. load(path, names=...) reads some tensors only."
         )
-
-
-def _gguf_package() -> Any:
-    """Returns the package, imported where it is used: importing lora_jax stays cheap."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "lora_jax.exchange.gguf needs the package gguf: pip install 'lora-jax[gguf]'."
-        ) from error
-    return gguf

@@ -2,16 +2,19 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
+from lora_jax._nodes import adapter_nodes, check_whole
+from lora_jax._paths import listed
 from lora_jax._processes import on_host
 from lora_jax._shapes import factor_shapes, layers_shape
-from lora_jax._weight import FullWeight, LoRAWeight, is_lora_weight
+from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_bank, is_lora_weight
 from lora_jax.exchange.peft._files import Tensors
 from lora_jax.exchange.peft._layout import written_layout
 from lora_jax.exchange.peft._names import (
@@ -19,10 +22,12 @@ from lora_jax.exchange.peft._names import (
     NamedLeaf,
     NamedTree,
     Part,
+    Place,
     adapter_key,
     bias_key,
     taken,
 )
+from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._tied import parts_of_other
 
 # What PEFT adds to `modules_to_save` by itself.
@@ -111,6 +116,32 @@ class TrainedWeights:
     bias: str
 
 
+def check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
+    """Raises unless `wrapped` has nodes, each whole and with a rule."""
+    nodes = adapter_nodes(wrapped)
+    for path, node in nodes.items():
+        check_whole(path, node)
+    banks = [path for path, node in nodes.items() if is_bank(node)]
+    if banks:
+        raise CheckpointError(
+            f"`wrapped` holds several adapters at {listed(banks)}; expected one, as a file does: "
+            "save(path, serving.select(bank, id), ...)."
+        )
+    nested = [path for path, node in nodes.items() if is_adapter_node(node.base)]
+    if nested:
+        raise CheckpointError(
+            f"`wrapped` has an adapter on another one at {listed(nested)}; expected one for each "
+            "weight, as a file has. arithmetic.extract(params, merge(wrapped), targets, "
+            "rank=...) makes one of both."
+        )
+    nameless = [path for path in nodes if all(rule.fields_of(path) is None for rule in names)]
+    if nameless:
+        raise CheckpointError(
+            f"`names` has no rule for {listed(nameless)}, which `wrapped` adapts or trains; "
+            f"expected one, such as Rule('PYTORCH.NAME.weight', {nameless[0]!r})."
+        )
+
+
 def exported_adapters(tree: NamedTree) -> Adapters:
     """Returns the adapters of a tree."""
     each = tuple(
@@ -158,15 +189,40 @@ def exported_weights(
     return TrainedWeights(tensors, entries, bias if biases else "none")
 
 
+def adapted_places(named: NamedLeaf, weight: LoRAWeight) -> Iterator[tuple[Place, Place]]:
+    """Yields each adapted place of a leaf, and the place where the factors hold it."""
+    for place in named.places:
+        if weight.layers is None:
+            yield place, place
+        elif place[0] in weight.layers:
+            yield place, (weight.layers.index(place[0]), *place[1:])
+
+
+def check_shapes(named: NamedLeaf, weight: LoRAWeight) -> None:
+    """Raises unless the factors are those of one adapter of the parameters of a leaf."""
+    part = layers_shape(tuple(weight.shape), weight.axes, weight.layers)
+    expected = factor_shapes(part, weight.axes, weight.rank)
+    shapes = tuple(weight.lora_A.shape), tuple(weight.lora_B.shape)
+    if shapes != expected or np.ndim(weight.scale) != 0:
+        raise CheckpointError(
+            f"`wrapped` has lora_A and lora_B of shapes {shapes} and a scale of shape "
+            f"{np.shape(weight.scale)} at '{named.path}'; expected {expected} and a scalar. Of "
+            "a bank, save one adapter at a time."
+        )
+    if weight.layers is not None and not named.stack:
+        raise CheckpointError(
+            f"`wrapped` adapts the places {weight.layers} of '{named.path}', which is one "
+            f"parameter {named.rule.name!r} in PyTorch; a file adapts all experts of a parameter "
+            "or none."
+        )
+
+
 def _adapters_of(named: NamedLeaf, weight: LoRAWeight) -> Iterator[Adapter]:
-    _check_shapes(named, weight)
+    check_shapes(named, weight)
     layout = written_layout(named.layout)
     lora_A, lora_B, scale = map(on_host, (weight.lora_A, weight.lora_B, weight.scale))
     magnitude = None if weight.magnitude is None else on_host(weight.magnitude)
-    for place in named.places:
-        if weight.layers is not None and place[0] not in weight.layers:
-            continue
-        held = place if weight.layers is None else (weight.layers.index(place[0]), *place[1:])
+    for place, held in adapted_places(named, weight):
         A, B = layout.file_factors(lora_A[held], lora_B[held])
         parts: dict[Part, np.ndarray] = {"lora_A": A, "lora_B": B}
         if magnitude is not None:
@@ -203,24 +259,6 @@ def _module_and_target(named: NamedLeaf, name: str) -> tuple[str, str]:
             "another name."
         )
     return module, module
-
-
-def _check_shapes(named: NamedLeaf, weight: LoRAWeight) -> None:
-    part = layers_shape(tuple(weight.shape), weight.axes, weight.layers)
-    expected = factor_shapes(part, weight.axes, weight.rank)
-    shapes = tuple(weight.lora_A.shape), tuple(weight.lora_B.shape)
-    if shapes != expected or np.ndim(weight.scale) != 0:
-        raise CheckpointError(
-            f"`wrapped` has lora_A and lora_B of shapes {shapes} and a scale of shape "
-            f"{np.shape(weight.scale)} at '{named.path}'; expected {expected} and a scalar. Of "
-            "a bank, save one adapter at a time."
-        )
-    if weight.layers is not None and not named.stack:
-        raise CheckpointError(
-            f"`wrapped` adapts the places {weight.layers} of '{named.path}', which is one "
-            f"parameter {named.rule.name!r} in PyTorch; PEFT adapts all experts of a parameter "
-            "or none."
-        )
 
 
 def _check_wrappers(adapters: Adapters) -> None:

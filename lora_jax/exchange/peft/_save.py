@@ -13,14 +13,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._folders import CheckpointError, check_destination, complete_folder
-from lora_jax._nodes import adapter_nodes, check_whole
 from lora_jax._paths import listed
 from lora_jax._processes import on_first_process
-from lora_jax._weight import is_adapter_node, is_bank
 from lora_jax.exchange.peft._export import (
     Adapter,
     Adapters,
     TrainedWeights,
+    check_complete,
     exported_adapters,
     exported_weights,
 )
@@ -106,7 +105,7 @@ def save(
     safetensors_package()
     start = _starting_config(config)
     tree = named_tree(wrapped, names, axes)
-    _check_complete(wrapped, names)
+    check_complete(wrapped, names)
     for named in tree.leaves:
         problem = untellable_tied(named)
         if problem is not None:
@@ -129,32 +128,6 @@ def save(
         return ""
 
     on_first_process(write)
-
-
-def _check_complete(wrapped: PyTree, names: Sequence[Rule]) -> None:
-    """Raises unless `wrapped` has nodes, each whole and with a rule."""
-    nodes = adapter_nodes(wrapped)
-    for path, node in nodes.items():
-        check_whole(path, node)
-    banks = [path for path, node in nodes.items() if is_bank(node)]
-    if banks:
-        raise CheckpointError(
-            f"`wrapped` holds several adapters at {listed(banks)}; expected one, as a file does: "
-            "save(path, serving.select(bank, id), ...)."
-        )
-    nested = [path for path, node in nodes.items() if is_adapter_node(node.base)]
-    if nested:
-        raise CheckpointError(
-            f"`wrapped` has an adapter on another one at {listed(nested)}; expected one for each "
-            "weight, as a file has. arithmetic.extract(params, merge(wrapped), targets, "
-            "rank=...) makes one of both."
-        )
-    nameless = [path for path in nodes if all(rule.fields_of(path) is None for rule in names)]
-    if nameless:
-        raise CheckpointError(
-            f"`names` has no rule for {listed(nameless)}, which `wrapped` adapts or trains; "
-            f"expected one, such as Rule('PYTORCH.NAME.weight', {nameless[0]!r})."
-        )
 
 
 def _obstacle(destination: Path) -> str | None:
