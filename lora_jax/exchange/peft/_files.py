@@ -176,7 +176,8 @@ def _read_tensors(source: Path) -> Tensors:
         as_checkpoint_error(f"{file} is damaged, take another copy"),
         safetensors.safe_open(file, framework="np") as opened,
     ):
-        tensors: Tensors = opened.get_tensors()
+        keys = opened.keys()
+        tensors: Tensors = {key: opened.get_tensor(key) for key in keys}
     for key, tensor in tensors.items():
         _check_readable(file, key, tensor)
     return tensors

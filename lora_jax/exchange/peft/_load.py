@@ -16,6 +16,7 @@ from lora_jax._folders import CheckpointError
 from lora_jax._nodes import check_plain
 from lora_jax._paths import map_with_paths
 from lora_jax._settings import checked_freeze
+from lora_jax._shapes import Axes
 from lora_jax._tables import table
 from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.exchange.peft._files import Tensors, read_adapter
@@ -113,12 +114,14 @@ class Preview:
         a file, what keeps `save` from writing one.
       without_rule: the paths of leaves that no rule has.
       idle_rules: the rules that no leaf has.
+      axes: by path, the role of each axis of the leaves with a rule, as `wrap` takes them.
     """
 
     rows: tuple[tuple[str, ...], ...]
     problems: tuple[str, ...]
     without_rule: tuple[str, ...]
     idle_rules: tuple[Rule, ...]
+    axes: Mapping[str, Axes]
 
     def __str__(self) -> str:
         sections = {
@@ -176,16 +179,17 @@ def preview(
       - scale
     """
     tree = named_tree(params, names, axes)
+    roles = {leaf.path: leaf.axes for leaf in tree.leaves if leaf.axes is not None}
     if path is None:
         rows = tuple(_row(leaf, "") for leaf in tree.leaves)
         problems = (leaf.problem() or untellable_tied(leaf) for leaf in tree.leaves)
         found = tuple(problem for problem in problems if problem)
-        return Preview(rows, found, tree.without_rule, tree.idle_rules)
+        return Preview(rows, found, tree.without_rule, tree.idle_rules, roles)
     source = Path(path)
     config, tensors = read_adapter(source, peft_version)
     plan = planned(config, tensors, tree)
     rows = tuple(_row(leaf.named, _held(leaf, tensors)) for leaf in plan.leaves.values())
-    return Preview(rows, plan.problems, tree.without_rule, tree.idle_rules)
+    return Preview(rows, plan.problems, tree.without_rule, tree.idle_rules, roles)
 
 
 def _summarised(problems: Sequence[str], limit: int = 5) -> str:

@@ -78,8 +78,7 @@ class NamedLeaf:
 
     def name(self, place: Place) -> str:
         """Returns the name of the PyTorch parameter at one place."""
-        numbers = dict(zip(self.rule.stack_fields, map(str, place), strict=True))
-        return self.rule.named({**self.fields, **numbers})
+        return self.rule.named({**self.fields, **self.rule.fields_at(place)})
 
     @property
     def tied_name(self) -> str | None:
@@ -267,6 +266,14 @@ def _check_stack(leaf: NamedLeaf) -> None:
             f"{tuple(leaf.leaf.shape)} with the axes {leaf.axes}; expected a batch axis for each "
             f"field that only the name has: {listed(fields)}."
         )
+    for field, axis in zip(fields, axes, strict=True):
+        words, size = leaf.rule.stack_words.get(field), leaf.leaf.shape[axis]
+        if words is not None and len(words) != size:
+            raise ValueError(
+                f"`names` has the rule {leaf.rule.name!r} for '{leaf.path}' of shape "
+                f"{tuple(leaf.leaf.shape)}, whose axis {axis} has {size} places; expected one for "
+                f"each of {listed(words)}, which name them."
+            )
 
 
 def _by_name(leaves: Iterable[NamedLeaf]) -> dict[str, tuple[NamedLeaf, Place]]:

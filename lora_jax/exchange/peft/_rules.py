@@ -14,6 +14,7 @@ Kind = Literal["linear", "embedding", "conv", "parameter", "array"]
 # {layer}, or {layer:\d+} with the regular expression that its text must match.
 _FIELD = re.compile(r"\{(\w+)(?::((?:[^{}]|\{[\d,]+\})+))?\}")
 _ONE_SEGMENT = "[^/]+"
+_WORDS = re.compile(r"\w+(?:\|\w+)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Rule:
     matches: `{projection:query|key|value}`, `{layer:\d+}`, `{module:.+}` for any number of
     segments, with dots in the name where the path has slashes. A field that only the name has
     numbers the places of a stack: `layers.{layer}.dense.weight` at the path
-    `layers/dense/kernel` is one PyTorch parameter for each place of the kernel's batch axis.
+    `layers/dense/kernel` is one PyTorch parameter for each place of the kernel's batch axis. If its
+    expression is a choice of words, they name the places: `attention.{name:k|v}_proj.weight` at
+    the path `attention/key_value` is two PyTorch parameters.
 
     Attributes:
       name: the parameter's name in the PyTorch model's `state_dict`, without `base_model.model.`.
@@ -94,6 +97,16 @@ class Rule:
         in_path = _fields(self.path)
         return tuple(field for field in _fields(self.name) if field not in in_path)
 
+    @functools.cached_property
+    def stack_words(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the places of a stack, by the field, where they are not numbered."""
+        expressions = _expressions(self.name)
+        return {
+            field: tuple(expressions[field].split("|"))
+            for field in self.stack_fields
+            if _WORDS.fullmatch(expressions.get(field, ""))
+        }
+
     @property
     def tied_name(self) -> str | None:
         """The template of the other parameter's name, where the leaf is two and it is known."""
@@ -115,6 +128,13 @@ class Rule:
         """Returns the text of each field in a leaf's path, or None where the path is another."""
         found = self._pattern.fullmatch(path)
         return None if found is None else found.groupdict()
+
+    def fields_at(self, place: Sequence[int]) -> dict[str, str]:
+        """Returns the text of each field that only the name has, at one place of the stack."""
+        return {
+            field: self.stack_words[field][number] if field in self.stack_words else str(number)
+            for field, number in zip(self.stack_fields, place, strict=True)
+        }
 
     def named(self, fields: Mapping[str, str]) -> str:
         """Returns the PyTorch name with these fields."""

@@ -5,12 +5,14 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax
 from lora_jax.exchange.peft import Rule, load, preview, save
 from tests.exchange.peft.files import NAMES, TENSORS, numbers, params, refused, write_adapter
 from tests.exchange.peft.models import MODELS
+from tests.trained import as_if_trained
 
 
 class TestRules:
@@ -43,6 +45,23 @@ class TestRules:
         rule = Rule("{n}.weight", "a", axes=("in", "out"))
         with pytest.raises(ValueError, match="a batch axis for each field.*'n'"):
             preview({"a": jnp.ones((2, 2))}, names=[rule])
+
+    def test_that_name_the_places_of_a_stack(self, tmp_path):
+        axes = ("batch", "in", "out")
+        rule = Rule("{layer}.{name:k|v}_proj.weight", "{layer}/key_value", axes=axes)
+        assert rule.fields_at((1,)) == {"name": "v"}
+        params = {"0": {"key_value": jnp.ones((2, 4, 3))}}
+        adapted = as_if_trained(lora_jax.wrap(params, "key_value", rank=2, axes={".*": axes}))
+        save(tmp_path / "adapter", adapted, names=[rule])
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["0.k_proj", "0.v_proj"]
+        loaded = load(tmp_path / "adapter", params, names=[rule])
+        jax.tree.map(np.testing.assert_array_equal, loaded, adapted)
+
+    def test_that_name_other_places_than_there_are(self):
+        rule = Rule("{name:k|v}.weight", "a", axes=("batch", "in", "out"))
+        with pytest.raises(ValueError, match=r"axis 0 has 3 places; expected one for.*'k', 'v'"):
+            preview({"a": jnp.ones((3, 2, 2))}, names=[rule])
 
     @pytest.mark.parametrize(
         ("rule", "match"),
