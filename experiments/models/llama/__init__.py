@@ -1,0 +1,11 @@
+"""Llama, Mistral, Qwen 2 and Qwen 3 in plain Flax, from Hugging Face's folders and GGUF files."""
+
+from experiments.models.llama.config import Llama3Scaling as Llama3Scaling
+from experiments.models.llama.config import LlamaConfig as LlamaConfig
+from experiments.models.llama.generate import greedy as greedy
+from experiments.models.llama.model import Cache as Cache
+from experiments.models.llama.model import Llama as Llama
+from experiments.models.llama.names import gguf_rules as gguf_rules
+from experiments.models.llama.names import huggingface_rules as huggingface_rules
+from experiments.models.llama.pretrained import LanguageModel as LanguageModel
+from experiments.models.llama.tokenizer import ChatTokenizer as ChatTokenizer

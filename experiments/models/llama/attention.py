@@ -1,0 +1,115 @@
+"""Rotary positions, which tokens see which, and attention in blocks of queries."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from experiments.models.llama.config import LlamaConfig
+
+Tokens = Int[Array, "batch length"]
+Heads = Float[Array, "batch length heads dim"]
+
+# So many queries have their scores in memory at a time.
+QUERIES_OF_BLOCK = 512
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens are: a token sees those of its own segment that are not behind it.
+
+    Attributes:
+      positions: the place of each token in its segment.
+      segments: which of the texts in a row it belongs to, from 1 on; 0 is padding, which no token
+        sees.
+    """
+
+    positions: Tokens
+    segments: Tokens
+
+
+def visible(queries: Places, keys: Places, window: int | None) -> Bool[Array, "batch queries keys"]:
+    """Returns which of the keys each query sees."""
+    behind = queries.positions[:, :, None] - keys.positions[:, None, :]
+    same = queries.segments[:, :, None] == keys.segments[:, None, :]
+    seen = same & (behind >= 0) & (keys.segments[:, None, :] != 0)
+    return seen if window is None else seen & (behind < window)
+
+
+def rotary_angles(config: LlamaConfig, positions: Tokens) -> Float[Array, "batch length half"]:
+    r"""Returns $p\,\theta^{-2i/d}$ for each position p and pair i, in radians.
+
+    Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021.
+    """
+    half = config.head_dim // 2
+    rates = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return positions[..., None].astype(jnp.float32) * _scaled(config, rates)
+
+
+def _scaled(config: LlamaConfig, rates: Float[Array, "half"]) -> Float[Array, "half"]:
+    """Returns rates as Llama 3 has them: slow ones divided by a factor, fast ones as they are."""
+    scaling = config.rope_scaling
+    if config.rope_divisors is not None:
+        return rates / jnp.asarray(config.rope_divisors, rates.dtype)
+    if scaling is None:
+        return rates
+    turns = scaling.original_max_position_embeddings * rates / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    is_fast = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - is_fast) * rates / scaling.factor + is_fast * rates
+
+
+def rotated(x: Heads, angles: Float[Array, "batch length half"]) -> Heads:
+    """Returns heads, the two halves of each rotated by the angles, computed in float32."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attention(
+    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+) -> Heads:
+    """Returns the mean of the values that each query sees, weighted by softmax(q·k / √dim).
+
+    Several heads of queries share one of keys and values (Ainslie et al., GQA, 2023). Blocks of
+    queries are taken one after the other, their scores computed again in the backward pass, so that
+    the whole matrix of scores is never in memory.
+    """
+    length, block = query.shape[1], QUERIES_OF_BLOCK
+    if length <= block:
+        return _of_block(query, key, value, queries, keys, window)
+    count = -(-length // block)
+
+    def in_blocks(array: Array) -> Array:
+        # What is filled up belongs to no segment, and is cut off again.
+        filled = [(0, 0)] * array.ndim
+        filled[1] = (0, count * block - length)
+        shape = (array.shape[0], count, block, *array.shape[2:])
+        return jnp.moveaxis(jnp.pad(array, filled).reshape(shape), 1, 0)
+
+    @jax.checkpoint
+    def of_block(block_of: tuple[Heads, Places]) -> Heads:
+        own_query, own_places = block_of
+        return _of_block(own_query, key, value, own_places, keys, window)
+
+    blocks = jax.lax.map(of_block, jax.tree.map(in_blocks, (query, queries)))
+    whole = jnp.moveaxis(blocks, 0, 1)
+    return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :length]
+
+
+def _of_block(
+    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+) -> Heads:
+    batch, length, heads, dim = query.shape
+    shared = key.shape[2]
+    grouped = query.reshape(batch, length, shared, heads // shared, dim)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    seen = visible(queries, keys, window)[:, None, None]
+    # Not minus infinity: a query of padding sees nothing.
+    scores = jnp.where(seen, scores * dim**-0.5, jnp.finfo(scores.dtype).min)
+    shares = jax.nn.softmax(scores).astype(value.dtype)
+    return jnp.einsum("bkgqs,bskd->bqkgd", shares, value).reshape(query.shape)

@@ -1,0 +1,226 @@
+"""The settings of a decoder-only language model, as `config.json` or a GGUF file holds them."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.common.errors import InputError
+
+# The architectures, and what of theirs is not the same in all: {name: (biases on query, key and
+# value; norms on query and key)}.
+ARCHITECTURES: Mapping[str, tuple[bool, bool]] = {
+    "llama": (False, False),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (False, True),
+}
+
+# Entries that ask for what this model does not compute, with the only value that it supports.
+_SUPPORTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "pretraining_tp": 1,
+}
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3 stretches rotary position embeddings to longer texts; names are Hugging Face's.
+
+    Source: Grattafiori et al., The Llama 3 Herd of Models, 2024, section 3.4.2; `rope_type` llama3
+    of transformers.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The settings of one model; names and defaults are Hugging Face's.
+
+    Attributes:
+      model_type: the architecture, one of `ARCHITECTURES`.
+      head_dim: the size of a head; hidden_size / num_attention_heads unless the file says it.
+      rope_scaling: how positions are stretched, if they are.
+      rope_divisors: the same as GGUF files have it: what the rate of each pair is divided by.
+      sliding_window: how many tokens a token sees, itself included; None for all before it.
+      tie_word_embeddings: whether the output layer is the embedding.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3Scaling | None = None
+    rope_divisors: tuple[float, ...] | None = None
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+
+    @property
+    def gguf_architecture(self) -> str:
+        """What GGUF files call the architecture: Mistral's tensors are Llama's."""
+        return "llama" if self.model_type == "mistral" else self.model_type
+
+    def with_rope_divisors(self, divisors: Iterable[float]) -> "LlamaConfig":
+        """Returns the settings with positions that are stretched by numbers in a file."""
+        return replace(self, rope_divisors=tuple(divisors))
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether query, key and value have biases."""
+        return ARCHITECTURES[self.model_type][0]
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether each head of query and key is normalised."""
+        return ARCHITECTURES[self.model_type][1]
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """Returns the settings in a `config.json`.
+
+    Raises:
+      InputError: an entry is missing, or asks for what this model does not compute; it is named.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error})") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path} is not a model's config.json: expected a JSON object")
+    return config_of(entries, str(path))
+
+
+def config_of(entries: Mapping[str, Any], source: str) -> LlamaConfig:
+    """Returns the settings in the entries of a `config.json`; `source` is for errors."""
+    model_type = entries.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"{source}: model_type is {model_type!r}, expected one of {', '.join(ARCHITECTURES)}"
+        )
+    quantized = entries.get("quantization_config")
+    if quantized:
+        raise InputError(
+            f"{source}: the weights are quantised by {quantized.get('quant_method')!r}; expected "
+            "the folder of the model in 16 or 32 bits, which can be quantised while it is read"
+        )
+    supported = {**_SUPPORTED, "attention_bias": ARCHITECTURES[model_type][0]}
+    for name, value in supported.items():
+        if entries.get(name, value) != value:
+            raise InputError(
+                f"{source}: {name} is {entries[name]!r}; this model computes with {value!r} alone"
+            )
+    rope_theta, rope_scaling = _rope(entries, source)
+    given = {
+        **_without_none(entries),
+        "rope_theta": rope_theta,
+        "sliding_window": entries.get("sliding_window") if model_type == "mistral" else None,
+        "num_key_value_heads": entries.get("num_key_value_heads")
+        or _entry(entries, "num_attention_heads", int, source),
+        "head_dim": entries.get("head_dim") or _head_dim(entries, source),
+    }
+    numbers = {
+        field.name: _entry(given, field.name, field.type, source)
+        for field in fields(LlamaConfig)
+        if field.name in given or field.name in _REQUIRED
+        if not field.name.startswith("rope_") or field.name == "rope_theta"
+    }
+    config = LlamaConfig(**numbers, rope_scaling=rope_scaling)
+    _check_consistent(config, source)
+    return config
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _head_dim(entries: Mapping[str, Any], source: str) -> int:
+    width, heads = (
+        _entry(entries, name, int, source) for name in ("hidden_size", "num_attention_heads")
+    )
+    if width % heads:
+        raise InputError(
+            f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}, and "
+            "head_dim is missing"
+        )
+    return width // heads
+
+
+def _rope(entries: Mapping[str, Any], source: str) -> tuple[float, Llama3Scaling | None]:
+    """Returns the base of the rotary angles and their scaling, as any transformers wrote them."""
+    own = entries.get("rope_parameters") or entries.get("rope_scaling") or {}
+    theta = own.get("rope_theta", entries.get("rope_theta", LlamaConfig.rope_theta))
+    kind = own.get("rope_type", own.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise InputError(
+            f"{source}: rotary positions of type {kind!r}; expected 'default' or 'llama3'"
+        )
+    return float(theta), Llama3Scaling(
+        **{
+            field.name: _entry(own, field.name, field.type, source)
+            for field in fields(Llama3Scaling)
+        }
+    )
+
+
+def _entry(entries: Mapping[str, Any], name: str, expected: Any, source: str) -> Any:
+    """Returns the entry; raises unless it has the type of its field."""
+    if name not in entries:
+        raise InputError(f"{source}: {name} is missing; expected the settings of a language model")
+    value = entries[name]
+    # JSON has one type of number, so 1 may stand for 1.0; but true is not 1.
+    allowed = expected | int if expected is float else expected
+    if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+        raise InputError(f"{source}: {name} is {value!r}, expected {_TYPE_NAMES[expected]}")
+    return value
+
+
+_TYPE_NAMES = {
+    int: "a whole number",
+    int | None: "a whole number",
+    float: "a number",
+    str: "a name",
+    bool: "true or false",
+}
+
+
+def _check_consistent(config: LlamaConfig, source: str) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, int | None, float) and value is not None and value <= 0:
+            raise InputError(f"{source}: {field.name} is {value}, expected more than 0")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
+        )
+    if config.head_dim % 2:
+        raise InputError(f"{source}: head_dim is {config.head_dim}, expected an even number")

@@ -1,0 +1,43 @@
+"""A small byte-level tokenizer that was trained on a few words, with a chat template."""
+
+import functools
+import json
+from typing import Any
+
+from experiments.models.llama import ChatTokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+END, BEGIN = "<|end|>", "<|begin|>"
+SPECIAL = (END, BEGIN, "<|user|>", "<|assistant|>")
+
+
+@functools.cache
+def trained() -> tuple[Any, list[str], list[str]]:
+    """Returns the tokenizer, its tokens in order and its merges."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world hello there the other world"] * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    merges = [each if isinstance(each, str) else " ".join(each) for each in model["merges"]]
+    return tokenizer, tokens, merges
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> ChatTokenizer:
+    """Returns the tokenizer with a template."""
+    tokenizer, *_ = trained()
+    return ChatTokenizer(
+        tokenizer, "the model", template=template, begin=BEGIN, end=END, begins_texts=False
+    )
