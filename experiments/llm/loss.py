@@ -1,0 +1,63 @@
+"""The loss of a language model, computed at the places that are learned and in chunks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from experiments.llm.packing import Batch
+from experiments.models.llama import Llama
+
+Apply = Callable[..., Any]
+
+# So many places have their logits in memory at a time: 96 MB with a vocabulary of 49,152.
+CHUNK = 512
+
+
+def summed_loss(apply: Apply, params: Any, batch: Batch, **options: Any) -> Float[Array, ""]:
+    """Returns the sum of the cross-entropies of the tokens that a batch learns.
+
+    The logits of a chunk of places are computed, used and forgotten, and computed again in the
+    backward pass: neither all tokens nor all places ever have theirs in memory.
+
+    Args:
+      apply: `Llama(config).apply`, or what `lora_jax.adapt` makes of it.
+      params: what it takes as params.
+      batch: the batch.
+      **options: keyword arguments for `apply`, such as a key for dropout.
+    """
+    variables = {"params": params}
+    hidden = apply(
+        variables,
+        batch.tokens,
+        batch.positions,
+        batch.segments,
+        method=Llama.hidden_states,
+        **options,
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+
+    @jax.checkpoint
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, ""]:
+        places, targets, weights = chunk
+        logits = apply(variables, rows[places][None], method=Llama.logits, **options)[0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), targets
+        )
+        return jnp.sum(losses * weights)
+
+    count = len(batch.places)
+    size = min(CHUNK, count)
+    missing = -count % size
+
+    def in_chunks(array: Array) -> Array:
+        return jnp.pad(jnp.asarray(array), (0, missing)).reshape(-1, size)
+
+    chunks = jax.tree.map(in_chunks, (batch.places, batch.targets, batch.weights))
+    total, _ = jax.lax.scan(
+        lambda total, chunk: (total + of_chunk(chunk), None), jnp.zeros((), jnp.float32), chunks
+    )
+    return total

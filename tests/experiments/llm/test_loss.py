@@ -1,0 +1,132 @@
+"""The loss and the step: packed as unpacked, in chunks as whole, 4 × 2 as 1 × 8."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax
+from benchmarks.programs import Cost
+from experiments.llm import loss as loss_module
+from experiments.llm.examples import TokenizedExample
+from experiments.llm.loss import summed_loss
+from experiments.llm.packing import Row, batch_of, learned_count
+from experiments.llm.step import stacked, training_step
+from experiments.models.llama import Llama
+from tests import tiny_llama
+from tests.agreement import assert_agree
+
+MODELS = sorted(tiny_llama.CHANGES)
+LENGTHS = (5, 9, 4, 12, 7, 8, 3, 11)
+AXES = {"attention/(query|key|value)": ("batch", "in", "out", "out"), "mlp": ("batch", "in", "out")}
+
+
+@functools.cache
+def examples():
+    random = np.random.default_rng(0)
+    return tuple(
+        TokenizedExample(
+            random.integers(0, tiny_llama.VOCABULARY, n, np.int32), np.arange(n) >= n // 3
+        )
+        for n in LENGTHS
+    )
+
+
+def batch(*rows, length=16):
+    found = [Row(row) for row in rows]
+    room = learned_count(examples(), found) + 3
+    return batch_of(examples(), found, length=length, room=room)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_packed_is_unpacked(model_type):
+    """Losses and gradients: no example sees another."""
+    params = tiny_llama.params(model_type)
+    apply = Llama(tiny_llama.config(model_type)).apply
+
+    @jax.jit
+    def of(params, batch):
+        return jax.value_and_grad(lambda params: summed_loss(apply, params, batch))(params)
+
+    packed = of(params, batch((0, 1), (3, 2), (4, 5), (7, 6)))
+    single = of(params, batch(*((n,) for n in range(8))))
+    assert_agree(packed, single, tolerance=1e-4)
+
+
+def test_the_loss_is_that_of_all_logits(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 7)
+    params, apply = tiny_llama.params("qwen2"), Llama(tiny_llama.config("qwen2")).apply
+    rows = batch((0, 1), (3, 2))
+    total = jax.jit(lambda params: summed_loss(apply, params, rows))(params)
+    logits = jax.jit(apply)({"params": params}, rows.tokens, rows.positions, rows.segments)
+    logits = np.asarray(logits, np.float64).reshape(-1, tiny_llama.VOCABULARY)
+    expected = 0.0
+    for place, target, weight in zip(rows.places, rows.targets, rows.weights, strict=True):
+        row = logits[place] - logits[place].max()
+        expected += weight * (np.log(np.exp(row).sum()) - row[target])
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
+    config = tiny_llama.config("llama", vocab_size=20_000)
+    model = Llama(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    length = 256
+    whole = TokenizedExample(np.zeros(length, np.int32), np.arange(length) > 0)
+    rows = batch_of([whole], [Row((0,))], length=length, room=length)
+
+    def gradient(params):
+        # The embedding is frozen, as beside adapters; its own gradient is as large as it is.
+        def loss(norm):
+            return summed_loss(model.apply, {**params, "norm": norm}, rows)
+
+        return jax.grad(loss)(params["norm"])
+
+    compiled = jax.jit(gradient).lower(params).compile()
+    assert Cost.of(compiled).temporary_bytes < length * 20_000 * 4 / 2
+
+
+def trained_parts(**options):
+    params = tiny_llama.params("llama")
+    wrapped = lora_jax.wrap(params, "attention/(query|value)|mlp/", rank=2, axes=AXES, **options)
+    return lora_jax.split(wrapped)
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"train": "norm"}], ids=str)
+def test_accumulated_batches_are_one_batch(options):
+    """Each token counts alike, though the batches learn different numbers of them."""
+    model = Llama(tiny_llama.config("llama"))
+    trainable, frozen = trained_parts(**options)
+    # Plain steps: what Adam divides by grows from differences of rounding.
+    tx = optax.sgd(0.1)
+    step = jax.jit(training_step(model.apply, tx))
+    pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    room = learned_count(examples(), [Row((n,)) for n in range(8)])
+
+    def of(numbers):
+        return batch_of(examples(), [Row((n,)) for n in numbers], length=16, room=room)
+
+    in_four = step(trainable, tx.init(trainable), frozen, stacked([of(pair) for pair in pairs]))
+    in_one = step(trainable, tx.init(trainable), frozen, stacked([of(range(8))]))
+    assert_agree(in_four[0], in_one[0], tolerance=1e-5)
+    assert_agree(in_four[2], in_one[2], tolerance=1e-5)
+    assert float(in_four[2]["tokens"]) == sum(n - max(n // 3, 1) for n in LENGTHS)
+
+
+def test_steps_lower_the_loss():
+    model = Llama(tiny_llama.config("llama"))
+    trainable, frozen = trained_parts()
+    tx = optax.adam(3e-2)
+    step = jax.jit(training_step(model.apply, tx))
+    state, rows = tx.init(trainable), stacked([batch((0, 1), (3, 2)), batch((0, 1), (3, 2))])
+    losses = []
+    for _ in range(15):
+        trainable, state, result = step(trainable, state, frozen, rows)
+        losses.append(float(result["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
