@@ -1,11 +1,12 @@
-"""Texts that a model writes: the likeliest token each time, with a cache of keys and values."""
+"""Texts that a model writes token by token, with a cache of keys and values."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.models.llama.attention import Tokens
 from experiments.models.llama.model import Cache, Llama
@@ -13,7 +14,42 @@ from experiments.models.llama.model import Cache, Llama
 Apply = Callable[..., Any]
 
 
-def greedy(
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: what logits are divided by; 0 takes the likeliest token.
+      top_p: the least likely tokens are left out whose probabilities sum to 1 - top_p (Holtzman et
+        al., The Curious Case of Neural Text Degeneration, 2020).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def drawn(
+        self, logits: Float[Array, "batch vocabulary"], key: PRNGKeyArray | None
+    ) -> Int[Array, "batch"]:
+        """Returns a token for each row; it needs no key where it takes the likeliest."""
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if key is None:
+            raise ValueError("`key` is None; expected a key, from which tokens are drawn.")
+        logits = logits.astype(jnp.float32) / self.temperature
+        order = jnp.argsort(-logits, axis=-1)
+        sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
+        shares = jax.nn.softmax(sorted_logits)
+        # What comes before a token: the likeliest is always kept.
+        before = jnp.cumsum(shares, axis=-1) - shares
+        kept = jnp.where(before < self.top_p, sorted_logits, -jnp.inf)
+        places = jax.random.categorical(key, kept)[:, None]
+        return jnp.take_along_axis(order, places, axis=-1)[:, 0].astype(jnp.int32)
+
+
+GREEDY = Sampling()
+
+
+def generate(
     apply: Apply,
     params: Any,
     model: Llama,
@@ -22,6 +58,8 @@ def greedy(
     *,
     new_tokens: int,
     end_ids: Sequence[int],
+    sampling: Sampling = GREEDY,
+    key: PRNGKeyArray | None = None,
 ) -> Int[Array, "batch new"]:
     """Returns the tokens that follow each prompt, and after the end of an answer its last token.
 
@@ -33,6 +71,8 @@ def greedy(
       lengths: how many tokens of each row are the prompt.
       new_tokens: how many tokens to write at most.
       end_ids: the tokens that end an answer.
+      sampling: how each token is drawn; the likeliest by default.
+      key: a key for drawing.
     """
     batch, width = tokens.shape
     cache = Cache.empty(model.config, batch, width + new_tokens, model.dtype)
@@ -43,14 +83,15 @@ def greedy(
             {"params": params}, tokens, cache, positions, segments, method=Llama.with_cache
         )
 
-    def likeliest(hidden: Array) -> Array:
-        logits = apply({"params": params}, hidden, method=Llama.logits)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    def drawn(hidden: Array, place: Any) -> Array:
+        logits = apply({"params": params}, hidden, method=Llama.logits)[:, 0]
+        own_key = None if key is None else jax.random.fold_in(key, place)
+        return sampling.drawn(logits, own_key)
 
     positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
     hidden, cache = run(tokens, cache, positions, is_prompt.astype(jnp.int32))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    first = likeliest(last)[:, 0]
+    first = drawn(last, 0)
     ends = jnp.asarray(end_ids)
 
     def step(state: Any, place: Array) -> tuple[Any, Array]:
@@ -59,7 +100,7 @@ def greedy(
         hidden, cache = run(
             token[:, None], cache, (lengths + place)[:, None], jnp.ones((batch, 1), jnp.int32)
         )
-        following = jnp.where(is_over, token, likeliest(hidden)[:, 0])
+        following = jnp.where(is_over, token, drawn(hidden, place + 1))
         return (following, is_over, cache), token
 
     start = first, jnp.zeros(batch, bool), cache

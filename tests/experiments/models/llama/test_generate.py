@@ -1,4 +1,4 @@
-"""Greedy texts: with a cache as without one, in a batch as one by one, adapted as merged."""
+"""Texts: with a cache as without one, in a batch as one by one, adapted as merged, and drawn."""
 
 import functools
 
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.models.llama import Llama, greedy
+from experiments.models.llama import Llama, Sampling, generate
 from tests import tiny_llama
+from tests.trained import as_if_trained
 
 NEW = 6
 
@@ -18,7 +19,7 @@ def written(apply, params, model, prompts, end_ids=(VOCABULARY := tiny_llama.VOC
     lengths = jnp.array([len(each) for each in prompts])
     width = max(map(len, prompts))
     tokens = jnp.asarray([[*each, *[0] * (width - len(each))] for each in prompts])
-    run = functools.partial(greedy, apply, model=model, new_tokens=NEW, end_ids=end_ids)
+    run = functools.partial(generate, apply, model=model, new_tokens=NEW, end_ids=end_ids)
     return np.asarray(jax.jit(run)(params, tokens=tokens, lengths=lengths))
 
 
@@ -66,3 +67,77 @@ def test_adapted_is_merged():
     merged = written(model.apply, lora_jax.merge(trained), model, prompts)
     np.testing.assert_array_equal(adapted, merged)
     assert (adapted != base).any()
+
+
+def test_each_prompt_has_its_own_adapter():
+    """All of the writing is a function that `serving.adapt` takes as it is."""
+    model, params = Llama(tiny_llama.config("qwen3")), tiny_llama.params("qwen3")
+    axes = {"mlp": ("batch", "in", "out")}
+    adapters = [
+        as_if_trained(lora_jax.wrap(params, "mlp", rank=2, axes=axes), seed) for seed in (1, 2)
+    ]
+    prompts = [list(map(int, tiny_llama.tokens(1, 5, seed=n)[0])) for n in range(3)]
+    run = functools.partial(generate, model.apply, model=model, new_tokens=NEW, end_ids=(300,))
+    bank, ids = lora_jax.serving.bank(adapters), jnp.array([1, -1, 0])
+    served = jax.jit(
+        lora_jax.serving.adapt(lambda params, tokens: run(params, tokens=tokens, lengths=LENGTHS))
+    )
+    found = np.asarray(served(bank, ids, jnp.asarray(prompts)))
+    trees = [adapters[1], params, adapters[0]]
+    expected = [
+        written(lora_jax.adapt(model.apply), tree, model, [prompt])[0]
+        for tree, prompt in zip(trees, prompts, strict=True)
+    ]
+    np.testing.assert_array_equal(found, expected)
+    assert len({tuple(row) for row in found.tolist()}) == 3
+
+
+LENGTHS = jnp.array([5])
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+SHARES = np.array([0.5, 0.3, 0.15, 0.05])
+
+
+def frequencies(sampling, count=4000):
+    logits = jnp.log(jnp.broadcast_to(jnp.asarray(SHARES[[2, 0, 3, 1]]), (count, 4)))
+    drawn = jax.jit(sampling.drawn)(logits, jax.random.key(0))
+    return np.bincount(np.asarray(drawn), minlength=4)[[1, 3, 0, 2]] / count
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), SHARES),
+        (Sampling(temperature=0.5), SHARES**2 / np.sum(SHARES**2)),
+        (Sampling(temperature=1.0, top_p=0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(temperature=1.0, top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
+        (Sampling(), [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling, expected):
+    np.testing.assert_allclose(frequencies(sampling), expected, atol=0.025)
+
+
+def test_drawing_needs_a_key_and_repeats_with_it():
+    model, params = Llama(tiny_llama.config("llama")), tiny_llama.params("llama")
+    tokens = jnp.asarray(tiny_llama.tokens(3, 5))
+    run = functools.partial(
+        generate,
+        model.apply,
+        model=model,
+        tokens=tokens,
+        lengths=jnp.array([5, 5, 5]),
+        new_tokens=NEW,
+        end_ids=(300,),
+        sampling=Sampling(temperature=2.0, top_p=0.9),
+    )
+    with pytest.raises(ValueError, match="`key` is None; expected a key"):
+        run(params)
+    drawn = jax.jit(lambda key: run(params, key=key))
+    first, again, other = (np.asarray(drawn(jax.random.key(n))) for n in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
