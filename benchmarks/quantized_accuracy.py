@@ -152,7 +152,7 @@ def _trained(training: Training, task: TextTask, console: Console) -> Row:
     adapted, best = adapted_apply(task.apply), []
     examine = Examination(task.validation, max_length=task.max_length)
     training.run(
-        lambda wrapped: examine(adapted, wrapped),
+        lambda wrapped: examine(adapted, wrapped).measured,
         best.append,
         console=console,
     )

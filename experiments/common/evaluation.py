@@ -37,6 +37,11 @@ class Evaluation:
     def accuracy(self) -> float:
         return float(np.mean(self.predictions == self.labels))
 
+    @property
+    def measured(self) -> dict[str, float]:
+        """The numbers that choose the best training."""
+        return {"accuracy": self.accuracy, "loss": self.loss}
+
     def wrong_counts(self, classes: int) -> list[int]:
         """Returns, for each class, how many of its examples were taken for another class."""
         wrong = self.labels[self.predictions != self.labels]

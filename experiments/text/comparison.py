@@ -76,7 +76,7 @@ def _result(training: Training, task: TextTask, console: Console) -> dict[str, A
     def keep(wrapped: Any) -> None:
         best[:] = [wrapped]
 
-    training.run(lambda wrapped: examine(adapted, wrapped), keep, console=console)
+    training.run(lambda wrapped: examine(adapted, wrapped).measured, keep, console=console)
     test = Examination(task.test, max_length=task.max_length)
     return {
         "accuracy": test(adapted, best[0]).accuracy,

@@ -16,7 +16,7 @@ _CONFUSION_SIZE = 1.2
 def save_curves(
     path: Path,
     losses: Sequence[float],
-    evaluations: Sequence[tuple[int, float, float]],
+    evaluations: Sequence[Sequence[float]],
     title: str,
 ) -> None:
     """Draws the loss in training and on held-out sentences, and the accuracy on the latter."""

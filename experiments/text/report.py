@@ -13,11 +13,11 @@ from experiments.common.claims import ALIKE, Claim, predictions_claim, weights_c
 from experiments.common.console import Console, device_name
 from experiments.common.evaluation import Evaluation
 from experiments.common.memory import MEGABYTE
+from experiments.common.resumable import Evaluated, History
 from experiments.common.run import Run
 from experiments.text.methods import Method
 from experiments.text.options import Options
 from experiments.text.task import TextTask
-from experiments.text.training import History
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Findings:
       wrapped: the best adapter, as restored from disk.
       evaluations: those on the test sentences: with adapters on, off and merged.
       history: that of the training.
+      best: the evaluation with which the adapter was chosen.
       bytes: the sizes of the adapter's folder and of the model's file.
       peak_bytes: the peak memory of the process.
       step_bytes: the memory of the step with the longest sentences.
@@ -42,6 +43,7 @@ class Findings:
     wrapped: Any
     evaluations: Mapping[str, Evaluation]
     history: History
+    best: Evaluated | None
     bytes: Mapping[str, int]
     peak_bytes: int
     step_bytes: int
@@ -64,7 +66,7 @@ class Findings:
     def metrics(self, options: Options) -> dict[str, Any]:
         """Returns what metrics.json holds, besides the seconds of each phase."""
         counts = lora_jax.count_parameters(self.wrapped)
-        history, best = self.history, self.history.best
+        history = self.history
         return {
             "dataset": self.task.dataset,
             "device": device_name(),
@@ -85,20 +87,22 @@ class Findings:
             "accuracy": {name: found.accuracy for name, found in self.evaluations.items()},
             "merged_predictions_alike": self.merged_alike,
             "frozen_unchanged": self.frozen_unchanged,
-            "best": None
-            if best is None
-            else {"step": best[0], "accuracy": best[1], "loss": best[2]},
-            "steps": len(history.losses),
+            "best": self.best,
+            "steps": len(history.of("loss")),
             "steps_per_second": history.steps_per_second,
             "bytes": dict(self.bytes),
             "peak_bytes": self.peak_bytes,
             "step_bytes": self.step_bytes,
             "merge_seconds": self.merge_seconds,
-            "losses": history.losses,
-            "evaluations": [list(evaluation) for evaluation in history.evaluations],
+            "losses": history.of("loss"),
+            "evaluations": [_as_row(evaluation) for evaluation in history.evaluations],
             "confusion": confusion(self.evaluations["on"], len(self.task.classes)).tolist(),
             "classes": list(self.task.classes),
         }
+
+
+def _as_row(evaluation: Evaluated) -> list[float]:
+    return [evaluation[name] for name in ("step", "accuracy", "loss")]
 
 
 def confusion(evaluation: Evaluation, classes: int) -> NDArray[np.int64]:
@@ -167,8 +171,8 @@ def _save_plots(findings: Findings, folder: Path) -> None:
     data = f"{len(task.train):,} sentences of {task.dataset}"
     save_curves(
         folder / "curves.png",
-        history.losses,
-        history.evaluations,
+        history.of("loss"),
+        [_as_row(evaluation) for evaluation in history.evaluations],
         title=f"{findings.method}, {data}",
     )
     on = findings.evaluations["on"]

@@ -60,6 +60,7 @@ def train_once(options: Options, run: Run) -> None:
         wrapped=best,
         evaluations=evaluations,
         history=training.history,
+        best=training.best,
         bytes=sizes,
         peak_bytes=peak_bytes(),
         step_bytes=training.steps.bytes,
@@ -90,7 +91,7 @@ def _train(
         examine = Examination(task.validation, max_length=task.max_length)
         adapted = adapted_apply(task.apply)
         training.run(
-            lambda wrapped: examine(adapted, wrapped),
+            lambda wrapped: examine(adapted, wrapped).measured,
             lambda wrapped: folder.save(wrapped, card),
             console=console,
             checkpoints=checkpoints,

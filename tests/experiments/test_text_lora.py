@@ -81,7 +81,7 @@ def interrupted_after(steps: int, monkeypatch) -> None:
 
     def interrupting(self, batch):
         if self.step == steps:
-            self.history.losses.append(0.0)  # a trace of the step that is not finished
+            self.history.add_step({"loss": 0.0})  # a trace of the step that is not finished
             raise KeyboardInterrupt
         take_step(self, batch)
 
