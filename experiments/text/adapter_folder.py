@@ -1,19 +1,12 @@
 """The best adapter on disk, with everything that predicting needs besides the encoder."""
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import lora_jax
-from experiments.common.errors import InputError, as_input_error
-from experiments.common.files import write_json
+from experiments.common import adapter_folder
+from experiments.common.adapter_folder import file_hash
+from experiments.common.errors import InputError
 from experiments.models.bert import Encoder
-
-_WEIGHTS = "weights"
-_CARD = "task.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +27,10 @@ class Card:
     model_sha256: str
     method: str
 
+    def __post_init__(self) -> None:
+        """Makes a tuple of what JSON has as a list."""
+        object.__setattr__(self, "classes", tuple(self.classes))
+
     @property
     def model_folder(self) -> Path | None:
         return Path(self.model) if self.model else None
@@ -47,37 +44,7 @@ class Card:
             )
 
 
-@dataclass(frozen=True)
-class AdapterFolder:
+class AdapterFolder(adapter_folder.AdapterFolder):
     """A folder for an adapter with its head, and for its card."""
 
-    folder: Path
-
-    @property
-    def weights(self) -> Path:
-        return self.folder / _WEIGHTS
-
-    def read_card(self) -> Card:
-        path = self.folder / _CARD
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return Card(**{**content, "classes": tuple(content["classes"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--adapter {self.folder} is not the folder of an adapter ({path.name}: {error}); "
-                "expected the folder `adapter` of a training's --out"
-            ) from error
-
-    def save(self, wrapped: Any, card: Card) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / _CARD, dataclasses.asdict(card))
-        lora_jax.save(self.weights, wrapped, overwrite=True)
-
-    def restore(self, params: Any) -> Any:
-        with as_input_error():
-            return lora_jax.restore(self.weights, params)
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    card_type = Card

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax
+from experiments.common.adapter_folder import file_hash
 from experiments.common.console import Console, device_name
 from experiments.common.memory import MEGABYTE
 from experiments.common.run import Run
 from experiments.common.stores import CellStore, Result
 from experiments.data.dataset import TextDataset
 from experiments.models.bert import Encoder
-from experiments.text.adapter_folder import file_hash
 from experiments.text.evaluation import Examination
 from experiments.text.methods import Method
 from experiments.text.options import Options

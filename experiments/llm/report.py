@@ -1,0 +1,154 @@
+"""What one training of a language model came to: as metrics, as tables, as a picture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lora_jax
+from experiments.common.claims import Claim, weights_claim
+from experiments.common.console import Console, device_name
+from experiments.common.memory import MEGABYTE
+from experiments.common.resumable import Evaluated, History
+from experiments.common.run import Run
+from experiments.llm.options import Options
+from experiments.llm.task import LanguageTask
+
+# Merged weights are rounded once: in bfloat16 a small change loses digits.
+_MERGED_LOSS = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was measured of one training.
+
+    Attributes:
+      task: what was to be learned.
+      wrapped: the best adapter, as restored from disk.
+      evaluations: loss and perplexity on held-out examples: adapters off, on and merged.
+      history: that of the training.
+      best: the evaluation with which the adapter was chosen.
+      fullness: the part of the rows that is tokens of examples.
+      adapter_bytes: the size of the adapter's folder.
+      peak_bytes: the peak memory of the process.
+      step_bytes: the memory of the step.
+      frozen_unchanged: whether the frozen weights are bit for bit those that were read.
+    """
+
+    task: LanguageTask
+    wrapped: Any
+    evaluations: Mapping[str, Evaluated]
+    history: History
+    best: Evaluated | None
+    fullness: float
+    adapter_bytes: int
+    peak_bytes: int
+    step_bytes: int
+    frozen_unchanged: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All tokens of examples that steps were taken on, learned or not."""
+        return sum(self.history.of("seen")) / sum(self.history.of("seconds"))
+
+    def claims(self, dtype: str) -> list[Claim]:
+        """Returns what LoRA claims, and whether it holds here."""
+        on, merged = (self.evaluations[name]["loss"] for name in ("on", "merged"))
+        return [
+            weights_claim(self.frozen_unchanged),
+            Claim(
+                "merged weights have the loss that the adapters have",
+                abs(on - merged) <= _MERGED_LOSS[dtype],
+                f"{on:.4f} and {merged:.4f}",
+            ),
+        ]
+
+    def metrics(self, options: Options) -> dict[str, Any]:
+        """Returns what metrics.json holds, besides the seconds of each phase."""
+        counts = lora_jax.count_parameters(self.wrapped)
+        history = self.history
+        return {
+            "data": self.task.name,
+            "model": str(self.task.model.path),
+            "device": device_name(),
+            "method": options.training.method,
+            "rank": options.training.chosen_method.rank,
+            "quantize": options.what_learns.quantize,
+            "dtype": options.what_learns.dtype,
+            "training": options.training.as_json(),
+            "examples": {
+                "train": len(self.task.train.examples),
+                "validation": len(self.task.validation.examples),
+                "cut": self.task.train.cut + self.task.validation.cut,
+                "dropped": self.task.train.dropped + self.task.validation.dropped,
+            },
+            "fullness": self.fullness,
+            "parameters": {
+                "original": counts.original,
+                "trainable": counts.trainable,
+                "percent": counts.percent,
+            },
+            "held_out": {name: dict(found) for name, found in self.evaluations.items()},
+            "best": self.best,
+            "frozen_unchanged": self.frozen_unchanged,
+            "steps": len(history.of("loss")),
+            "steps_per_second": history.steps_per_second,
+            "tokens_per_second": self.tokens_per_second,
+            "adapter_bytes": self.adapter_bytes,
+            "peak_bytes": self.peak_bytes,
+            "step_bytes": self.step_bytes,
+            "losses": history.of("loss"),
+            "evaluations": history.evaluations,
+        }
+
+
+def present(findings: Findings, options: Options, run: Run) -> None:
+    """Prints the tables and finishes the run."""
+    _print_tables(findings, run.console, options)
+    run.finish(
+        findings.metrics(options),
+        claims=findings.claims(options.what_learns.dtype),
+        draw=lambda folder: _save_plot(findings, folder, options),
+    )
+
+
+_DESCRIPTIONS = {
+    "off": "adapters off: the model as it was",
+    "on": "adapters on",
+    "merged": "merged into the weights",
+}
+
+
+def _print_tables(findings: Findings, console: Console, options: Options) -> None:
+    held_out = len(findings.task.validation.examples)
+    console.rule(f"{held_out:,} held-out examples: {options.training.chosen_method}")
+    console.table(
+        ["", "loss", "perplexity"],
+        [
+            [_DESCRIPTIONS[name], f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"]
+            for name, found in findings.evaluations.items()
+        ],
+    )
+    console.rule("What it costs")
+    counts = lora_jax.count_parameters(findings.wrapped)
+    rows = {
+        "trainable numbers": f"{counts.trainable:,} of {counts.total:,} ({counts.percent:.3f} %)",
+        "adapter": f"{findings.adapter_bytes / MEGABYTE:,.2f} MB",
+        "memory of a step": f"{findings.step_bytes / MEGABYTE:,.0f} MB",
+        "peak memory": f"{findings.peak_bytes / MEGABYTE:,.0f} MB",
+        "tokens a second": f"{findings.tokens_per_second:,.0f}",
+    }
+    console.table(["", "measured"], [list(row) for row in rows.items()])
+
+
+def _save_plot(findings: Findings, folder: Path, options: Options) -> None:
+    # Matplotlib takes half a second to import, which --no-plots saves.
+    from experiments.llm.plots import save_curve
+
+    save_curve(
+        folder / "curve.png",
+        findings.history,
+        findings.evaluations["off"]["loss"],
+        title=f"{options.training.chosen_method}: {len(findings.task.train.examples):,} examples "
+        f"of {findings.task.name}",
+    )

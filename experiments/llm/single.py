@@ -1,0 +1,132 @@
+"""One training of a language model, and the tests of what it gives."""
+
+from typing import Any
+
+import lora_jax
+from experiments.common.claims import frozen_unchanged
+from experiments.common.console import Console
+from experiments.common.errors import InputError, as_input_error
+from experiments.common.files import bytes_in
+from experiments.common.memory import peak_bytes
+from experiments.common.run import Run
+from experiments.llm.adapter_folder import AdapterFolder, Card
+from experiments.llm.options import Options
+from experiments.llm.report import Findings, present
+from experiments.llm.task import LanguageTask, describe, language_task, loaded_params
+from experiments.llm.training import Examination, Training
+from experiments.models.llama import LanguageModel, huggingface_rules
+from lora_jax.checkpoint import TrainingCheckpoints
+from lora_jax.exchange import peft
+
+_CHECKPOINTS = "checkpoints"
+_ADAPTER = "adapter"
+_PEFT = "peft"
+
+
+def train_once(options: Options, run: Run) -> None:
+    """Trains, keeps the best adapter, tests it and reports."""
+    _check(options)
+    chosen, out = options.what_learns, options.output.out
+    model = LanguageModel.read(chosen.model)
+    task = language_task(
+        model,
+        options.data,
+        dtype=chosen.dtype,
+        remat=not options.training.no_remat,
+        seed=options.training.seed,
+    )
+    describe(task, run.console)
+    params = loaded_params(model, chosen)
+    packed = not options.data.no_packing
+    training = Training(task, params, options.training, packed=packed)
+    run.phase_ended("data")
+
+    examine = Examination(task, rows=options.training.batch_size, packed=packed)
+    folder = AdapterFolder(out / _ADAPTER)
+    _train(training, examine, folder, options, run)
+    best = folder.restore(params)
+    evaluations = {
+        "off": examine(params),
+        "on": examine(best),
+        "merged": examine(lora_jax.merge(best)),
+    }
+    if options.training.chosen_method.rank is not None:
+        _write_peft(best, task, options)
+    run.phase_ended("testing")
+    findings = Findings(
+        task=task,
+        wrapped=best,
+        evaluations=evaluations,
+        history=training.history,
+        best=training.best,
+        fullness=training.batches.fullness,
+        adapter_bytes=bytes_in(folder.weights),
+        peak_bytes=peak_bytes(),
+        step_bytes=training.step_bytes,
+        frozen_unchanged=frozen_unchanged(params, training.wrapped),
+    )
+    present(findings, options, run)
+
+
+def _check(options: Options) -> None:
+    if options.training.method == "full" and options.what_learns.quantize != "none":
+        raise InputError(
+            f"--method full trains every weight, and --quantize is "
+            f"{options.what_learns.quantize}, which no optimiser updates; pass none, or lora"
+        )
+
+
+def _train(
+    training: Training,
+    examine: Examination,
+    folder: AdapterFolder,
+    options: Options,
+    run: Run,
+) -> None:
+    """Takes the steps that are left, and puts the best adapter into the folder."""
+    console, chosen = run.console, options.what_learns
+    with TrainingCheckpoints(options.output.out / _CHECKPOINTS, keep=1) as checkpoints:
+        _begin(training, checkpoints, options, console)
+        console.note(lora_jax.summary(training.wrapped))
+        console.note(
+            f"{training.total:,} steps of {options.training.accumulate} × "
+            f"{options.training.batch_size} rows, {100 * training.batches.fullness:.0f} % full"
+        )
+        training.compile(console)
+        run.phase_ended("compiling")
+        card = Card(
+            model=str(chosen.model.resolve()) if chosen.model else None,
+            quantize=chosen.quantize,
+            dtype=chosen.dtype,
+            method=str(options.training.chosen_method),
+        )
+        training.run(
+            examine,
+            lambda wrapped: folder.save(wrapped, card),
+            console=console,
+            checkpoints=checkpoints,
+        )
+    run.phase_ended("training")
+
+
+def _begin(
+    training: Training, checkpoints: TrainingCheckpoints, options: Options, console: Console
+) -> None:
+    """Resumes the training that was interrupted, or makes way for a new one."""
+    if options.resume:
+        training.resume(checkpoints)
+        console.note(f"Continuing from step {training.step}")
+    elif checkpoints.latest_step is not None:
+        console.note(f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted")
+        checkpoints.delete_after(-1)
+
+
+def _write_peft(wrapped: Any, task: LanguageTask, options: Options) -> None:
+    with as_input_error():
+        peft.save(
+            options.output.out / _PEFT,
+            wrapped,
+            names=huggingface_rules(task.model.config),
+            config={"base_model_name_or_path": str(task.model.path), "task_type": "CAUSAL_LM"},
+            overwrite=True,
+        )

@@ -1,0 +1,29 @@
+"""Fine-tunes a language model on conversations with adapters, and writes with the result."""
+
+import sys
+from collections.abc import Sequence
+
+from experiments.common.errors import exit_code
+from experiments.common.memory import keep_freed_memory
+from experiments.common.run import Run
+from experiments.llm.options import Options, parsed
+from experiments.llm.single import train_once
+from experiments.llm.writing import parsed_for_writing, write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study with these arguments and returns the exit code of the process."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["generate"]:
+        return exit_code(lambda: write(parsed_for_writing(arguments[1:])))
+    return exit_code(lambda: study(parsed(arguments)))
+
+
+def study(options: Options) -> None:
+    """Trains once and reports on it."""
+    train_once(options, Run(options.output))
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main())

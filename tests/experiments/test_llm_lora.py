@@ -1,0 +1,254 @@
+"""The study on language models: training, resuming, what it writes, and what it refuses."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax
+from experiments.llm import training
+from experiments.llm.adapter_folder import AdapterFolder
+from experiments.llm_lora import main
+from experiments.models.llama import LanguageModel, huggingface_rules
+from lora_jax.exchange import peft
+from tests import tiny_llama
+from tests.tiny_tokenizer import BEGIN, END, TEMPLATE, trained
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+pytest.importorskip("gguf")
+
+KEYS = {
+    *("data", "model", "device", "method", "rank", "quantize", "dtype", "training", "examples"),
+    *("fullness", "parameters", "held_out", "best", "frozen_unchanged", "steps", "losses"),
+    *("steps_per_second", "tokens_per_second", "adapter_bytes", "peak_bytes", "step_bytes"),
+    *("evaluations", "seconds"),
+}
+ANSWERS = {"hello": "the world", "world": "hello there", "other": "the other", "there": "world"}
+
+
+def lines(count, seed=0):
+    random = np.random.default_rng(seed)
+    for word in random.choice(list(ANSWERS), count):
+        question = {"role": "user", "content": f"{word}?"}
+        yield {"messages": [question, {"role": "assistant", "content": ANSWERS[word]}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Returns a folder with a tiny model, its tokenizer, and a file of examples."""
+    folder = tmp_path_factory.mktemp("llm")
+    model = folder / "model"
+    tiny_llama.write_folder(model, "llama")
+    trained()[0].save(str(model / "tokenizer.json"))
+    settings = {"chat_template": TEMPLATE, "eos_token": END, "bos_token": BEGIN}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "examples.jsonl").write_text("\n".join(map(json.dumps, lines(80))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(folder):
+    return [
+        *("--model", str(folder / "model"), "--data", str(folder / "examples.jsonl")),
+        *("--max-length", "48", "--validation-examples", "16", "--rank", "4", "--epochs", "6"),
+        *("--batch-size", "2", "--accumulate", "2", "--evaluate-every", "10"),
+        *("--learning-rate", "0.02"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def out(arguments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert main([*arguments, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def restored(arguments, out):
+    model = LanguageModel.read(Path(arguments[arguments.index("--model") + 1]))
+    params = model.params()
+    return model, params, AdapterFolder(out / "adapter").restore(params)
+
+
+def assert_same(one, other):
+    for leaf, its_other in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(leaf).tobytes() == np.asarray(its_other).tobytes()
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_metrics_a_picture_and_the_best_adapter(metrics, out):
+    assert set(metrics) == KEYS
+    assert metrics["examples"] == {"train": 64, "validation": 16, "cut": 0, "dropped": 0}
+    assert metrics["steps"] == len(metrics["losses"])
+    assert metrics["frozen_unchanged"] is True
+    assert metrics["fullness"] > 0.7
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    best = min(metrics["evaluations"], key=lambda found: found["loss"])
+    assert metrics["best"] == best
+    assert metrics["held_out"]["on"]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+def test_the_answers_are_learned(metrics):
+    held_out = metrics["held_out"]
+    assert held_out["on"]["loss"] < 0.2 * held_out["off"]["loss"]
+    assert held_out["merged"]["loss"] == pytest.approx(held_out["on"]["loss"], abs=1e-4)
+    assert held_out["on"]["perplexity"] == pytest.approx(np.exp(held_out["on"]["loss"]))
+
+
+def test_adapters_are_on_every_linear_layer_and_in_a_folder_of_peft(arguments, out, metrics):
+    model, params, wrapped = restored(arguments, out)
+    adapted = lora_jax.count_parameters(wrapped).trainable
+    assert adapted == metrics["parameters"]["trainable"]
+    rules = huggingface_rules(model.config)
+    assert_same(peft.load(out / "peft", params, names=rules), wrapped)
+    config = peft.read_config(out / "peft")
+    assert config["task_type"] == "CAUSAL_LM"
+    assert len(config["target_modules"]) == 7 * tiny_llama.LAYERS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "full", "--learning-rate", "0.01"],
+        ["--method", "dora", "--no-packing"],
+        ["--quantize", "int8", "--no-remat"],
+        ["--dtype", "bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_other_ways_to_train(arguments, tmp_path, options):
+    short = [*arguments, "--epochs", "2", *options, "--no-plots", "--out", str(tmp_path)]
+    assert main(short) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["held_out"]["on"]["loss"] < 0.8 * metrics["held_out"]["off"]["loss"]
+    assert (tmp_path / "peft").exists() == (options[1] != "full")
+
+
+# --- interruptions -------------------------------------------------------------------------------
+
+
+def interrupted_after(steps, monkeypatch):
+    """Has the next training raise KeyboardInterrupt within a step, when so many are done."""
+    take_step = training.Training._take_step
+
+    def interrupting(self, batch):
+        if self.step == steps:
+            self.history.add_step({"loss": 0.0})  # a trace of the step that is not finished
+            raise KeyboardInterrupt
+        take_step(self, batch)
+
+    monkeypatch.setattr(training.Training, "_take_step", interrupting)
+
+
+def test_an_interrupted_run_ends_as_an_unbroken_one_to_the_bit(
+    arguments, out, metrics, tmp_path, monkeypatch
+):
+    options = [*arguments, "--no-plots", "--out", str(tmp_path)]
+    for steps, resume in ((3, []), (13, ["--resume"])):
+        with monkeypatch.context() as patch:
+            interrupted_after(steps, patch)
+            assert main([*options, *resume]) == 130
+    assert main([*options, "--resume"]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("losses", "evaluations", "best", "held_out"):
+        assert found[name] == metrics[name]
+    assert_same(restored(arguments, tmp_path)[2], restored(arguments, out)[2])
+
+
+def test_resume_refuses_other_settings_and_other_data(
+    arguments, folder, tmp_path, monkeypatch, error_of
+):
+    options = [*arguments, "--no-plots", "--out", str(tmp_path)]
+    assert "--resume finds no checkpoint" in error_of(main, [*options, "--resume"])
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch)
+        assert main(options) == 130
+    error = error_of(main, [*options, "--learning-rate", "0.5", "--resume"])
+    assert "--learning-rate is 0.5, but the training to continue has 0.02" in error
+    shorter = tmp_path / "other.jsonl"
+    shorter.write_text((folder / "examples.jsonl").read_text().replace("hello?", "hi?"))
+    error = error_of(main, [*options, "--data", str(shorter), "--resume"])
+    assert "pass the data that it began with" in error
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def test_it_writes_what_it_has_learned(out, capsys):
+    adapter = ["generate", "--adapter", str(out / "adapter"), "--new-tokens", "8"]
+    prompts = [word for each in ANSWERS for word in ("--prompt", f"{each}?")]
+    assert main([*adapter, *prompts]) == 0
+    assert capsys.readouterr().out.splitlines() == list(ANSWERS.values())
+
+
+def test_it_reads_standard_input_and_prints_json(out, folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello?\n\nworld?\n"))
+    drawn = ["--temperature", "0.01", "--top-p", "0.9", "--json", "--new-tokens", "8"]
+    assert main(["generate", "--adapter", str(out / "adapter"), *drawn]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["prompt"] for each in found] == ["hello?", "world?"]
+    assert [each["answer"] for each in found] == [ANSWERS["hello"], ANSWERS["world"]]
+    plain = ["--plain", "--prompt", "the", "--new-tokens", "3"]
+    assert main(["generate", "--model", str(folder / "model"), *plain]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_what_writing_refuses(out, folder, tmp_path, error_of):
+    assert "is not the folder of an adapter" in error_of(
+        main, ["generate", "--adapter", str(tmp_path), "--prompt", "a"]
+    )
+    adapter = ["generate", "--adapter", str(out / "adapter"), "--prompt", "a"]
+    assert "more than the 128" in error_of(main, [*adapter, "--new-tokens", "128"])
+    other = tmp_path / "other"
+    shutil.copytree(folder / "model", other)
+    tiny_llama.write_folder(other, "llama", seed=1, overwrite=True)
+    trained()[0].save(str(other / "tokenizer.json"))
+    assert "base" in error_of(main, [*adapter, "--model", str(other)])
+
+
+# --- what training refuses -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nothing.jsonl"], "nothing.jsonl can't be read"),
+        (["--validation-examples", "80"], "has 80 examples; pass a smaller number, or more data"),
+        (["--train-examples", "65"], "--train-examples is 65, and there are 64"),
+        (["--max-length", "129"], "more than the 128 tokens that the model was made for"),
+        (["--max-length", "4"], "are longer than 4 tokens; pass a larger --max-length"),
+        (["--method", "full", "--quantize", "int8"], "which no optimiser updates"),
+        (["--quantize", "as-stored"], "is a folder whose weights are not quantised"),
+        (["--targets", "nothing"], "matches no leaf"),
+        (["--rank", "65"], "65"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    arguments, tmp_path, error_of, options, message
+):
+    error = error_of(main, [*arguments, *options, "--out", str(tmp_path / "out")])
+    assert message in error
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_wrong_arguments(arguments, capsys):
+    assert main([]) == 2
+    assert "--data" in capsys.readouterr().err
+    assert main([*arguments, "--rank", "0"]) == 2
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "examples:" in capsys.readouterr().out
