@@ -13,7 +13,8 @@ from jaxtyping import Bool, Int
 from experiments.common.errors import InputError
 from experiments.models.llama import ChatTokenizer
 
-Messages = tuple[Mapping[str, str], ...]
+Message = Mapping[str, str]
+Messages = tuple[Message, ...]
 
 _FORMS = "an object with `messages`, or with `prompt` and `completion`"
 _ROLES = ("system", "user", "assistant")

@@ -26,7 +26,8 @@ loss is that of the answers alone. A part of the examples is held out: the adapt
 the least loss on it is kept, in OUT/adapter, and as a folder of PEFT in OUT/peft.
 
 Ctrl-C leaves a checkpoint, from which --resume continues as if nothing had happened.
-`python -m experiments.llm_lora generate --help` shows how to use what was trained.
+What was trained writes with `python -m experiments.llm_lora generate --help`, and is
+compared with what people write by `python -m experiments.llm_lora evaluate --help`.
 """
 
 _EXAMPLES = f"""\

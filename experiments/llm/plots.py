@@ -15,7 +15,7 @@ def save_curve(path: Path, history: History, before: float, title: str) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     losses = history.of("loss")
-    window = min(_WINDOW, len(losses))
+    window = min(_WINDOW, max(1, len(losses) // 3))
     label = f"training, mean of {window} steps"
     draw_losses(axes, losses, window=window, colour=COLOURS[0], size=3, label=label)
     steps = [0, *(found["step"] for found in history.evaluations)]

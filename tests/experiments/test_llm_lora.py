@@ -252,3 +252,45 @@ def test_wrong_arguments(arguments, capsys):
     assert "is not a whole number of at least 1" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "examples:" in capsys.readouterr().out
+
+
+# --- evaluating ----------------------------------------------------------------------------------
+
+
+def test_answers_are_compared_with_those_of_people(out, folder, tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(map(json.dumps, lines(10, seed=5))))
+    options = ["--data", str(test), "--new-tokens", "8", "--batch-size", "4", "--json"]
+    scores = []
+    for with_adapter in ([], ["--adapter", str(out / "adapter")]):
+        model = [] if with_adapter else ["--model", str(folder / "model")]
+        found = [*options, *model, *with_adapter, "--out", str(tmp_path / "out")]
+        assert main(["evaluate", *found, "--limit", "9"]) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert (results["answers"], results["references"]) == (9, 9)
+        scores.append(results["rouge"])
+    assert scores[1]["rouge1"] == {"mean": 1, "low": 1, "high": 1}
+    assert scores[0]["rouge1"]["mean"] < 0.5
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rouge"] == scores[1]
+    answers = (tmp_path / "out" / "answers.md").read_text()
+    assert answers.count("**The model:**") == 9
+    assert "> hello?\n\n**The model:** the world\n\n**People:**\n\n- the world\n" in answers
+
+
+def test_summaries_are_compared_with_all_references(out, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("rouge_score")
+    entry = {"dialogue": "hello", "summary1": "a", "summary2": "b", "summary3": "c"}
+    (tmp_path / "dialogsum.test.jsonl").write_text(json.dumps(entry))
+    monkeypatch.setenv("DIALOGSUM_DIR", str(tmp_path))
+    adapter = ["--adapter", str(out / "adapter"), "--out", str(tmp_path / "out"), "--json"]
+    assert main(["evaluate", "--data", "dialogsum", "--new-tokens", "4", *adapter]) == 0
+    assert json.loads(capsys.readouterr().out)["references"] == 3
+
+
+def test_what_evaluating_refuses(out, tmp_path, error_of):
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    adapter = ["evaluate", "--adapter", str(out / "adapter"), "--out", str(tmp_path)]
+    assert "line 1 has a `prompt`" in error_of(main, [*adapter, "--data", str(plain)])
+    assert "can't be read" in error_of(main, [*adapter, "--data", str(tmp_path / "no.jsonl")])

@@ -1,0 +1,153 @@
+"""How good a model's answers are: the command line of `llm_lora evaluate`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from experiments.common.console import device_name
+from experiments.common.errors import InputError
+from experiments.common.files import atomic_path
+from experiments.common.options import Option, parsed_as, positive_int
+from experiments.common.run import Run
+from experiments.common.shared_options import FolderOptions
+from experiments.llm.answers import Writer
+from experiments.llm.dialogsum import NAME as DIALOGSUM
+from experiments.llm.dialogsum import dialogues
+from experiments.llm.examples import Message, read_examples
+from experiments.llm.options import ModelPath
+from experiments.llm.rouge import Score, rouge
+
+_DESCRIPTION = """\
+Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
+the interval in which the mean is with 95 % confidence. The answers are in OUT/answers.md,
+beside those of people. Without --adapter it is the model as it is that answers.
+"""
+
+_EXAMPLES = f"""\
+examples:
+  python -m experiments.llm_lora evaluate --data {DIALOGSUM} --limit 50
+  python -m experiments.llm_lora evaluate --data {DIALOGSUM} --adapter runs/llm_lora/adapter
+  python -m experiments.llm_lora evaluate --data test.jsonl --adapter runs/llm_lora/adapter
+"""
+
+_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatingOptions:
+    """What to answer, and with what."""
+
+    data: Annotated[
+        str,
+        Option(
+            f"a file of JSON lines with `messages`, or {DIALOGSUM}: its test dialogues, with three "
+            "summaries of each",
+            metavar="FILE",
+        ),
+    ]
+    adapter: Annotated[
+        Path | None,
+        Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
+    ] = None
+    model: ModelPath = None
+    limit: Annotated[
+        int | None, Option("how many to answer, from the first on", positive_int, metavar="N")
+    ] = None
+    new_tokens: Annotated[
+        int, Option("how many tokens to write at most", positive_int, metavar="TOKENS")
+    ] = 96
+    batch_size: Annotated[int, Option("how many to answer at a time", positive_int)] = 8
+    output: FolderOptions = FolderOptions(out=Path("runs/llm_lora_evaluate"))
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked, and what people have answered."""
+
+    messages: tuple[Message, ...]
+    answers: tuple[str, ...]
+
+
+def parsed_for_evaluating(arguments: Sequence[str]) -> EvaluatingOptions:
+    """Returns the options after `evaluate`; exits, as argparse does, if one is wrong."""
+    return parsed_as(
+        EvaluatingOptions,
+        arguments,
+        command="llm_lora evaluate",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+
+
+def evaluate(options: EvaluatingOptions) -> None:
+    """Answers, compares and reports."""
+    run = Run(options.output)
+    questions = _questions(options.data)[: options.limit]
+    writer = Writer.read(options.adapter, options.model)
+    run.console.note(f"Model: {writer.model.path}; adapter: {options.adapter or 'none'}")
+    run.phase_ended("data")
+    prompts = [writer.tokenizer.encoded_conversation(each.messages) for each in questions]
+    answers = writer.answers(
+        prompts, new_tokens=options.new_tokens, rows=options.batch_size, console=run.console
+    )
+    run.phase_ended("writing")
+    scores = rouge(answers, [question.answers for question in questions])
+    _write_answers(options.output.out / "answers.md", questions, answers)
+    _present(scores, questions, answers, options, run)
+
+
+def _questions(data: str) -> list[Question]:
+    if data == DIALOGSUM:
+        return [Question((each.question,), each.summaries) for each in dialogues("test")]
+    questions = []
+    for example in read_examples(Path(data)):
+        if not example.messages:
+            raise InputError(
+                f"{example.where} has a `prompt`; expected `messages`, the last of which is what a "
+                "person has answered"
+            )
+        *asked, answer = example.messages
+        questions.append(Question(tuple(asked), (answer["content"],)))
+    return questions
+
+
+def _present(
+    scores: dict[str, Score],
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    options: EvaluatingOptions,
+    run: Run,
+) -> None:
+    run.console.rule(f"{len(answers):,} answers")
+    rows = [
+        [_NAMES[kind], f"{score.mean:.4f}", f"{score.low:.4f} to {score.high:.4f}"]
+        for kind, score in scores.items()
+    ]
+    run.console.table(["", "mean", "with 95 % confidence"], rows)
+    run.finish(
+        {
+            "data": options.data,
+            "adapter": str(options.adapter) if options.adapter else None,
+            "device": device_name(),
+            "answers": len(answers),
+            "references": sum(len(question.answers) for question in questions),
+            "rouge": {kind: score._asdict() for kind, score in scores.items()},
+        }
+    )
+
+
+def _write_answers(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    parts = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
+        own = "\n".join(f"- {text}" for text in question.answers)
+        asked = question.messages[-1]["content"]
+        parts.append(
+            f"## {number}\n\n{_quoted(asked)}\n\n**The model:** {answer}\n\n**People:**\n\n{own}\n"
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines())
