@@ -14,6 +14,7 @@ import lora_jax
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.llm.adapter_folder import AdapterFolder
+from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
 from experiments.llm.task import loaded_params
 from experiments.models.llama import (
@@ -55,12 +56,12 @@ class Writer:
         if adapter is None:
             chosen = ModelOptions(model=model)
             found = LanguageModel.read(chosen.model)
-            params = loaded_params(found, chosen)
+            params = loaded_params(found, chosen, Devices())
         else:
             folder = AdapterFolder(adapter)
             chosen = folder.read_card().model_options(model)
             found = LanguageModel.read(chosen.model)
-            params = lora_jax.merge(folder.restore(loaded_params(found, chosen)))
+            params = lora_jax.merge(folder.restore(loaded_params(found, chosen, Devices())))
         network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
         return cls(found, network, params, found.tokenizer())
 

@@ -15,6 +15,7 @@ from experiments.common.options import (
 )
 from experiments.common.shared_options import Alpha, Epochs, FolderOptions, Seed
 from experiments.llm.dialogsum import NAME as DIALOGSUM
+from experiments.llm.mesh import mesh_sizes
 from experiments.llm.methods import ALL_LINEAR, METHODS, Method
 
 _DESCRIPTION = """\
@@ -79,6 +80,15 @@ class ModelOptions:
     dtype: Annotated[str, Option("of weights, products and activations", choices=DTYPES)] = (
         "float32"
     )
+    mesh: Annotated[
+        dict[str, int] | None,
+        Option(
+            "cut rows over data and fsdp, and weights over fsdp and tensor: data=2,fsdp=2,tensor=2 "
+            "on eight devices (default: one device)",
+            mesh_sizes,
+            metavar="AXES",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

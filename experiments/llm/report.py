@@ -75,6 +75,7 @@ class Findings:
             "rank": options.training.chosen_method.rank,
             "quantize": options.what_learns.quantize,
             "dtype": options.what_learns.dtype,
+            "mesh": options.what_learns.mesh,
             "training": options.training.as_json(),
             "examples": {
                 "train": len(self.task.train.examples),

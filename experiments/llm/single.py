@@ -10,6 +10,7 @@ from experiments.common.files import bytes_in
 from experiments.common.memory import peak_bytes
 from experiments.common.run import Run
 from experiments.llm.adapter_folder import AdapterFolder, Card
+from experiments.llm.mesh import Devices
 from experiments.llm.options import Options
 from experiments.llm.report import Findings, present
 from experiments.llm.task import LanguageTask, describe, language_task, loaded_params
@@ -26,6 +27,12 @@ _PEFT = "peft"
 def train_once(options: Options, run: Run) -> None:
     """Trains, keeps the best adapter, tests it and reports."""
     _check(options)
+    devices = Devices.of(options.what_learns.mesh)
+    with devices.in_use():
+        _train_and_test(options, run, devices)
+
+
+def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     chosen, out = options.what_learns, options.output.out
     model = LanguageModel.read(chosen.model)
     task = language_task(
@@ -36,12 +43,12 @@ def train_once(options: Options, run: Run) -> None:
         seed=options.training.seed,
     )
     describe(task, run.console)
-    params = loaded_params(model, chosen)
+    params = loaded_params(model, chosen, devices)
     packed = not options.data.no_packing
-    training = Training(task, params, options.training, packed=packed)
+    training = Training(task, params, options.training, packed=packed, devices=devices)
     run.phase_ended("data")
 
-    examine = Examination(task, rows=options.training.batch_size, packed=packed)
+    examine = Examination(task, rows=options.training.batch_size, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
     _train(training, examine, folder, options, run)
     best = folder.restore(params)

@@ -15,6 +15,7 @@ from experiments.common.errors import InputError
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
 from experiments.llm.examples import Example, TokenizedExamples, read_examples, tokenized
+from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions
 from experiments.models.llama import ChatTokenizer, LanguageModel, Llama, huggingface_rules
 from lora_jax.exchange import peft
@@ -111,9 +112,9 @@ def _drawn(examples: list[Example], count: int | None, seed: int, option: str) -
     return [examples[number] for number in sorted(order)]
 
 
-def loaded_params(model: LanguageModel, options: ModelOptions) -> Any:
+def loaded_params(model: LanguageModel, options: ModelOptions, devices: Devices) -> Any:
     """Returns the weights, in the dtype and the format that were chosen, read leaf by leaf."""
-    shapes = model.shapes(jnp.dtype(options.dtype))
+    shapes = devices.placed_shapes(model.shapes(jnp.dtype(options.dtype)))
     as_stored = options.quantize == "as-stored"
     if as_stored and model.path.is_dir():
         raise InputError(

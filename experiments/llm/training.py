@@ -14,6 +14,7 @@ from experiments.common.errors import InputError
 from experiments.common.memory import return_freed_memory
 from experiments.common.resumable import Evaluated, ResumableTraining
 from experiments.llm.loss import summed_loss
+from experiments.llm.mesh import Devices
 from experiments.llm.options import TrainingOptions
 from experiments.llm.packing import Batch, PackedBatches
 from experiments.llm.step import stacked, training_step
@@ -26,9 +27,17 @@ class Training(ResumableTraining):
     """One training of a language model, by one method."""
 
     def __init__(
-        self, task: LanguageTask, params: Any, training: TrainingOptions, *, packed: bool
+        self,
+        task: LanguageTask,
+        params: Any,
+        training: TrainingOptions,
+        *,
+        packed: bool,
+        devices: Devices,
     ) -> None:
         """Packs the examples, and puts adapters beside the weights."""
+        devices.check_rows(training.batch_size)
+        self._devices = devices
         method = training.chosen_method
         wrapped = method.wrapped(
             params,
@@ -113,7 +122,8 @@ class Training(ResumableTraining):
         numbers = range(step * self._accumulate, (step + 1) * self._accumulate)
         held = [self.batches[number] for number in numbers if number < len(self.batches)]
         empty = jax.tree.map(np.zeros_like, self.batches[0])
-        return stacked([*held, *[empty] * (self._accumulate - len(held))])
+        whole = stacked([*held, *[empty] * (self._accumulate - len(held))])
+        return self._devices.placed_batch(whole)
 
 
 def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransformation:
@@ -131,8 +141,9 @@ def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransforma
 class Examination:
     """The loss on held-out examples."""
 
-    def __init__(self, task: LanguageTask, *, rows: int, packed: bool) -> None:
+    def __init__(self, task: LanguageTask, *, rows: int, packed: bool, devices: Devices) -> None:
         """Packs the examples once."""
+        self._devices = devices
         self._batches = PackedBatches(
             task.validation.examples,
             rows=rows,
@@ -146,6 +157,7 @@ class Examination:
 
     def __call__(self, wrapped: Any) -> dict[str, float]:
         """Returns the loss of a learned token, and its exponential."""
-        total = sum(float(self._loss(wrapped, batch)) for batch in self._batches)
+        placed = map(self._devices.placed_batch, self._batches)
+        total = sum(float(self._loss(wrapped, batch)) for batch in placed)
         loss = total / sum(float(batch.weights.sum()) for batch in self._batches)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

@@ -25,7 +25,18 @@ pytest.importorskip("jinja2")
 pytest.importorskip("gguf")
 
 KEYS = {
-    *("data", "model", "device", "method", "rank", "quantize", "dtype", "training", "examples"),
+    *(
+        "data",
+        "model",
+        "device",
+        "method",
+        "rank",
+        "quantize",
+        "dtype",
+        "mesh",
+        "training",
+        "examples",
+    ),
     *("fullness", "parameters", "held_out", "best", "frozen_unchanged", "steps", "losses"),
     *("steps_per_second", "tokens_per_second", "adapter_bytes", "peak_bytes", "step_bytes"),
     *("evaluations", "seconds"),
@@ -137,6 +148,21 @@ def test_other_ways_to_train(arguments, tmp_path, options):
     assert (tmp_path / "peft").exists() == (options[1] != "full")
 
 
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8", "data=4,tensor=2"])
+def test_a_mesh_of_devices_computes_the_same(arguments, tmp_path, metrics, mesh):
+    options = [*arguments, "--batch-size", "8", "--accumulate", "1", "--epochs", "2"]
+    found = []
+    for name, cut in (("one", []), ("mesh", ["--mesh", mesh])):
+        out = tmp_path / name
+        assert main([*options, *cut, "--no-plots", "--out", str(out)]) == 0
+        found.append(json.loads((out / "metrics.json").read_text()))
+    one, other = (each["losses"] for each in found)
+    np.testing.assert_allclose(other, one, rtol=1e-4)
+    assert found[1]["held_out"]["on"]["loss"] == pytest.approx(
+        found[0]["held_out"]["on"]["loss"], rel=1e-3
+    )
+
+
 # --- interruptions -------------------------------------------------------------------------------
 
 
@@ -234,6 +260,8 @@ def test_what_writing_refuses(out, folder, tmp_path, error_of):
         (["--quantize", "as-stored"], "is a folder whose weights are not quantised"),
         (["--targets", "nothing"], "matches no leaf"),
         (["--rank", "65"], "65"),
+        (["--mesh", "data=2,tensor=2"], "is for 4 devices, and there are 8"),
+        (["--mesh", "data=8"], "--batch-size is 2, which data and fsdp of --mesh cut into 8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -248,6 +276,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(
 def test_wrong_arguments(arguments, capsys):
     assert main([]) == 2
     assert "--data" in capsys.readouterr().err
+    assert main([*arguments, "--mesh", "data=2,model=2"]) == 2
+    assert "is not a mesh such as data=2,tensor=4" in capsys.readouterr().err
     assert main([*arguments, "--rank", "0"]) == 2
     assert "is not a whole number of at least 1" in capsys.readouterr().err
     assert main(["--help"]) == 0
