@@ -6,12 +6,15 @@ What a batch learns is said by places: the loss is computed there and nowhere el
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from experiments.llm.examples import TokenizedExample
+
+# Rows of one example each are filled up to a multiple of this.
+_LENGTHS = 64
 
 
 class Batch(NamedTuple):
@@ -64,11 +67,6 @@ def packed_rows(lengths: Sequence[int], order: Sequence[int], length: int) -> li
     return [Row(tuple(numbers)) for numbers in rows]
 
 
-def single_rows(order: Sequence[int]) -> list[Row]:
-    """Returns a row for each example."""
-    return [Row((number,)) for number in order]
-
-
 def learned_count(examples: Sequence[TokenizedExample], rows: Sequence[Row]) -> int:
     """Returns how many tokens of these rows are learned: never the first of an example."""
     return sum(int(examples[number].learned[1:].sum()) for row in rows for number in row.numbers)
@@ -98,17 +96,20 @@ def batch_of(
             positions[row_number, part] = np.arange(len(example))
             segments[row_number, part] = segment
             learned = np.flatnonzero(example.learned[1:])
-            places.append(row_number * length + start + learned)
+            places.append((row_number * length + start + learned).astype(np.int32))
             targets.append(example.tokens[1:][learned])
             start += len(example)
     return Batch(
         tokens,
         positions,
         segments,
-        _filled(np.concatenate(places), room).astype(np.int32),
-        _filled(np.concatenate(targets), room).astype(np.int32),
+        _filled(np.concatenate([*places, _NONE]), room),
+        _filled(np.concatenate([*targets, _NONE]), room),
         _filled(np.ones(sum(map(len, places)), np.float32), room),
     )
+
+
+_NONE = np.zeros(0, np.int32)
 
 
 def _filled(array: np.ndarray, room: int) -> np.ndarray:
@@ -117,10 +118,25 @@ def _filled(array: np.ndarray, room: int) -> np.ndarray:
     return np.pad(array, (0, room - len(array)))
 
 
-class PackedBatches:
-    """The batches of a training, the same each time that they are asked for.
+@dataclass(frozen=True)
+class _Step:
+    """Which rows are in the batches of a step.
 
-    In each epoch the examples are packed in another order. All batches have one shape.
+    Attributes:
+      length: the tokens of a row.
+      batches: the rows of each batch.
+    """
+
+    length: int
+    batches: tuple[tuple[Row, ...], ...]
+
+
+class TrainingSteps:
+    """The batches of each step of a training, the same each time that they are asked for.
+
+    Packed rows are all of one length. Rows of one example each are as long as a multiple of 64 that
+    has room for it, and those of one length are in a step together. In each epoch the examples are
+    in another order; the last step of a length may have rows that are empty.
     """
 
     def __init__(
@@ -131,41 +147,55 @@ class PackedBatches:
         length: int,
         epochs: int,
         seed: int,
+        accumulate: int = 1,
         pack: bool = True,
     ) -> None:
-        """Packs the examples.
+        """Plans the steps.
 
         Args:
           examples: the examples, none longer than `length`.
           rows: the rows of a batch.
-          length: the tokens of a row.
+          length: the tokens of a row, or of the longest one.
           epochs: how often each example is seen.
           seed: decides the order.
+          accumulate: the batches of a step.
           pack: whether a row has several examples.
         """
-        self._examples, self._rows, self._length = tuple(examples), rows, length
-        lengths = [len(example) for example in examples]
-        self._batches: list[list[Row]] = []
-        for epoch in range(epochs):
-            order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
-            packed = packed_rows(lengths, order, length) if pack else single_rows(order)
-            # What fits best is long or late: without another shuffle, batches would be alike.
-            np.random.default_rng((seed, epoch, 1)).shuffle(packed)
-            self._batches += [packed[start : start + rows] for start in range(0, len(packed), rows)]
-        counts = [learned_count(self._examples, batch) for batch in self._batches]
-        self._room = max(counts)
+        self._examples, self._rows, self._accumulate = tuple(examples), rows, accumulate
+        self._steps = [
+            step
+            for epoch in range(epochs)
+            for step in self._epoch(np.random.default_rng((seed, epoch)), length, pack=pack)
+        ]
+        self._room: dict[int, int] = {}
+        for step in self._steps:
+            most = max(learned_count(self._examples, batch) for batch in step.batches)
+            self._room[step.length] = max(most, self._room.get(step.length, 1))
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._steps)
 
     def __getitem__(self, number: int) -> Batch:
-        """Returns one batch; the last of an epoch may have rows that are empty."""
-        batch = self._batches[number]
-        empty = [Row(())] * (self._rows - len(batch))
-        return batch_of(self._examples, [*batch, *empty], length=self._length, room=self._room)
+        """Returns the batches of one step, stacked along a first axis."""
+        step = self._steps[number]
+        batches = [
+            batch_of(
+                self._examples,
+                [*batch, *[Row(())] * (self._rows - len(batch))],
+                length=step.length,
+                room=self._room[step.length],
+            )
+            for batch in step.batches
+        ]
+        return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
+
+    def first_of_each_length(self) -> dict[int, Batch]:
+        """Returns a step of each length of rows, of which each needs a program of its own."""
+        numbers = {step.length: number for number, step in reversed(list(enumerate(self._steps)))}
+        return {length: self[number] for length, number in sorted(numbers.items())}
 
     @property
     def digest(self) -> str:
@@ -181,8 +211,44 @@ class PackedBatches:
         """The part of the rows that is tokens of examples."""
         used = sum(
             len(self._examples[number])
-            for batch in self._batches
+            for step in self._steps
+            for batch in step.batches
             for row in batch
             for number in row.numbers
         )
-        return used / (len(self._batches) * self._rows * self._length)
+        return used / sum(step.length * self._rows * self._accumulate for step in self._steps)
+
+    def _epoch(self, random: np.random.Generator, length: int, *, pack: bool) -> list[_Step]:
+        order = random.permutation(len(self._examples)).tolist()
+        lengths = [len(example) for example in self._examples]
+        if pack:
+            rows_of = {length: packed_rows(lengths, order, length)}
+        else:
+            rows_of = _rows_by_length(lengths, order, length)
+        steps = []
+        for size, rows in rows_of.items():
+            # What fits best is long or late: without another shuffle, steps would be alike.
+            random.shuffle(rows)
+            of_batches = _divided(rows, self._rows)
+            of_steps = _divided(of_batches, self._accumulate)
+            steps += [
+                _Step(size, tuple(batches) + ((),) * (self._accumulate - len(batches)))
+                for batches in of_steps
+            ]
+        random.shuffle(steps)
+        return steps
+
+
+def _rows_by_length(
+    lengths: Sequence[int], order: Sequence[int], longest: int
+) -> dict[int, list[Row]]:
+    """Returns a row for each example, by the length that it is filled up to."""
+    rows: dict[int, list[Row]] = {}
+    for number in order:
+        size = min(-(-lengths[number] // _LENGTHS) * _LENGTHS, longest)
+        rows.setdefault(size, []).append(Row((number,)))
+    return rows
+
+
+def _divided(parts: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
+    return [tuple(parts[start : start + size]) for start in range(0, len(parts), size)]

@@ -66,7 +66,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
         evaluations=evaluations,
         history=training.history,
         best=training.best,
-        fullness=training.batches.fullness,
+        fullness=training.steps.fullness,
         adapter_bytes=bytes_in(folder.weights),
         peak_bytes=peak_bytes(),
         step_bytes=training.step_bytes,
@@ -97,7 +97,7 @@ def _train(
         console.note(lora_jax.summary(training.wrapped))
         console.note(
             f"{training.total:,} steps of {options.training.accumulate} × "
-            f"{options.training.batch_size} rows, {100 * training.batches.fullness:.0f} % full"
+            f"{options.training.batch_size} rows, {100 * training.steps.fullness:.0f} % full"
         )
         training.compile(console)
         run.phase_ended("compiling")

@@ -54,8 +54,3 @@ def training_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
         return optax.apply_updates(trainable, updates), state, result
 
     return step
-
-
-def stacked(batches: list[Batch]) -> Batch:
-    """Returns the batches of one step, stacked."""
-    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 import lora_jax
@@ -16,8 +15,8 @@ from experiments.common.resumable import Evaluated, ResumableTraining
 from experiments.llm.loss import summed_loss
 from experiments.llm.mesh import Devices
 from experiments.llm.options import TrainingOptions
-from experiments.llm.packing import Batch, PackedBatches
-from experiments.llm.step import stacked, training_step
+from experiments.llm.packing import Batch, TrainingSteps
+from experiments.llm.step import training_step
 from experiments.llm.task import LanguageTask
 
 GREATEST_GRADIENT = 1.0
@@ -46,18 +45,18 @@ class Training(ResumableTraining):
             alpha=training.alpha,
             key=jax.random.key(training.seed),
         )
-        self.batches = PackedBatches(
+        self.steps = TrainingSteps(
             task.train.examples,
             rows=training.batch_size,
             length=task.max_length,
             epochs=training.epochs,
             seed=training.seed,
+            accumulate=training.accumulate,
             pack=packed,
         )
-        self._accumulate = training.accumulate
         tx = optimizer(training, self.total)
         self._step_of = jax.jit(training_step(task.network.apply, tx))
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}
         settings = {
             **training.as_json(),
             "train_examples": len(task.train.examples),
@@ -69,13 +68,15 @@ class Training(ResumableTraining):
 
     @property
     def total(self) -> int:
-        return math.ceil(len(self.batches) / self._accumulate)
+        return len(self.steps)
 
     def batches_left(self) -> Iterable[Batch]:
-        return (self._batches_of(step) for step in range(self.step, self.total))
+        numbers = range(self.step, self.total)
+        return (self._devices.placed_batch(self.steps[number]) for number in numbers)
 
     def taken(self, batch: Batch) -> tuple[Any, optax.OptState, Mapping[str, Any]]:
-        return self._compiled(self._trainable, self._state, self._frozen, batch)
+        compiled = self._compiled[batch.tokens.shape[-1]]
+        return compiled(self._trainable, self._state, self._frozen, batch)
 
     def goodness(self, evaluation: Evaluated) -> tuple[float, ...]:
         return (-evaluation["loss"],)
@@ -89,41 +90,37 @@ class Training(ResumableTraining):
         return f"held-out loss {evaluation['loss']:.4f}, perplexity {evaluation['perplexity']:.3f}"
 
     def position(self) -> Any:
-        return {"batches": len(self.batches), "examples": self.batches.digest}
+        return {"steps": len(self.steps), "examples": self.steps.digest}
 
     def check_position(self, position: Any) -> None:
         if position != self.position():
             raise InputError(
-                f"the training to continue had {position['batches']:,} batches of other examples "
-                f"than these {len(self.batches):,}; pass the data that it began with, or leave out "
+                f"the training to continue had {position['steps']:,} steps on other examples than "
+                f"these {len(self.steps):,}; pass the data that it began with, or leave out "
                 "--resume to train again"
             )
 
     def compile(self, console: Console) -> None:
-        """Compiles the step, which all batches share."""
-        with console.progress("Compiling", 1) as progress:
-            arguments = self._trainable, self._state, self._frozen, self._batches_of(0)
-            self._compiled = self._step_of.lower(*arguments).compile()
-            progress.advance()
+        """Compiles the step for each length of rows."""
+        first = self.steps.first_of_each_length()
+        with console.progress("Compiling", len(first)) as progress:
+            for length, batch in first.items():
+                placed = self._devices.placed_batch(batch)
+                arguments = self._trainable, self._state, self._frozen, placed
+                self._compiled[length] = self._step_of.lower(*arguments).compile()
+                progress.advance()
         return_freed_memory()
 
     @property
     def step_bytes(self) -> int:
-        """The memory of the step: arguments, results, temporaries."""
-        found = self._compiled.memory_analysis()
+        """The memory of the step with the longest rows: arguments, results, temporaries."""
+        found = self._compiled[max(self._compiled)].memory_analysis()
         return (
             found.argument_size_in_bytes
             + found.output_size_in_bytes
             + found.temp_size_in_bytes
             - found.alias_size_in_bytes
         )
-
-    def _batches_of(self, step: int) -> Batch:
-        numbers = range(step * self._accumulate, (step + 1) * self._accumulate)
-        held = [self.batches[number] for number in numbers if number < len(self.batches)]
-        empty = jax.tree.map(np.zeros_like, self.batches[0])
-        whole = stacked([*held, *[empty] * (self._accumulate - len(held))])
-        return self._devices.placed_batch(whole)
 
 
 def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransformation:
@@ -144,7 +141,7 @@ class Examination:
     def __init__(self, task: LanguageTask, *, rows: int, packed: bool, devices: Devices) -> None:
         """Packs the examples once."""
         self._devices = devices
-        self._batches = PackedBatches(
+        self._steps = TrainingSteps(
             task.validation.examples,
             rows=rows,
             length=task.max_length,
@@ -157,7 +154,10 @@ class Examination:
 
     def __call__(self, wrapped: Any) -> dict[str, float]:
         """Returns the loss of a learned token, and its exponential."""
-        placed = map(self._devices.placed_batch, self._batches)
-        total = sum(float(self._loss(wrapped, batch)) for batch in placed)
-        loss = total / sum(float(batch.weights.sum()) for batch in self._batches)
+        total = learned = 0.0
+        for batches in self._steps:
+            (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
+            total += float(self._loss(wrapped, self._devices.placed_batch(batch)))
+            learned += float(batch.weights.sum())
+        loss = total / learned
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

@@ -13,8 +13,8 @@ from benchmarks.programs import Cost
 from experiments.llm import loss as loss_module
 from experiments.llm.examples import TokenizedExample
 from experiments.llm.loss import summed_loss
-from experiments.llm.packing import Row, batch_of, learned_count
-from experiments.llm.step import stacked, training_step
+from experiments.llm.packing import Batch, Row, batch_of, learned_count
+from experiments.llm.step import training_step
 from experiments.models.llama import Llama
 from tests import tiny_llama
 from tests.agreement import assert_agree
@@ -90,6 +90,10 @@ def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
 
     compiled = jax.jit(gradient).lower(params).compile()
     assert Cost.of(compiled).temporary_bytes < length * 20_000 * 4 / 2
+
+
+def stacked(batches):
+    return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
 
 
 def trained_parts(**options):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.llm.examples import TokenizedExample
-from experiments.llm.packing import PackedBatches, Row, batch_of, packed_rows
+from experiments.llm.packing import Row, TrainingSteps, batch_of, packed_rows
 
 
 def example(length, first=0, prompt=2):
@@ -42,19 +42,46 @@ def test_what_a_batch_says():
         batch_of(examples, [Row((0, 1)), Row((2,))], length=10, room=3)
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_an_epoch_has_every_example(pack):
+def random_examples(count=50, longest=30):
     random = np.random.default_rng(0)
-    examples = [example(int(n), 100 * k) for k, n in enumerate(random.integers(3, 15, 50))]
-    batches = PackedBatches(examples, rows=4, length=16, epochs=2, seed=0, pack=pack)
-    learned = sum(float(batch.weights.sum()) for batch in batches)
+    return [example(int(n), 100 * k) for k, n in enumerate(random.integers(3, longest, count))]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_epoch_has_every_example(pack, accumulate):
+    examples = random_examples(longest=200 if not pack else 30)
+    length = max(map(len, examples)) + 10
+    options = {"rows": 4, "length": length, "epochs": 2, "accumulate": accumulate, "pack": pack}
+    steps = TrainingSteps(examples, seed=0, **options)
+    learned = sum(float(step.weights.sum()) for step in steps)
     assert learned == 2 * sum(len(each) - 2 for each in examples)
-    assert len({batch.tokens.shape for batch in batches}) == 1
-    assert len({batch.places.shape for batch in batches}) == 1
-    again = PackedBatches(examples, rows=4, length=16, epochs=2, seed=0, pack=pack)
-    for number in range(len(batches)):
-        for one, other in zip(batches[number], again[number], strict=True):
-            np.testing.assert_array_equal(one, other)
-    other = PackedBatches(examples, rows=4, length=16, epochs=2, seed=1, pack=pack)
-    assert (batches[0].tokens != other[0].tokens).any()
-    assert batches.fullness > (0.8 if pack else 0.4)
+    assert {step.tokens.shape[:2] for step in steps} == {(accumulate, 4)}
+    lengths = {step.tokens.shape[-1] for step in steps}
+    assert lengths <= ({length} if pack else {64, 128, 192, length})
+    assert set(steps.first_of_each_length()) == lengths
+    # One program for each length.
+    assert len({(step.tokens.shape, step.places.shape) for step in steps}) == len(lengths)
+    assert steps.fullness > (0.7 if pack else 0.35)
+
+
+def test_the_seed_decides_the_order():
+    options = {"rows": 4, "length": 32, "epochs": 2}
+    first, again, other = (
+        TrainingSteps(random_examples(), seed=seed, **options) for seed in (0, 0, 1)
+    )
+    for number in range(len(first)):
+        for one, its_other in zip(first[number], again[number], strict=True):
+            np.testing.assert_array_equal(one, its_other)
+    assert (first[0].tokens != other[0].tokens).any()
+    assert first.digest == other.digest
+    assert first.digest != TrainingSteps(random_examples(40), seed=0, **options).digest
+    half = len(first) // 2
+    assert (first[0].tokens != first[half].tokens).any()
+
+
+def test_rows_of_one_example_are_not_longer_than_need_be():
+    examples = [example(n, 10 * n) for n in (5, 60, 64, 65, 100, 150)]
+    steps = TrainingSteps(examples, rows=1, length=160, epochs=1, seed=0, pack=False)
+    found = {int(step.tokens[0, 0, 0]) // 10: step.tokens.shape[-1] for step in steps}
+    assert found == {5: 64, 60: 64, 64: 64, 65: 128, 100: 128, 150: 160}
