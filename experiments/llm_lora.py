@@ -7,6 +7,7 @@ from experiments.common.errors import exit_code
 from experiments.common.memory import keep_freed_memory
 from experiments.common.run import Run
 from experiments.llm.evaluating import evaluate, parsed_for_evaluating
+from experiments.llm.exporting import export, parsed_for_exporting
 from experiments.llm.options import Options, parsed
 from experiments.llm.single import train_once
 from experiments.llm.writing import parsed_for_writing, write
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["generate"]:
         return exit_code(lambda: write(parsed_for_writing(arguments[1:])))
+    if arguments[:1] == ["export"]:
+        return exit_code(lambda: export(parsed_for_exporting(arguments[1:])))
     if arguments[:1] == ["evaluate"]:
         return exit_code(lambda: evaluate(parsed_for_evaluating(arguments[1:])))
     return exit_code(lambda: study(parsed(arguments)))

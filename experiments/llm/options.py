@@ -28,7 +28,8 @@ the least loss on it is kept, in OUT/adapter, and as a folder of PEFT in OUT/pef
 
 Ctrl-C leaves a checkpoint, from which --resume continues as if nothing had happened.
 What was trained writes with `python -m experiments.llm_lora generate --help`, and is
-compared with what people write by `python -m experiments.llm_lora evaluate --help`.
+compared with what people write by `python -m experiments.llm_lora evaluate --help`;
+`python -m experiments.llm_lora export --help` shows how other programs get it.
 """
 
 _EXAMPLES = f"""\

@@ -1,7 +1,5 @@
 """One training of a language model, and the tests of what it gives."""
 
-from typing import Any
-
 import lora_jax
 from experiments.common.claims import frozen_unchanged
 from experiments.common.console import Console
@@ -10,14 +8,14 @@ from experiments.common.files import bytes_in
 from experiments.common.memory import peak_bytes
 from experiments.common.run import Run
 from experiments.llm.adapter_folder import AdapterFolder, Card
+from experiments.llm.exporting import write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options
 from experiments.llm.report import Findings, present
-from experiments.llm.task import LanguageTask, describe, language_task, loaded_params
+from experiments.llm.task import describe, language_task, loaded_params
 from experiments.llm.training import Examination, Training
-from experiments.models.llama import LanguageModel, huggingface_rules
+from experiments.models.llama import LanguageModel
 from lora_jax.checkpoint import TrainingCheckpoints
-from lora_jax.exchange import peft
 
 _CHECKPOINTS = "checkpoints"
 _ADAPTER = "adapter"
@@ -58,7 +56,8 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
         "merged": examine(lora_jax.merge(best)),
     }
     if options.training.chosen_method.rank is not None:
-        _write_peft(best, task, options)
+        with as_input_error():
+            write_peft(out / _PEFT, best, model, overwrite=True)
     run.phase_ended("testing")
     findings = Findings(
         task=task,
@@ -126,14 +125,3 @@ def _begin(
     elif checkpoints.latest_step is not None:
         console.note(f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted")
         checkpoints.delete_after(-1)
-
-
-def _write_peft(wrapped: Any, task: LanguageTask, options: Options) -> None:
-    with as_input_error():
-        peft.save(
-            options.output.out / _PEFT,
-            wrapped,
-            names=huggingface_rules(task.model.config),
-            config={"base_model_name_or_path": str(task.model.path), "task_type": "CAUSAL_LM"},
-            overwrite=True,
-        )

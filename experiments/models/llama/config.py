@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,37 @@ def read_config(path: Path) -> LlamaConfig:
     if not isinstance(entries, dict):
         raise InputError(f"{path} is not a model's config.json: expected a JSON object")
     return config_of(entries, str(path))
+
+
+def entries_of(config: LlamaConfig) -> dict[str, Any]:
+    """Returns what a `config.json` holds, from which `config_of` makes the settings.
+
+    Raises:
+      InputError: positions are stretched by numbers of a GGUF file, for which there is no entry.
+    """
+    if config.rope_divisors is not None:
+        raise InputError(
+            "the model's positions are stretched by numbers in its GGUF file, which a config.json "
+            "can't hold; pass the model's folder in Hugging Face's format"
+        )
+    names = {field.name for field in fields(config)} - {"rope_scaling", "rope_divisors"}
+    entries = {name: getattr(config, name) for name in sorted(names)}
+    entries |= {
+        "architectures": [_CLASSES[config.model_type]],
+        "hidden_act": "silu",
+        "rope_scaling": None,
+    }
+    if config.rope_scaling is not None:
+        entries["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
+    return entries
+
+
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def config_of(entries: Mapping[str, Any], source: str) -> LlamaConfig:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.errors import InputError, as_input_error
-from experiments.models.llama.config import LlamaConfig, read_config
+from experiments.models.llama.config import LlamaConfig, entries_of, read_config
 from experiments.models.llama.gguf_file import GGUFFile
 from experiments.models.llama.model import Llama
 from experiments.models.llama.names import gguf_rules, huggingface_rules
@@ -78,6 +79,13 @@ class LanguageModel:
                 f"{self.config.vocab_size}; expected the tokenizer that belongs to the model"
             )
         return tokenizer
+
+    def huggingface_entries(self) -> dict[str, Any]:
+        """Returns what the `config.json` of its folder holds, or would hold."""
+        if self._file is not None:
+            return entries_of(self.config)
+        entries: dict[str, Any] = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
+        return entries
 
     def shapes(self, dtype: Any = jnp.float32) -> Any:
         """Returns the shapes of its parameters."""

@@ -13,6 +13,7 @@ from experiments.common.errors import InputError, needed_module
 
 Message = Mapping[str, Any]
 
+_TOKENIZER_FILE = "tokenizer.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 _SETTINGS_FILE = "tokenizer_config.json"
 # What GGUF says a token is.
@@ -81,6 +82,27 @@ class ChatTokenizer:
         """The largest token, which the model's embedding must have a row for."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
+    def files(self, folder: Path) -> list[Path]:
+        """Writes the files of a tokenizer in Hugging Face's format into a folder, and returns them.
+
+        Where the tokenizer comes from such a folder, they are its own.
+        """
+        source = Path(self._source)
+        if source.is_dir():
+            names = (_TOKENIZER_FILE, _SETTINGS_FILE, _TEMPLATE_FILE)
+            return [source / name for name in names if (source / name).is_file()]
+        tokenizer, settings = folder / _TOKENIZER_FILE, folder / _SETTINGS_FILE
+        self._tokenizer.save(str(tokenizer))
+        entries = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": self._template,
+            "bos_token": self._begin,
+            "eos_token": self._end,
+            "add_bos_token": self._begins_texts,
+        }
+        settings.write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        return [tokenizer, settings]
+
     def encoded(self, text: str, *, begins: bool = True) -> Int[np.ndarray, "length"]:
         """Returns a text as tokens; special tokens in it become what they say.
 
@@ -146,7 +168,7 @@ def tokenizer_of_folder(folder: Path) -> ChatTokenizer:
       InputError: a file is missing or damaged; it is named.
     """
     tokenizers = needed_module("tokenizers", "llm")
-    path = folder / "tokenizer.json"
+    path = folder / _TOKENIZER_FILE
     if not path.is_file():
         raise InputError(
             f"{folder} has no {path.name}; transformers writes it: "

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lora_jax
 from experiments.common.errors import InputError
 from experiments.models.llama import LanguageModel, Llama, gguf_rules, pretrained
-from experiments.models.llama.config import read_config
+from experiments.models.llama.config import config_of, entries_of, read_config
 from lora_jax.exchange import gguf as exchange_gguf
 from lora_jax.exchange import peft
 from lora_jax.quantization import QuantizedWeight
@@ -151,6 +151,14 @@ def test_settings_that_the_model_does_not_compute(tmp_path, changes, message):
     path.write_text(json.dumps({name: each for name, each in entries.items() if each is not ...}))
     with pytest.raises(InputError, match=message):
         read_config(path)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_settings_become_entries_and_settings_again(model_type):
+    settings = tiny_llama.config(model_type)
+    assert config_of(entries_of(settings), "x") == settings
+    with pytest.raises(InputError, match="numbers in its GGUF file"):
+        entries_of(settings.with_rope_divisors([1.0]))
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

@@ -1,0 +1,101 @@
+"""Adapters for other programs: the command line of `llm_lora export`."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from experiments.common.console import Console
+from experiments.common.errors import as_input_error
+from experiments.common.options import Option, parsed_as
+from experiments.llm.adapter_folder import AdapterFolder
+from experiments.llm.mesh import Devices
+from experiments.llm.options import ModelPath
+from experiments.llm.task import loaded_params
+from experiments.models.llama import LanguageModel, gguf_rules, huggingface_rules
+from lora_jax.exchange import gguf, huggingface, peft
+
+_DESCRIPTION = """\
+Writes the adapter of a training in the format of another program:
+
+  peft         a folder that Hugging Face PEFT, vLLM and others load beside the model
+  gguf         a file that llama.cpp applies to the model's GGUF file
+  huggingface  a folder with the whole model, the adapter merged, which transformers loads
+"""
+
+_EXAMPLES = """\
+examples:
+  python -m experiments.llm_lora export --adapter runs/llm_lora/adapter --to gguf --out my.gguf
+  python -m experiments.llm_lora export --adapter runs/llm_lora/adapter --to huggingface --out my
+"""
+
+FORMATS = ("peft", "gguf", "huggingface")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportingOptions:
+    """What to write, and where."""
+
+    adapter: Annotated[
+        Path, Option("the folder `adapter` in the --out of a training", Path, metavar="DIR")
+    ]
+    to: Annotated[str, Option("the format", choices=FORMATS)]
+    out: Annotated[Path, Option("the file or folder to write, which is new", Path, metavar="PATH")]
+    model: ModelPath = None
+
+
+def parsed_for_exporting(arguments: Sequence[str]) -> ExportingOptions:
+    """Returns the options after `export`; exits, as argparse does, if one is wrong."""
+    return parsed_as(
+        ExportingOptions,
+        arguments,
+        command="llm_lora export",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+
+
+def export(options: ExportingOptions) -> None:
+    """Writes the adapter."""
+    folder = AdapterFolder(options.adapter)
+    chosen = folder.read_card().model_options(options.model)
+    model = LanguageModel.read(chosen.model)
+    wrapped = folder.restore(loaded_params(model, chosen, Devices()))
+    with as_input_error():
+        _WRITERS[options.to](options.out, wrapped, model)
+    Console(to_stderr=True).note(f"Written: {options.out}")
+
+
+def write_peft(path: Path, wrapped: Any, model: LanguageModel, *, overwrite: bool = False) -> None:
+    """Writes a folder of PEFT."""
+    peft.save(
+        path,
+        wrapped,
+        names=huggingface_rules(model.config),
+        config={"base_model_name_or_path": str(model.path), "task_type": "CAUSAL_LM"},
+        overwrite=overwrite,
+    )
+
+
+def _write_gguf(path: Path, wrapped: Any, model: LanguageModel) -> None:
+    gguf.save(
+        path,
+        wrapped,
+        names=gguf_rules(model.config),
+        architecture=model.config.gguf_architecture,
+    )
+
+
+def _write_merged(path: Path, wrapped: Any, model: LanguageModel) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        huggingface.save(
+            path,
+            wrapped,
+            names=huggingface_rules(model.config),
+            config=model.huggingface_entries(),
+            files=model.tokenizer().files(Path(temporary)),
+        )
+
+
+_WRITERS = {"peft": write_peft, "gguf": _write_gguf, "huggingface": _write_merged}
