@@ -56,6 +56,8 @@ text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two min
 
 llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a few dialogues, about ten minutes (ARGS=...)
 	$(bin)/python -m experiments.llm_lora --data dialogsum --train-examples 100 $(ARGS)
+	$(bin)/python -m experiments.llm_lora evaluate --data dialogsum --limit 16 --base \
+	  --adapter runs/llm_lora/adapter
 
 bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
 	$(bin)/python -m benchmarks.peft_mnist

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from experiments.common.errors import exit_code
 from experiments.common.memory import keep_freed_memory
 from experiments.common.run import Run
+from experiments.llm.chatting import chat, parsed_for_chat
 from experiments.llm.evaluating import evaluate, parsed_for_evaluating
 from experiments.llm.exporting import export, parsed_for_exporting
 from experiments.llm.options import Options, parsed
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["generate"]:
         return exit_code(lambda: write(parsed_for_writing(arguments[1:])))
+    if arguments[:1] == ["chat"]:
+        return exit_code(lambda: chat(parsed_for_chat(arguments[1:])))
     if arguments[:1] == ["export"]:
         return exit_code(lambda: export(parsed_for_exporting(arguments[1:])))
     if arguments[:1] == ["evaluate"]:

@@ -102,7 +102,7 @@ class Writer:
         with console.progress("Writing", len(starts)) as progress:
             for start in starts:
                 numbers = order[start : start + rows]
-                tokens, lengths = _batch([prompts[number] for number in numbers], rows)
+                tokens, lengths = filled_up([prompts[number] for number in numbers], rows=rows)
                 key = jax.random.fold_in(jax.random.key(seed), start)
                 written = compiled(self.params, tokens=tokens, lengths=lengths, key=key)
                 for number, row in zip(numbers, np.asarray(written), strict=False):
@@ -119,7 +119,7 @@ class Writer:
             )
 
 
-def _batch(prompts: Sequence[np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
+def filled_up(prompts: Sequence[np.ndarray], *, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns prompts as rows of one width, and their lengths; rows that are left have a token."""
     width = -(-max(map(len, prompts)) // _LENGTHS) * _LENGTHS
     tokens = np.zeros((rows, width), np.int32)

@@ -1,6 +1,6 @@
 """How good a model's answers are: the command line of `llm_lora evaluate`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,27 +11,30 @@ from experiments.common.files import atomic_path
 from experiments.common.options import Option, parsed_as, positive_int
 from experiments.common.run import Run
 from experiments.common.shared_options import FolderOptions
+from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
 from experiments.llm.examples import Message, read_examples
 from experiments.llm.options import ModelPath
-from experiments.llm.rouge import Score, rouge
+from experiments.llm.rouge import KINDS, Score, rouge
 
 _DESCRIPTION = """\
 Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
 the interval in which the mean is with 95 % confidence. The answers are in OUT/answers.md,
-beside those of people. Without --adapter it is the model as it is that answers.
+beside those of people. Without --adapter it is the model as it is that answers; with
+--base both do, and stand side by side.
 """
 
 _EXAMPLES = f"""\
 examples:
   python -m experiments.llm_lora evaluate --data {DIALOGSUM} --limit 50
   python -m experiments.llm_lora evaluate --data {DIALOGSUM} --adapter runs/llm_lora/adapter
-  python -m experiments.llm_lora evaluate --data test.jsonl --adapter runs/llm_lora/adapter
+  python -m experiments.llm_lora evaluate --data test.jsonl --adapter runs/llm_lora/adapter --base
 """
 
 _NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+_BASE, _ADAPTED = "the model", "with its adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,9 @@ class EvaluatingOptions:
         Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
     ] = None
     model: ModelPath = None
+    base: Annotated[
+        bool, Option("answer with the model as it is too, and show both; with --adapter")
+    ] = False
     limit: Annotated[
         int | None, Option("how many to answer, from the first on", positive_int, metavar="N")
     ] = None
@@ -82,19 +88,43 @@ def parsed_for_evaluating(arguments: Sequence[str]) -> EvaluatingOptions:
 
 def evaluate(options: EvaluatingOptions) -> None:
     """Answers, compares and reports."""
+    if options.base and options.adapter is None:
+        raise InputError("--base shows what an adapter changes; pass --adapter DIR with it")
     run = Run(options.output)
     questions = _questions(options.data)[: options.limit]
-    writer = Writer.read(options.adapter, options.model)
-    run.console.note(f"Model: {writer.model.path}; adapter: {options.adapter or 'none'}")
     run.phase_ended("data")
-    prompts = [writer.tokenizer.encoded_conversation(each.messages) for each in questions]
-    answers = writer.answers(
-        prompts, new_tokens=options.new_tokens, rows=options.batch_size, console=run.console
-    )
+    answers: dict[str, list[str]] = {}
+    for name, adapter in _who_answers(options).items():
+        writer = Writer.read(adapter, _model_of(options))
+        run.console.note(f"{name}: {writer.model.path}")
+        answers[name] = writer.answers(
+            [writer.tokenizer.encoded_conversation(each.messages) for each in questions],
+            new_tokens=options.new_tokens,
+            rows=options.batch_size,
+            console=run.console,
+        )
+        del writer
     run.phase_ended("writing")
-    scores = rouge(answers, [question.answers for question in questions])
+    references = [question.answers for question in questions]
+    scores = {name: rouge(own, references) for name, own in answers.items()}
     _write_answers(options.output.out / "answers.md", questions, answers)
-    _present(scores, questions, answers, options, run)
+    _present(scores, questions, options, run)
+
+
+def _who_answers(options: EvaluatingOptions) -> dict[str, Path | None]:
+    """Returns the adapter of each that answers; the model as it is has none."""
+    if options.adapter is None:
+        return {_BASE: None}
+    adapted: dict[str, Path | None] = {_ADAPTED: options.adapter}
+    return {_BASE: None, **adapted} if options.base else adapted
+
+
+def _model_of(options: EvaluatingOptions) -> Path | None:
+    """Returns the model that was chosen, or that of the adapter."""
+    if options.model is not None or options.adapter is None:
+        return options.model
+    card = AdapterFolder(options.adapter).read_card()
+    return card.model_options(None).model
 
 
 def _questions(data: str) -> list[Question]:
@@ -113,37 +143,39 @@ def _questions(data: str) -> list[Question]:
 
 
 def _present(
-    scores: dict[str, Score],
+    scores: Mapping[str, Mapping[str, Score]],
     questions: Sequence[Question],
-    answers: Sequence[str],
     options: EvaluatingOptions,
     run: Run,
 ) -> None:
-    run.console.rule(f"{len(answers):,} answers")
-    rows = [
-        [_NAMES[kind], f"{score.mean:.4f}", f"{score.low:.4f} to {score.high:.4f}"]
-        for kind, score in scores.items()
-    ]
-    run.console.table(["", "mean", "with 95 % confidence"], rows)
+    run.console.rule(f"{len(questions):,} answers, means with 95 % confidence")
+    rows = [[name, *(str(own[kind]) for kind in KINDS)] for name, own in scores.items()]
+    run.console.table(["", *_NAMES.values()], rows)
     run.finish(
         {
             "data": options.data,
             "adapter": str(options.adapter) if options.adapter else None,
             "device": device_name(),
-            "answers": len(answers),
+            "answers": len(questions),
             "references": sum(len(question.answers) for question in questions),
-            "rouge": {kind: score._asdict() for kind, score in scores.items()},
+            "rouge": {
+                name: {kind: score._asdict() for kind, score in own.items()}
+                for name, own in scores.items()
+            },
         }
     )
 
 
-def _write_answers(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+def _write_answers(
+    path: Path, questions: Sequence[Question], answers: Mapping[str, Sequence[str]]
+) -> None:
     parts = []
-    for number, (question, answer) in enumerate(zip(questions, answers, strict=True), start=1):
-        own = "\n".join(f"- {text}" for text in question.answers)
-        asked = question.messages[-1]["content"]
+    for number, question in enumerate(questions):
+        of_models = "\n\n".join(f"**{name}:** {own[number]}" for name, own in answers.items())
+        of_people = "\n".join(f"- {text}" for text in question.answers)
         parts.append(
-            f"## {number}\n\n{_quoted(asked)}\n\n**The model:** {answer}\n\n**People:**\n\n{own}\n"
+            f"## {number + 1}\n\n{_quoted(question.messages[-1]['content'])}\n\n{of_models}\n\n"
+            f"**People:**\n\n{of_people}\n"
         )
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(parts), encoding="utf-8")

@@ -48,7 +48,7 @@ each line of a file is one of
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("none", "as-stored", "int8", "nf4")
 
-_not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
 def _count_or_all(text: str) -> int | None:
@@ -162,7 +162,7 @@ class TrainingOptions:
             metavar="FRACTION",
         ),
     ] = 0.1
-    weight_decay: Annotated[float, Option("AdamW's", _not_negative)] = 0.0
+    weight_decay: Annotated[float, Option("AdamW's", not_negative)] = 0.0
     evaluate_every: Annotated[
         int,
         Option(

@@ -11,11 +11,11 @@ import numpy as np
 
 from experiments.common.console import Console
 from experiments.common.errors import InputError
-from experiments.common.options import Option, fraction, number, parsed_as, positive_int
+from experiments.common.options import Option, fraction, parsed_as, positive_int
 from experiments.common.programs import keep_programs
 from experiments.common.shared_options import Seed
 from experiments.llm.answers import Writer
-from experiments.llm.options import ModelPath
+from experiments.llm.options import ModelPath, not_negative
 from experiments.models.llama import ChatTokenizer, Sampling
 
 _DESCRIPTION = """\
@@ -32,8 +32,6 @@ examples:
 """
 
 _ROWS = 8
-
-_not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ class WritingOptions:
         int, Option("how many tokens to write at most", positive_int, metavar="TOKENS")
     ] = 128
     temperature: Annotated[
-        float, Option("what logits are divided by; 0 takes the likeliest token", _not_negative)
+        float, Option("what logits are divided by; 0 takes the likeliest token", not_negative)
     ] = 0.0
     top_p: Annotated[
         float,

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 import lora_jax
+from experiments.common.errors import InputError
 from experiments.llm import training
 from experiments.llm.adapter_folder import AdapterFolder
+from experiments.llm.answers import Writer
+from experiments.llm.chatting import Answerer, ChatOptions
 from experiments.llm_lora import main
 from experiments.models.llama import LanguageModel, huggingface_rules
 from lora_jax.exchange import peft
@@ -232,6 +235,26 @@ def test_it_reads_standard_input_and_prints_json(out, folder, monkeypatch, capsy
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_conversation_is_answered_line_by_line(out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello?\nworld?\n\nother?\n"))
+    assert main(["chat", "--adapter", str(out / "adapter"), "--max-length", "100"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == ANSWERS["hello"]
+    # The second answer comes after the first, which it can see.
+    assert second
+
+
+def test_an_answer_comes_in_pieces(out):
+    options = ChatOptions(adapter=out / "adapter", max_length=100)
+    answerer = Answerer(Writer.read(options.adapter, None), options)
+    pieces = list(answerer.pieces([{"role": "user", "content": "world?"}]))
+    assert "".join(pieces) == ANSWERS["world"]
+    assert len(pieces) > 1
+    long = [{"role": "user", "content": "hello " * 200}]
+    with pytest.raises(InputError, match="there is room for 100"):
+        list(answerer.pieces(long))
+
+
 def test_what_writing_refuses(out, folder, tmp_path, error_of):
     assert "is not the folder of an adapter" in error_of(
         main, ["generate", "--adapter", str(tmp_path), "--prompt", "a"]
@@ -291,21 +314,21 @@ def test_answers_are_compared_with_those_of_people(out, folder, tmp_path, capsys
     pytest.importorskip("rouge_score")
     test = tmp_path / "test.jsonl"
     test.write_text("\n".join(map(json.dumps, lines(10, seed=5))))
-    options = ["--data", str(test), "--new-tokens", "8", "--batch-size", "4", "--json"]
-    scores = []
-    for with_adapter in ([], ["--adapter", str(out / "adapter")]):
-        model = [] if with_adapter else ["--model", str(folder / "model")]
-        found = [*options, *model, *with_adapter, "--out", str(tmp_path / "out")]
-        assert main(["evaluate", *found, "--limit", "9"]) == 0
-        results = json.loads(capsys.readouterr().out)
-        assert (results["answers"], results["references"]) == (9, 9)
-        scores.append(results["rouge"])
-    assert scores[1]["rouge1"] == {"mean": 1, "low": 1, "high": 1}
-    assert scores[0]["rouge1"]["mean"] < 0.5
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rouge"] == scores[1]
+    options = ["evaluate", "--data", str(test), "--new-tokens", "8", "--batch-size", "4", "--json"]
+    options += ["--out", str(tmp_path / "out"), "--limit", "9"]
+    assert main([*options, "--model", str(folder / "model")]) == 0
+    alone = json.loads(capsys.readouterr().out)["rouge"]
+    assert main([*options, "--adapter", str(out / "adapter"), "--base"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert (results["answers"], results["references"]) == (9, 9)
+    both = results["rouge"]
+    assert both["the model"] == alone["the model"]
+    assert both["the model"]["rouge1"]["mean"] < 0.5
+    assert both["with its adapter"]["rouge1"] == {"mean": 1, "low": 1, "high": 1}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rouge"] == both
     answers = (tmp_path / "out" / "answers.md").read_text()
-    assert answers.count("**The model:**") == 9
-    assert "> hello?\n\n**The model:** the world\n\n**People:**\n\n- the world\n" in answers
+    assert answers.count("**the model:**") == answers.count("## ") == 9
+    assert "**with its adapter:** the world\n\n**People:**\n\n- the world\n" in answers
 
 
 def test_summaries_are_compared_with_all_references(out, tmp_path, monkeypatch, capsys):
@@ -324,6 +347,8 @@ def test_what_evaluating_refuses(out, tmp_path, error_of):
     adapter = ["evaluate", "--adapter", str(out / "adapter"), "--out", str(tmp_path)]
     assert "line 1 has a `prompt`" in error_of(main, [*adapter, "--data", str(plain)])
     assert "can't be read" in error_of(main, [*adapter, "--data", str(tmp_path / "no.jsonl")])
+    base = ["evaluate", "--data", "dialogsum", "--base", "--out", str(tmp_path)]
+    assert "pass --adapter DIR with it" in error_of(main, base)
 
 
 # --- exporting -----------------------------------------------------------------------------------

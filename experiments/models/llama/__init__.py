@@ -4,6 +4,8 @@ from experiments.models.llama.config import Llama3Scaling as Llama3Scaling
 from experiments.models.llama.config import LlamaConfig as LlamaConfig
 from experiments.models.llama.generate import Sampling as Sampling
 from experiments.models.llama.generate import generate as generate
+from experiments.models.llama.generate import read_prompts as read_prompts
+from experiments.models.llama.generate import read_token as read_token
 from experiments.models.llama.model import Cache as Cache
 from experiments.models.llama.model import Llama as Llama
 from experiments.models.llama.names import gguf_rules as gguf_rules

@@ -75,34 +75,63 @@ def generate(
       key: a key for drawing.
     """
     batch, width = tokens.shape
-    cache = Cache.empty(model.config, batch, width + new_tokens, model.dtype)
-    is_prompt = jnp.arange(width) < lengths[:, None]
-
-    def run(tokens: Tokens, cache: Cache, positions: Tokens, segments: Tokens) -> Any:
-        return apply(
-            {"params": params}, tokens, cache, positions, segments, method=Llama.with_cache
-        )
-
-    def drawn(hidden: Array, place: Any) -> Array:
-        logits = apply({"params": params}, hidden, method=Llama.logits)[:, 0]
-        own_key = None if key is None else jax.random.fold_in(key, place)
-        return sampling.drawn(logits, own_key)
-
-    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    hidden, cache = run(tokens, cache, positions, is_prompt.astype(jnp.int32))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    first = drawn(last, 0)
+    logits, cache = read_prompts(apply, params, model, tokens, lengths, capacity=width + new_tokens)
     ends = jnp.asarray(end_ids)
+
+    def drawn(logits: Array, place: Any) -> Array:
+        return sampling.drawn(logits, None if key is None else jax.random.fold_in(key, place))
 
     def step(state: Any, place: Array) -> tuple[Any, Array]:
         token, is_over, cache = state
         is_over = is_over | jnp.isin(token, ends)
-        hidden, cache = run(
-            token[:, None], cache, (lengths + place)[:, None], jnp.ones((batch, 1), jnp.int32)
-        )
-        following = jnp.where(is_over, token, drawn(hidden, place + 1))
+        logits, cache = read_token(apply, params, token, lengths + place, cache)
+        following = jnp.where(is_over, token, drawn(logits, place + 1))
         return (following, is_over, cache), token
 
-    start = first, jnp.zeros(batch, bool), cache
+    start = drawn(logits, 0), jnp.zeros(batch, bool), cache
     _, written = jax.lax.scan(step, start, jnp.arange(new_tokens))
     return written.T
+
+
+def read_prompts(
+    apply: Apply,
+    params: Any,
+    model: Llama,
+    tokens: Tokens,
+    lengths: Int[Array, "batch"],
+    *,
+    capacity: int,
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+    """Returns the logits of the token after each prompt, and a cache with room for more.
+
+    Args:
+      apply: as for `generate`, and so the next four.
+      params: see there.
+      model: see there.
+      tokens: see there.
+      lengths: see there.
+      capacity: how many tokens the cache has room for, those that fill prompts up among them.
+    """
+    batch, width = tokens.shape
+    cache = Cache.empty(model.config, batch, capacity, model.dtype)
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    is_prompt = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
+    variables = {"params": params}
+    hidden, cache = apply(variables, tokens, cache, positions, is_prompt, method=Llama.with_cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return apply(variables, last, method=Llama.logits)[:, 0], cache
+
+
+def read_token(
+    apply: Apply,
+    params: Any,
+    token: Int[Array, "batch"],
+    positions: Int[Array, "batch"],
+    cache: Cache,
+) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+    """Returns the logits of what follows one more token of each row, and the longer cache."""
+    variables, segments = {"params": params}, jnp.ones((len(token), 1), jnp.int32)
+    hidden, cache = apply(
+        variables, token[:, None], cache, positions[:, None], segments, method=Llama.with_cache
+    )
+    return apply(variables, hidden, method=Llama.logits)[:, 0], cache
