@@ -17,6 +17,7 @@ Message = Mapping[str, str]
 Messages = tuple[Message, ...]
 
 _FORMS = "an object with `messages`, or with `prompt` and `completion`"
+_PREFERENCES = "an object with `prompt`, `chosen` and `rejected`"
 _ROLES = ("system", "user", "assistant")
 
 
@@ -65,6 +66,26 @@ class TokenizedExamples:
     examples: tuple[TokenizedExample, ...]
     cut: int
     dropped: int
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one question, of which people prefer the first."""
+
+    chosen: Example
+    rejected: Example
+
+
+def read_preferences(path: Path) -> list[Preference]:
+    """Returns the preferences of a file of JSON lines, which may be compressed with gzip.
+
+    Raises:
+      InputError: there is no such file, it has none, or a line is none; it is numbered.
+    """
+    found = [_preference(entry, where) for entry, where in read_lines(path)]
+    if not found:
+        raise InputError(f"{path} has no preferences; expected on each line {_PREFERENCES}")
+    return found
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -173,6 +194,42 @@ def _conversation_parts(example: Example, tokenizer: ChatTokenizer) -> list[tupl
     return parts
 
 
+def tokenized_pairs(
+    preferences: Sequence[Preference],
+    tokenizer: ChatTokenizer,
+    *,
+    max_length: int,
+    drop_long: bool = False,
+) -> TokenizedExamples:
+    """Returns preferences as tokens, the chosen and the rejected answer one after the other.
+
+    A pair is left out if one of its answers is.
+
+    Raises:
+      InputError: the chat template refuses a conversation, or no pair is left.
+    """
+    kept: list[TokenizedExample] = []
+    cut = dropped = 0
+    for preference in preferences:
+        pair = [
+            _tokenized(each, tokenizer, learn_prompts=False)
+            for each in (preference.chosen, preference.rejected)
+        ]
+        short = [each.cut(max_length) for each in pair]
+        is_long = any(len(each) > max_length for each in pair)
+        if is_long and (drop_long or not all(each.learned[1:].any() for each in short)):
+            dropped += 1
+            continue
+        cut += is_long
+        kept += short
+    if not kept:
+        raise InputError(
+            f"all {len(preferences)} pairs are longer than {max_length} tokens; pass a larger "
+            "--max-length"
+        )
+    return TokenizedExamples(tuple(kept), cut, dropped)
+
+
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
@@ -193,6 +250,25 @@ def _example(entry: Mapping[str, Any], where: str) -> Example:
     if not completion:
         raise InputError(f"{where} has an empty `completion`; expected what the model should write")
     return Example(where, prompt=prompt, completion=completion)
+
+
+def _preference(entry: Mapping[str, Any], where: str) -> Preference:
+    prompt = entry.get("prompt")
+    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answers = [entry.get(name) for name in ("chosen", "rejected")]
+    if not isinstance(question, list) or not all(isinstance(text, str) for text in answers):
+        raise InputError(
+            f"{where} has the keys {', '.join(entry) or 'none'}; expected {_PREFERENCES}, the "
+            "first of them text or a list of messages"
+        )
+    chosen, rejected = (
+        Example(where, messages=_messages([*question, _answer(text)], where)) for text in answers
+    )
+    return Preference(chosen, rejected)
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def _messages(found: Any, where: str) -> Messages:

@@ -17,8 +17,8 @@ Apply = Callable[..., Any]
 CHUNK = 512
 
 
-def summed_loss(apply: Apply, params: Any, batch: Batch, **options: Any) -> Float[Array, ""]:
-    """Returns the sum of the cross-entropies of the tokens that a batch learns.
+def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "learned"]:
+    """Returns the cross-entropy of each token that a batch learns, and 0 where there is none.
 
     The logits of a chunk of places are computed, used and forgotten, and computed again in the
     backward pass: neither all tokens nor all places ever have theirs in memory.
@@ -27,27 +27,21 @@ def summed_loss(apply: Apply, params: Any, batch: Batch, **options: Any) -> Floa
       apply: `Llama(config).apply`, or what `lora_jax.adapt` makes of it.
       params: what it takes as params.
       batch: the batch.
-      **options: keyword arguments for `apply`, such as a key for dropout.
     """
     variables = {"params": params}
     hidden = apply(
-        variables,
-        batch.tokens,
-        batch.positions,
-        batch.segments,
-        method=Llama.hidden_states,
-        **options,
+        variables, batch.tokens, batch.positions, batch.segments, method=Llama.hidden_states
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
 
     @jax.checkpoint
-    def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, ""]:
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, "chunk"]:
         places, targets, weights = chunk
-        logits = apply(variables, rows[places][None], method=Llama.logits, **options)[0]
+        logits = apply(variables, rows[places][None], method=Llama.logits)[0]
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), targets
         )
-        return jnp.sum(losses * weights)
+        return losses * weights
 
     count = len(batch.places)
     size = min(CHUNK, count)
@@ -57,7 +51,4 @@ def summed_loss(apply: Apply, params: Any, batch: Batch, **options: Any) -> Floa
         return jnp.pad(jnp.asarray(array), (0, missing)).reshape(-1, size)
 
     chunks = jax.tree.map(in_chunks, (batch.places, batch.targets, batch.weights))
-    total, _ = jax.lax.scan(
-        lambda total, chunk: (total + of_chunk(chunk), None), jnp.zeros((), jnp.float32), chunks
-    )
-    return total
+    return jax.lax.map(of_chunk, chunks).reshape(-1)[:count]

@@ -17,6 +17,7 @@ from experiments.common.shared_options import Alpha, Epochs, FolderOptions, Seed
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.mesh import mesh_sizes
 from experiments.llm.methods import ALL_LINEAR, METHODS, Method
+from experiments.llm.objectives import Answers, Objective, Preferences
 
 _DESCRIPTION = """\
 LoRA on a language model: it learns from conversations, or from prompts and completions.
@@ -43,9 +44,11 @@ examples:
 each line of a file is one of
   {{"messages": [{{"role": "user", "content": "..."}}, {{"role": "assistant", "content": "..."}}]}}
   {{"prompt": "...", "completion": "..."}}
+  {{"prompt": "...", "chosen": "...", "rejected": "..."}}          with --objective dpo
 """
 
 DTYPES = ("float32", "bfloat16")
+OBJECTIVES = ("sft", "dpo")
 QUANTIZED = ("none", "as-stored", "int8", "nf4")
 
 not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
@@ -130,6 +133,17 @@ class TrainingOptions:
             choices=METHODS,
         ),
     ] = "lora"
+    objective: Annotated[
+        str,
+        Option(
+            "sft learns answers; dpo learns which of two answers people prefer, from lines with "
+            "`prompt`, `chosen` and `rejected`, with the adapters switched off as the reference",
+            choices=OBJECTIVES,
+        ),
+    ] = "sft"
+    beta: Annotated[
+        float, Option("of dpo: how close to the reference the model stays", positive_float)
+    ] = 0.1
     rank: Annotated[int, Option("r: columns of lora_A and rows of lora_B", positive_int)] = 8
     alpha: Alpha = None
     targets: Annotated[
@@ -150,7 +164,7 @@ class TrainingOptions:
         Option(
             "AdamW's greatest (default: "
             + ", ".join(f"{Method(name, 1).learning_rate:g} for {name}" for name in METHODS)
-            + ")",
+            + "; a tenth of it for dpo)",
             positive_float,
         ),
     ] = None
@@ -179,6 +193,17 @@ class TrainingOptions:
     @property
     def chosen_method(self) -> Method:
         return Method(self.method, None if self.method == "full" else self.rank)
+
+    @property
+    def chosen_objective(self) -> Objective:
+        return Preferences(self.beta) if self.objective == "dpo" else Answers()
+
+    @property
+    def greatest_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        usual = self.chosen_method.learning_rate
+        return usual / 10 if self.objective == "dpo" else usual
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "targets": list(self.targets)}

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
       places: places in the flattened rows, after which a token is learned.
       targets: the tokens that are learned there.
       weights: 1, or 0 where there are fewer places than `places` has room for.
+      owners: which example of the batch, by its number among them, learns there.
     """
 
     tokens: Int[np.ndarray, "rows length"]
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     places: Int[np.ndarray, "learned"]
     targets: Int[np.ndarray, "learned"]
     weights: Float[np.ndarray, "learned"]
+    owners: Int[np.ndarray, "learned"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def batch_of(
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     places: list[np.ndarray] = []
     targets: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
     for row_number, row in enumerate(rows):
         start = 0
         for segment, number in enumerate(row.numbers, start=1):
@@ -98,6 +101,7 @@ def batch_of(
             learned = np.flatnonzero(example.learned[1:])
             places.append((row_number * length + start + learned).astype(np.int32))
             targets.append(example.tokens[1:][learned])
+            owners.append(np.full(len(learned), len(owners), np.int32))
             start += len(example)
     return Batch(
         tokens,
@@ -106,6 +110,7 @@ def batch_of(
         _filled(np.concatenate([*places, _NONE]), room),
         _filled(np.concatenate([*targets, _NONE]), room),
         _filled(np.ones(sum(map(len, places)), np.float32), room),
+        _filled(np.concatenate([*owners, _NONE]), room),
     )
 
 
@@ -148,6 +153,7 @@ class TrainingSteps:
         epochs: int,
         seed: int,
         accumulate: int = 1,
+        together: int = 1,
         pack: bool = True,
     ) -> None:
         """Plans the steps.
@@ -159,9 +165,11 @@ class TrainingSteps:
           epochs: how often each example is seen.
           seed: decides the order.
           accumulate: the batches of a step.
+          together: how many examples, one after the other, are in one row whatever happens.
           pack: whether a row has several examples.
         """
         self._examples, self._rows, self._accumulate = tuple(examples), rows, accumulate
+        self._together = together
         self._steps = [
             step
             for epoch in range(epochs)
@@ -219,8 +227,10 @@ class TrainingSteps:
         return used / sum(step.length * self._rows * self._accumulate for step in self._steps)
 
     def _epoch(self, random: np.random.Generator, length: int, *, pack: bool) -> list[_Step]:
-        order = random.permutation(len(self._examples)).tolist()
-        lengths = [len(example) for example in self._examples]
+        own = [len(example) for example in self._examples]
+        units = _divided(own, self._together)
+        lengths = [sum(unit) for unit in units]
+        order = random.permutation(len(units)).tolist()
         if pack:
             rows_of = {length: packed_rows(lengths, order, length)}
         else:
@@ -229,7 +239,7 @@ class TrainingSteps:
         for size, rows in rows_of.items():
             # What fits best is long or late: without another shuffle, steps would be alike.
             random.shuffle(rows)
-            of_batches = _divided(rows, self._rows)
+            of_batches = _divided([self._of_examples(row) for row in rows], self._rows)
             of_steps = _divided(of_batches, self._accumulate)
             steps += [
                 _Step(size, tuple(batches) + ((),) * (self._accumulate - len(batches)))
@@ -237,6 +247,16 @@ class TrainingSteps:
             ]
         random.shuffle(steps)
         return steps
+
+    def _of_examples(self, row: Row) -> Row:
+        """Returns a row of examples for one of units."""
+        return Row(
+            tuple(
+                self._together * number + place
+                for number in row.numbers
+                for place in range(self._together)
+            )
+        )
 
 
 def _rows_by_length(

@@ -25,7 +25,7 @@ class Findings:
     Attributes:
       task: what was to be learned.
       wrapped: the best adapter, as restored from disk.
-      evaluations: loss and perplexity on held-out examples: adapters off, on and merged.
+      evaluations: the objective on held-out examples: adapters off, on and merged.
       history: that of the training.
       best: the evaluation with which the adapter was chosen.
       fullness: the part of the rows that is tokens of examples.
@@ -124,9 +124,9 @@ def _print_tables(findings: Findings, console: Console, options: Options) -> Non
     held_out = len(findings.task.validation.examples)
     console.rule(f"{held_out:,} held-out examples: {options.training.chosen_method}")
     console.table(
-        ["", "loss", "perplexity"],
+        ["", *findings.evaluations["on"]],
         [
-            [_DESCRIPTIONS[name], f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"]
+            [_DESCRIPTIONS[name], *(f"{value:.4f}" for value in found.values())]
             for name, found in findings.evaluations.items()
         ],
     )

@@ -33,20 +33,14 @@ def train_once(options: Options, run: Run) -> None:
 def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     chosen, out = options.what_learns, options.output.out
     model = LanguageModel.read(chosen.model)
-    task = language_task(
-        model,
-        options.data,
-        dtype=chosen.dtype,
-        remat=not options.training.no_remat,
-        seed=options.training.seed,
-    )
+    task = language_task(model, options.data, options.training, dtype=chosen.dtype)
     describe(task, run.console)
     params = loaded_params(model, chosen, devices)
     packed = not options.data.no_packing
     training = Training(task, params, options.training, packed=packed, devices=devices)
     run.phase_ended("data")
 
-    examine = Examination(task, rows=options.training.batch_size, packed=packed, devices=devices)
+    examine = Examination(task, options.training, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
     _train(training, examine, folder, options, run)
     best = folder.restore(params)

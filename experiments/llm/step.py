@@ -1,4 +1,4 @@
-"""The training step: gradients of several batches, weighted by token, and one update."""
+"""The training step: gradients of several batches, weighted by their parts, and one update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,48 +9,51 @@ import optax
 from jaxtyping import Array, Float
 
 import lora_jax
-from experiments.llm.loss import Apply, summed_loss
+from experiments.llm.loss import Apply
+from experiments.llm.objectives import Objective, Sums
 from experiments.llm.packing import Batch
 
-Step = Callable[..., tuple[Any, optax.OptState, "StepResult"]]
-StepResult = dict[str, Float[Array, ""]]
+Step = Callable[..., tuple[Any, optax.OptState, Sums]]
 
 
-def training_step(apply: Apply, tx: optax.GradientTransformation) -> Step:
+def training_step(apply: Apply, tx: optax.GradientTransformation, objective: Objective) -> Step:
     """Returns a step from the trainable half of a wrapped tree, and the state, to the next ones.
 
     The batches of a step are stacked along a first axis and taken one after the other; their
-    gradients are summed, and divided by the number of tokens that all of them learn together. So
-    4 batches of 2 rows give what 1 batch of 8 gives.
+    gradients are summed, and divided by the number of parts that all of them have together: of
+    tokens that are learned, say. So 4 batches of 2 rows give what 1 batch of 8 gives.
 
     Args:
       apply: the model's `apply`, without adapters.
       tx: the optimiser of what trains.
+      objective: what is minimised.
     """
-    adapted = lora_jax.adapt(apply)
 
-    def loss_of(trainable: Any, frozen: Any, batch: Batch) -> Float[Array, ""]:
-        return summed_loss(adapted, lora_jax.combine(trainable, frozen), batch)
+    def loss_of(trainable: Any, frozen: Any, batch: Batch) -> tuple[Float[Array, ""], Sums]:
+        sums = objective.sums(apply, lora_jax.combine(trainable, frozen), batch)
+        return sums["loss"], sums
 
     def step(
         trainable: Any, state: optax.OptState, frozen: Any, batches: Batch
-    ) -> tuple[Any, optax.OptState, StepResult]:
-        tokens = jnp.maximum(jnp.sum(batches.weights), 1)
+    ) -> tuple[Any, optax.OptState, Sums]:
+        parts = jnp.maximum(jnp.sum(objective.count(batches)), 1)
 
-        def add(sums: tuple[Array, Any], batch: Batch) -> tuple[tuple[Array, Any], None]:
-            found = jax.value_and_grad(loss_of)(trainable, frozen, batch)
-            return jax.tree.map(jnp.add, sums, found), None
+        def add(so_far: Any, batch: Batch) -> tuple[Any, None]:
+            gradients, sums = jax.grad(loss_of, has_aux=True)(trainable, frozen, batch)
+            return jax.tree.map(jnp.add, so_far, (gradients, sums)), None
 
-        zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable)
-        (loss, gradients), _ = jax.lax.scan(add, zeros, batches)
-        gradients = jax.tree.map(lambda sum_: (sum_ / tokens).astype(sum_.dtype), gradients)
+        first = jax.tree.map(lambda array: array[0], batches)
+        shapes = jax.eval_shape(loss_of, trainable, frozen, first)[1]
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), (trainable, shapes))
+        (gradients, sums), _ = jax.lax.scan(add, zeros, batches)
+        gradients = jax.tree.map(lambda total: (total / parts).astype(total.dtype), gradients)
         updates, state = tx.update(gradients, state, trainable)
-        result = {
-            "loss": loss / tokens,
-            "tokens": tokens,
+        measured = {
+            **{name: total / parts for name, total in sums.items()},
+            "parts": parts,
             "seen": jnp.sum(batches.segments != 0).astype(jnp.float32),
             "gradient_norm": optax.tree.norm(gradients),
         }
-        return optax.apply_updates(trainable, updates), state, result
+        return optax.apply_updates(trainable, updates), state, measured
 
     return step

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,20 @@ from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
-from experiments.llm.examples import Example, TokenizedExamples, read_examples, tokenized
+from experiments.llm.examples import (
+    Example,
+    TokenizedExamples,
+    read_examples,
+    read_preferences,
+    tokenized,
+    tokenized_pairs,
+)
 from experiments.llm.mesh import Devices
-from experiments.llm.options import DataOptions, ModelOptions
+from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
 from experiments.models.llama import ChatTokenizer, LanguageModel, Llama, huggingface_rules
 from lora_jax.exchange import peft
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class LanguageTask:
 
 
 def language_task(
-    model: LanguageModel, options: DataOptions, *, dtype: str, remat: bool, seed: int
+    model: LanguageModel, options: DataOptions, training: TrainingOptions, *, dtype: str
 ) -> LanguageTask:
     """Returns the task, with the examples that the seed draws.
 
@@ -57,40 +66,54 @@ def language_task(
             f"--max-length {options.max_length} is more than the "
             f"{model.config.max_position_embeddings} tokens that the model was made for"
         )
-    training, validation = _divided(options, seed)
     tokenizer = model.tokenizer()
-
-    def as_tokens(examples: Sequence[Example]) -> TokenizedExamples:
-        return tokenized(
-            examples,
-            tokenizer,
-            max_length=options.max_length,
-            learn_prompts=options.learn_prompts,
-            drop_long=options.drop_long,
-        )
-
+    limits = {"max_length": options.max_length, "drop_long": options.drop_long}
+    if training.objective == "dpo":
+        _check_preferences(options)
+        pairs = _divided(read_preferences(Path(options.data)), options, training.seed)
+        train, validation = (tokenized_pairs(part, tokenizer, **limits) for part in pairs)
+    else:
+        limits["learn_prompts"] = options.learn_prompts
+        parts = _examples(options, training.seed)
+        train, validation = (tokenized(part, tokenizer, **limits) for part in parts)
     return LanguageTask(
         name=options.data if options.data == DIALOGSUM else Path(options.data).stem,
         model=model,
-        network=Llama(model.config, dtype=jnp.dtype(dtype), remat=remat),
+        network=Llama(model.config, dtype=jnp.dtype(dtype), remat=not training.no_remat),
         tokenizer=tokenizer,
         max_length=options.max_length,
-        train=as_tokens(training),
-        validation=as_tokens(validation),
+        train=train,
+        validation=validation,
     )
 
 
-def _divided(options: DataOptions, seed: int) -> tuple[list[Example], list[Example]]:
-    """Returns the examples to train on, and the held-out ones."""
+def _check_preferences(options: DataOptions) -> None:
     if options.data == DIALOGSUM:
-        train, held_out = (
-            [dialogue.example for dialogue in dialogues(part)] for part in ("train", "dev")
+        raise InputError(
+            f"--data {DIALOGSUM} has no preferences, which --objective dpo learns from; pass a "
+            "file with `prompt`, `chosen` and `rejected` on each line"
         )
-        return (
-            _drawn(train, options.train_examples, seed, "--train-examples"),
-            _drawn(held_out, options.validation_examples, seed, "--validation-examples"),
-        )
-    examples = read_examples(Path(options.data))
+    if options.learn_prompts:
+        raise InputError("--learn-prompts goes with --objective sft; dpo compares answers alone")
+
+
+def _examples(options: DataOptions, seed: int) -> tuple[list[Example], list[Example]]:
+    """Returns the examples to train on, and the held-out ones."""
+    if options.data != DIALOGSUM:
+        return _divided(read_examples(Path(options.data)), options, seed)
+    train, held_out = (
+        [dialogue.example for dialogue in dialogues(part)] for part in ("train", "dev")
+    )
+    return (
+        _drawn(train, options.train_examples, seed, "--train-examples"),
+        _drawn(held_out, options.validation_examples, seed, "--validation-examples"),
+    )
+
+
+def _divided(
+    examples: Sequence[Part], options: DataOptions, seed: int
+) -> tuple[list[Part], list[Part]]:
+    """Returns what a file has to train on, and what is held out of it."""
     order = np.random.default_rng((seed, 1)).permutation(len(examples))
     shuffled = [examples[number] for number in order]
     count = options.validation_examples
@@ -103,7 +126,7 @@ def _divided(options: DataOptions, seed: int) -> tuple[list[Example], list[Examp
     return _drawn(rest, options.train_examples, seed, "--train-examples"), held_out
 
 
-def _drawn(examples: list[Example], count: int | None, seed: int, option: str) -> list[Example]:
+def _drawn(examples: list[Part], count: int | None, seed: int, option: str) -> list[Part]:
     if count is None:
         return examples
     if count > len(examples):

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import optax
 
-import lora_jax
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.common.memory import return_freed_memory
 from experiments.common.resumable import Evaluated, ResumableTraining
-from experiments.llm.loss import summed_loss
 from experiments.llm.mesh import Devices
+from experiments.llm.objectives import Answers
 from experiments.llm.options import TrainingOptions
 from experiments.llm.packing import Batch, TrainingSteps
 from experiments.llm.step import training_step
@@ -48,14 +47,15 @@ class Training(ResumableTraining):
         self.steps = TrainingSteps(
             task.train.examples,
             rows=training.batch_size,
-            length=task.max_length,
+            length=row_length(task, training),
             epochs=training.epochs,
             seed=training.seed,
             accumulate=training.accumulate,
+            together=training.chosen_objective.together,
             pack=packed,
         )
         tx = optimizer(training, self.total)
-        self._step_of = jax.jit(training_step(task.network.apply, tx))
+        self._step_of = jax.jit(training_step(task.network.apply, tx, training.chosen_objective))
         self._compiled: dict[int, Any] = {}
         settings = {
             **training.as_json(),
@@ -87,7 +87,8 @@ class Training(ResumableTraining):
         return f"loss {history.recent('loss'):.4f}, {speed:.0f} tokens/s"
 
     def described(self, evaluation: Evaluated) -> str:
-        return f"held-out loss {evaluation['loss']:.4f}, perplexity {evaluation['perplexity']:.3f}"
+        found = [f"{name} {evaluation[name]:.4f}" for name in evaluation if name != "step"]
+        return f"held-out {', '.join(found)}"
 
     def position(self) -> Any:
         return {"steps": len(self.steps), "examples": self.steps.digest}
@@ -125,7 +126,7 @@ class Training(ResumableTraining):
 
 def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransformation:
     """Returns AdamW with a learning rate that rises and falls, and gradients that are clipped."""
-    greatest = training.learning_rate or training.chosen_method.learning_rate
+    greatest = training.greatest_learning_rate
     warmup = min(max(1, round(training.warmup * steps)), steps - 1) if training.warmup else 0
     start = 0.0 if warmup else greatest
     rates = optax.warmup_cosine_decay_schedule(start, greatest, warmup, steps)
@@ -135,29 +136,45 @@ def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransforma
     )
 
 
-class Examination:
-    """The loss on held-out examples."""
+def row_length(task: LanguageTask, training: TrainingOptions) -> int:
+    """Returns the tokens of a row, which has room for the examples that belong together."""
+    return task.max_length * training.chosen_objective.together
 
-    def __init__(self, task: LanguageTask, *, rows: int, packed: bool, devices: Devices) -> None:
+
+class Examination:
+    """What the objective is on held-out examples."""
+
+    def __init__(
+        self, task: LanguageTask, training: TrainingOptions, *, packed: bool, devices: Devices
+    ) -> None:
         """Packs the examples once."""
         self._devices = devices
+        self._objective = training.chosen_objective
         self._steps = TrainingSteps(
             task.validation.examples,
-            rows=rows,
-            length=task.max_length,
+            rows=training.batch_size,
+            length=row_length(task, training),
             epochs=1,
             seed=0,
+            together=self._objective.together,
             pack=packed,
         )
-        adapted = lora_jax.adapt(task.network.apply)
-        self._loss = jax.jit(lambda wrapped, batch: summed_loss(adapted, wrapped, batch))
+        objective, apply = self._objective, task.network.apply
+        self._sums = jax.jit(lambda wrapped, batch: objective.sums(apply, wrapped, batch))
 
     def __call__(self, wrapped: Any) -> dict[str, float]:
-        """Returns the loss of a learned token, and its exponential."""
-        total = learned = 0.0
+        """Returns the mean loss of a part, and what else the objective measures.
+
+        Of answers it is also the perplexity, the exponential of the loss of a token.
+        """
+        totals: dict[str, float] = {}
+        parts = 0.0
         for batches in self._steps:
             (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
-            total += float(self._loss(wrapped, self._devices.placed_batch(batch)))
-            learned += float(batch.weights.sum())
-        loss = total / learned
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            for name, value in self._sums(wrapped, self._devices.placed_batch(batch)).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            parts += float(self._objective.count(batch))
+        means = {name: total / parts for name, total in totals.items()}
+        if isinstance(self._objective, Answers):
+            means["perplexity"] = math.exp(min(means["loss"], 700.0))
+        return means

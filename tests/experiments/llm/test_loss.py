@@ -12,7 +12,8 @@ import lora_jax
 from benchmarks.programs import Cost
 from experiments.llm import loss as loss_module
 from experiments.llm.examples import TokenizedExample
-from experiments.llm.loss import summed_loss
+from experiments.llm.loss import losses_at_places
+from experiments.llm.objectives import Answers
 from experiments.llm.packing import Batch, Row, batch_of, learned_count
 from experiments.llm.step import training_step
 from experiments.models.llama import Llama
@@ -49,7 +50,9 @@ def test_packed_is_unpacked(model_type):
 
     @jax.jit
     def of(params, batch):
-        return jax.value_and_grad(lambda params: summed_loss(apply, params, batch))(params)
+        return jax.value_and_grad(lambda params: losses_at_places(apply, params, batch).sum())(
+            params
+        )
 
     packed = of(params, batch((0, 1), (3, 2), (4, 5), (7, 6)))
     single = of(params, batch(*((n,) for n in range(8))))
@@ -60,7 +63,7 @@ def test_the_loss_is_that_of_all_logits(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 7)
     params, apply = tiny_llama.params("qwen2"), Llama(tiny_llama.config("qwen2")).apply
     rows = batch((0, 1), (3, 2))
-    total = jax.jit(lambda params: summed_loss(apply, params, rows))(params)
+    total = jax.jit(lambda params: losses_at_places(apply, params, rows).sum())(params)
     logits = jax.jit(apply)({"params": params}, rows.tokens, rows.positions, rows.segments)
     logits = np.asarray(logits, np.float64).reshape(-1, tiny_llama.VOCABULARY)
     expected = 0.0
@@ -84,7 +87,7 @@ def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
     def gradient(params):
         # The embedding is frozen, as beside adapters; its own gradient is as large as it is.
         def loss(norm):
-            return summed_loss(model.apply, {**params, "norm": norm}, rows)
+            return losses_at_places(model.apply, {**params, "norm": norm}, rows).sum()
 
         return jax.grad(loss)(params["norm"])
 
@@ -109,7 +112,7 @@ def test_accumulated_batches_are_one_batch(options):
     trainable, frozen = trained_parts(**options)
     # Plain steps: what Adam divides by grows from differences of rounding.
     tx = optax.sgd(0.1)
-    step = jax.jit(training_step(model.apply, tx))
+    step = jax.jit(training_step(model.apply, tx, Answers()))
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
     room = learned_count(examples(), [Row((n,)) for n in range(8)])
 
@@ -120,14 +123,14 @@ def test_accumulated_batches_are_one_batch(options):
     in_one = step(trainable, tx.init(trainable), frozen, stacked([of(range(8))]))
     assert_agree(in_four[0], in_one[0], tolerance=1e-5)
     assert_agree(in_four[2], in_one[2], tolerance=1e-5)
-    assert float(in_four[2]["tokens"]) == sum(n - max(n // 3, 1) for n in LENGTHS)
+    assert float(in_four[2]["parts"]) == sum(n - max(n // 3, 1) for n in LENGTHS)
 
 
 def test_steps_lower_the_loss():
     model = Llama(tiny_llama.config("llama"))
     trainable, frozen = trained_parts()
     tx = optax.adam(3e-2)
-    step = jax.jit(training_step(model.apply, tx))
+    step = jax.jit(training_step(model.apply, tx, Answers()))
     state, rows = tx.init(trainable), stacked([batch((0, 1), (3, 2)), batch((0, 1), (3, 2))])
     losses = []
     for _ in range(15):

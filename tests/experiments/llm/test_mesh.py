@@ -35,7 +35,7 @@ def test_weights_are_cut_where_the_mesh_divides_them():
 
 
 def test_rows_are_cut_and_places_are_not():
-    batch = Batch(*(np.zeros((3, 8, 16), np.int32),) * 3, *(np.zeros((3, 5), np.float32),) * 3)
+    batch = Batch(*(np.zeros((3, 8, 16), np.int32),) * 3, *(np.zeros((3, 5), np.float32),) * 4)
     placed = Devices.of({"data": 4, "fsdp": 2}).placed_batch(batch)
     assert placed.tokens.addressable_shards[0].data.shape == (3, 1, 16)
     assert placed.places.addressable_shards[0].data.shape == (3, 5)
