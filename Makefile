@@ -54,7 +54,7 @@ rank-study: $(VENV)/experiments.stamp ## Compare ranks and variants of LoRA on t
 text: $(VENV)/test.stamp ## Fine-tune a BERT encoder on sentences, about two minutes (ARGS=...)
 	$(bin)/python -m experiments.text_lora --rank 8 $(ARGS)
 
-llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a few dialogues, about ten minutes (ARGS=...)
+llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a hundred dialogues, six minutes (ARGS=...)
 	$(bin)/python -m experiments.llm_lora --data dialogsum --train-examples 100 $(ARGS)
 	$(bin)/python -m experiments.llm_lora evaluate --data dialogsum --limit 16 --base \
 	  --adapter runs/llm_lora/adapter

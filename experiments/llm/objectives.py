@@ -29,12 +29,13 @@ class Objective(abc.ABC):
         """Returns how many parts a batch has."""
 
     @abc.abstractmethod
-    def sums(self, apply: Apply, wrapped: Any, batch: Batch) -> Sums:
+    def sums(self, apply: Apply, wrapped: Any, base: Any, batch: Batch) -> Sums:
         """Returns sums over the parts of a batch: the `loss`, and what else is measured.
 
         Args:
           apply: the model's `apply`, without adapters.
-          wrapped: what trains, beside what it stands on.
+          wrapped: the parameters, with adapters or merged.
+          base: the parameters without adapters.
           batch: the batch.
         """
 
@@ -47,7 +48,7 @@ class Answers(Objective):
         """Returns the number of tokens that are learned."""
         return batch.weights.sum()
 
-    def sums(self, apply: Apply, wrapped: Any, batch: Batch) -> Sums:
+    def sums(self, apply: Apply, wrapped: Any, base: Any, batch: Batch) -> Sums:
         """Returns the sum of their cross-entropies."""
         return {"loss": losses_at_places(lora_jax.adapt(apply), wrapped, batch).sum()}
 
@@ -77,9 +78,9 @@ class Preferences(Objective):
         owners = jnp.where(jnp.asarray(batch.weights) > 0, batch.owners, -1)
         return (owners.max(axis=-1) + 1).sum() / 2
 
-    def sums(self, apply: Apply, wrapped: Any, batch: Batch) -> Sums:
+    def sums(self, apply: Apply, wrapped: Any, base: Any, batch: Batch) -> Sums:
         """Returns the sums of the losses, and of how often the better answer gains more."""
-        reference = losses_at_places(lora_jax.adapt(apply), lora_jax.unwrap(wrapped), batch)
+        reference = losses_at_places(lora_jax.adapt(apply), base, batch)
         own = losses_at_places(lora_jax.adapt(apply), wrapped, batch)
         gains = jax.lax.stop_gradient(reference) - own
         # An example learns at a place at least, so that there are no more examples than places.

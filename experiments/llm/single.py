@@ -40,7 +40,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     training = Training(task, params, options.training, packed=packed, devices=devices)
     run.phase_ended("data")
 
-    examine = Examination(task, options.training, packed=packed, devices=devices)
+    examine = Examination(task, params, options.training, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
     _train(training, examine, folder, options, run)
     best = folder.restore(params)

@@ -30,7 +30,8 @@ def training_step(apply: Apply, tx: optax.GradientTransformation, objective: Obj
     """
 
     def loss_of(trainable: Any, frozen: Any, batch: Batch) -> tuple[Float[Array, ""], Sums]:
-        sums = objective.sums(apply, lora_jax.combine(trainable, frozen), batch)
+        wrapped = lora_jax.combine(trainable, frozen)
+        sums = objective.sums(apply, wrapped, lora_jax.unwrap(wrapped), batch)
         return sums["loss"], sums
 
     def step(

@@ -1,5 +1,6 @@
 """A training on language, and the loss on held-out examples."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -145,10 +146,16 @@ class Examination:
     """What the objective is on held-out examples."""
 
     def __init__(
-        self, task: LanguageTask, training: TrainingOptions, *, packed: bool, devices: Devices
+        self,
+        task: LanguageTask,
+        base: Any,
+        training: TrainingOptions,
+        *,
+        packed: bool,
+        devices: Devices,
     ) -> None:
-        """Packs the examples once."""
-        self._devices = devices
+        """Packs the examples once; `base` are the parameters without adapters."""
+        self._devices, self._base = devices, base
         self._objective = training.chosen_objective
         self._steps = TrainingSteps(
             task.validation.examples,
@@ -160,7 +167,7 @@ class Examination:
             pack=packed,
         )
         objective, apply = self._objective, task.network.apply
-        self._sums = jax.jit(lambda wrapped, batch: objective.sums(apply, wrapped, batch))
+        self._sums = jax.jit(functools.partial(objective.sums, apply))
 
     def __call__(self, wrapped: Any) -> dict[str, float]:
         """Returns the mean loss of a part, and what else the objective measures.
@@ -171,7 +178,8 @@ class Examination:
         parts = 0.0
         for batches in self._steps:
             (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
-            for name, value in self._sums(wrapped, self._devices.placed_batch(batch)).items():
+            placed = self._devices.placed_batch(batch)
+            for name, value in self._sums(wrapped, self._base, placed).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             parts += float(self._objective.count(batch))
         means = {name: total / parts for name, total in totals.items()}

@@ -151,6 +151,30 @@ def test_other_ways_to_train(arguments, tmp_path, options):
     assert (tmp_path / "peft").exists() == (options[1] != "full")
 
 
+def preferences(path, count=40):
+    entries = [
+        {
+            "prompt": example["messages"][0]["content"],
+            "chosen": example["messages"][1]["content"],
+            "rejected": "nothing",
+        }
+        for example in lines(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return path
+
+
+def test_preferences_are_learned(arguments, tmp_path):
+    data = ["--data", str(preferences(tmp_path / "pairs.jsonl")), "--objective", "dpo"]
+    options = ["--epochs", "3", "--learning-rate", "0.005", "--beta", "0.2", "--no-plots"]
+    assert main([*arguments, *data, *options, "--out", str(tmp_path / "out")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    held_out = metrics["held_out"]
+    assert held_out["off"]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert held_out["on"]["loss"] < 0.5 * np.log(2)
+    assert held_out["on"]["accuracy"] == 1
+
+
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "fsdp=8", "data=4,tensor=2"])
 def test_a_mesh_of_devices_computes_the_same(arguments, tmp_path, metrics, mesh):
     options = [*arguments, "--batch-size", "8", "--accumulate", "1", "--epochs", "2"]
@@ -280,6 +304,9 @@ def test_what_writing_refuses(out, folder, tmp_path, error_of):
         (["--max-length", "129"], "more than the 128 tokens that the model was made for"),
         (["--max-length", "4"], "are longer than 4 tokens; pass a larger --max-length"),
         (["--method", "full", "--quantize", "int8"], "which no optimiser updates"),
+        (["--objective", "dpo"], "line 1 has the keys messages; expected an object with `prompt`"),
+        (["--objective", "dpo", "--data", "dialogsum"], "dialogsum has no preferences"),
+        (["--objective", "dpo", "--learn-prompts"], "goes with --objective sft"),
         (["--quantize", "as-stored"], "is a folder whose weights are not quantised"),
         (["--targets", "nothing"], "matches no leaf"),
         (["--rank", "65"], "65"),

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from experiments.common.errors import InputError
-from experiments.llm.examples import Example, read_examples, tokenized
+from experiments.llm.examples import (
+    Example,
+    read_examples,
+    read_preferences,
+    tokenized,
+    tokenized_pairs,
+)
 from tests.tiny_tokenizer import chat_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -129,3 +135,52 @@ def test_a_template_that_hides_what_was_said(tokenizer):
     forgetful = chat_tokenizer("{{ messages[-1]['content'] }}")
     with pytest.raises(InputError, match=r"file, line 7: the chat template changes what is before"):
         tokenized([Example("file, line 7", messages=tuple(CONVERSATION))], forgetful, max_length=99)
+
+
+# --- preferences ---------------------------------------------------------------------------------
+
+
+def test_preferences_are_two_conversations(tmp_path, tokenizer):
+    question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    path = written(
+        tmp_path,
+        {"prompt": "hello", "chosen": "the world", "rejected": "no"},
+        {"prompt": question, "chosen": "hi", "rejected": "the other"},
+    )
+    first, second = read_preferences(path)
+    assert [each["content"] for each in first.chosen.messages] == ["hello", "the world"]
+    assert [each["content"] for each in second.rejected.messages][-1] == "the other"
+    found = tokenized_pairs([first, second], tokenizer, max_length=500)
+    texts = [tokenizer.decoded(example.tokens[example.learned]) for example in found.examples]
+    assert texts == ["the world", "no", "hi", "the other"]
+
+
+def test_a_pair_is_kept_or_left_out_as_one(tmp_path, tokenizer):
+    path = written(
+        tmp_path,
+        {"prompt": "hello", "chosen": "the", "rejected": "the " * 30},
+        {"prompt": "hello " * 30, "chosen": "a", "rejected": "b"},
+        {"prompt": "hello", "chosen": "a", "rejected": "b"},
+    )
+    pairs = read_preferences(path)
+    found = tokenized_pairs(pairs, tokenizer, max_length=20)
+    assert (len(found.examples), found.cut, found.dropped) == (4, 1, 1)
+    found = tokenized_pairs(pairs, tokenizer, max_length=20, drop_long=True)
+    assert (len(found.examples), found.cut, found.dropped) == (2, 0, 2)
+    with pytest.raises(InputError, match="all 1 pairs are longer than 20 tokens"):
+        tokenized_pairs(pairs[1:2], tokenizer, max_length=20)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"prompt": "a", "chosen": "b"},
+        {"prompt": 3, "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": ["b"], "rejected": "c"},
+    ],
+)
+def test_lines_that_are_no_preferences(tmp_path, entry):
+    with pytest.raises(InputError, match="line 1 has the keys .*; expected an object with"):
+        read_preferences(written(tmp_path, entry))
+    with pytest.raises(InputError, match="has no preferences"):
+        read_preferences(written(tmp_path, ""))
