@@ -3,12 +3,16 @@
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.common.errors import InputError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def writable_folder(path: Path, option: str) -> Path:
@@ -27,6 +31,30 @@ def writable_folder(path: Path, option: str) -> Path:
             f"{option} {path} can't be written ({reason}); pass a folder that you may write to"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def used_alone(path: Path, option: str) -> Iterator[None]:
+    """Keeps other runs out of a folder within the block.
+
+    Raises:
+      InputError: another run uses it; the option that names it is in the message.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise InputError(
+            f"{option} {path} is used by another run; wait for its end, or pass another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,13 @@ def keep_programs() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    folder = _cache_folder() / "lora_jax" / "programs"
+    folder = kept_files() / "programs"
     with contextlib.suppress(OSError):  # without a place to write to, each run compiles
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def _cache_folder() -> Path:
+def kept_files() -> Path:
+    """Returns the folder in the user's cache for what is kept between runs."""
     chosen = os.environ.get("XDG_CACHE_HOME")
-    return Path(chosen) if chosen else Path.home() / ".cache"
+    return (Path(chosen) if chosen else Path.home() / ".cache") / "lora_jax"

@@ -1,7 +1,7 @@
 """What a model answers: batches of prompts of about one length."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 import lora_jax
 from experiments.common.console import Console
-from experiments.common.errors import InputError
+from experiments.common.errors import InputError, as_input_error
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
@@ -32,19 +32,21 @@ _LENGTHS = 64
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes, with its adapter merged.
+    """A model that writes, with its adapter merged, or with several in a bank.
 
     Attributes:
       model: the model on the disk.
       network: what computes with its parameters.
-      params: its parameters.
+      params: its parameters, or a bank of several adapters.
       tokenizer: its tokenizer.
+      count: how many answers each prompt gets: one of each adapter in the bank.
     """
 
     model: LanguageModel
     network: Llama
     params: Any
     tokenizer: ChatTokenizer
+    count: int = 1
 
     @classmethod
     def read(cls, adapter: Path | None, model: Path | None) -> "Writer":
@@ -65,6 +67,22 @@ class Writer:
         network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
         return cls(found, network, params, found.tokenizer())
 
+    @classmethod
+    def of_several(cls, adapters: Sequence[Path], model: Path | None) -> "Writer":
+        """Reads a model, and several adapters of it into one bank.
+
+        Raises:
+          InputError: they are not adapters of one model, or train weights in full.
+        """
+        folders = [AdapterFolder(adapter) for adapter in adapters]
+        chosen = folders[0].read_card().model_options(model)
+        found = LanguageModel.read(chosen.model)
+        params = loaded_params(found, chosen, Devices())
+        with as_input_error():
+            bank = lora_jax.serving.bank([folder.restore(params) for folder in folders])
+        network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
+        return cls(found, network, bank, found.tokenizer(), len(folders))
+
     def answers(
         self,
         prompts: Sequence[np.ndarray],
@@ -74,8 +92,8 @@ class Writer:
         console: Console,
         sampling: Sampling = GREEDY,
         seed: int = 0,
-    ) -> list[str]:
-        """Returns the text that follows each prompt.
+    ) -> list[list[str]]:
+        """Returns the texts that follow each prompt: one, or one of each adapter.
 
         Args:
           prompts: the prompts as tokens.
@@ -86,29 +104,49 @@ class Writer:
           seed: decides what is drawn.
         """
         self._check_lengths(prompts, new_tokens)
-        run = functools.partial(
-            generate,
-            # Weights that are not adapted may still be quantised.
-            lora_jax.adapt(self.network.apply),
-            model=self.network,
-            new_tokens=new_tokens,
-            end_ids=self.tokenizer.end_ids,
-            sampling=sampling,
-        )
-        compiled = jax.jit(run)
+        compiled = self._compiled(new_tokens, sampling)
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         starts = range(0, len(order), rows)
-        answers = [""] * len(prompts)
+        answers: list[list[str]] = [[]] * len(prompts)
         with console.progress("Writing", len(starts)) as progress:
             for start in starts:
                 numbers = order[start : start + rows]
                 tokens, lengths = filled_up([prompts[number] for number in numbers], rows=rows)
                 key = jax.random.fold_in(jax.random.key(seed), start)
-                written = compiled(self.params, tokens=tokens, lengths=lengths, key=key)
-                for number, row in zip(numbers, np.asarray(written), strict=False):
-                    answers[number] = self.tokenizer.decoded(row).strip()
+                written = np.asarray(compiled(self.params, tokens, lengths, key))
+                for number, own in zip(numbers, written, strict=False):
+                    answers[number] = [self.tokenizer.decoded(row).strip() for row in own]
                 progress.advance()
         return answers
+
+    def _compiled(self, new_tokens: int, sampling: Sampling) -> Callable[..., Any]:
+        """Returns a function from prompts to tokens (prompt, adapter, new)."""
+        run = functools.partial(
+            generate,
+            model=self.network,
+            new_tokens=new_tokens,
+            end_ids=self.tokenizer.end_ids,
+            sampling=sampling,
+        )
+
+        def of_one(params: Any, tokens: Any, lengths: Any, key: Any) -> Any:
+            # Weights that are not adapted may still be quantised.
+            apply = lora_jax.adapt(self.network.apply)
+            return run(apply, params, tokens=tokens, lengths=lengths, key=key)[:, None]
+
+        def of_each(bank: Any, tokens: Any, lengths: Any, key: Any) -> Any:
+            served = lora_jax.serving.adapt(
+                lambda params, tokens, lengths, key: run(
+                    self.network.apply, params, tokens=tokens, lengths=lengths, key=key[0]
+                )
+            )
+            rows = len(tokens) * self.count
+            tokens, lengths = (jnp.repeat(each, self.count, axis=0) for each in (tokens, lengths))
+            ids = jnp.arange(rows) % self.count
+            written = served(bank, ids, tokens, lengths, jax.random.split(key, rows))
+            return written.reshape(-1, self.count, new_tokens)
+
+        return jax.jit(of_one if self.count == 1 else of_each)
 
     def _check_lengths(self, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
         longest, most = max(map(len, prompts)), self.model.config.max_position_embeddings

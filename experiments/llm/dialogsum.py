@@ -1,16 +1,21 @@
 """DialogSum (Chen et al., 2021): dialogues and summaries of them, as conversations."""
 
 import os
-from collections.abc import Sequence
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.common.errors import InputError
+from experiments.common.files import atomic_path
+from experiments.common.programs import kept_files
 from experiments.llm.examples import Example, read_lines
 
 NAME = "dialogsum"
 _FOLDER = "DIALOGSUM_DIR"
+# Where the authors publish it.
+_ADDRESS = "https://raw.githubusercontent.com/cylnlp/dialogsum/main/DialogSum_Data"
+_SECONDS = 60
 _INSTRUCTION = "Summarize the following dialogue.\n\n"
 # The test file has three summaries of each dialogue.
 _SUMMARIES = ("summary", "summary1", "summary2", "summary3")
@@ -39,24 +44,43 @@ class Dialogue:
 def dialogues(part: str) -> list[Dialogue]:
     """Returns the dialogues of a part: `train`, `dev` or `test`.
 
+    They are read from the folder that `DIALOGSUM_DIR` names; where it is not set, the file of the
+    authors is downloaded once, and kept.
+
     Raises:
-      InputError: the environment names no folder with the files, or one of them is damaged.
+      InputError: the folder has no such file, it can't be downloaded, or it is damaged.
     """
     folder = os.environ.get(_FOLDER)
-    if not folder:
-        raise InputError(
-            f"--data {NAME} reads the folder that {_FOLDER} names, and it is not set; expected one "
-            f"with {', '.join(_names('train'))} and the same for dev and test"
-        )
-    names = _names(part)
-    path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{_FOLDER} {folder} has neither {' nor '.join(names)}")
+    path = _in_folder(Path(folder), part) if folder else _downloaded(part)
     return [_dialogue(entry, where) for entry, where in read_lines(path)]
 
 
-def _names(part: str) -> Sequence[str]:
-    return f"{NAME}.{part}.jsonl", f"{NAME}.{part}.jsonl.gz"
+def _in_folder(folder: Path, part: str) -> Path:
+    names = (f"{NAME}.{part}.jsonl", f"{NAME}.{part}.jsonl.gz")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{_FOLDER} {folder} has neither {' nor '.join(names)}")
+
+
+def _downloaded(part: str) -> Path:
+    """Returns the file of a part, which is downloaded unless an earlier run has kept it."""
+    name = f"{NAME}.{part}.jsonl"
+    path = kept_files() / NAME / name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(f"{_ADDRESS}/{name}", timeout=_SECONDS) as answer:
+            content = answer.read()
+    except OSError as error:
+        raise InputError(
+            f"{_ADDRESS}/{name} can't be downloaded ({error}); set {_FOLDER} to a folder that "
+            f"holds {name}"
+        ) from error
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path
 
 
 def _dialogue(entry: dict[str, Any], where: str) -> Dialogue:

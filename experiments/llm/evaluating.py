@@ -1,10 +1,14 @@
 """How good a model's answers are: the command line of `llm_lora evaluate`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
+
+import lora_jax
 from experiments.common.console import device_name
 from experiments.common.errors import InputError
 from experiments.common.files import atomic_path
@@ -15,13 +19,16 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
-from experiments.llm.examples import Message, read_examples
+from experiments.llm.examples import Example, Message, read_examples, tokenized
+from experiments.llm.loss import losses_at_places
 from experiments.llm.options import ModelPath
+from experiments.llm.packing import Batch, TrainingSteps
 from experiments.llm.rouge import KINDS, Score, rouge
 
 _DESCRIPTION = """\
 Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
-the interval in which the mean is with 95 % confidence. The answers are in OUT/answers.md,
+the interval in which the mean is with 95 % confidence, and the perplexity of the answers
+of people. The answers are in OUT/answers.md,
 beside those of people. Without --adapter it is the model as it is that answers; with
 --base both do, and stand side by side.
 """
@@ -73,6 +80,13 @@ class Question:
 
     messages: tuple[Message, ...]
     answers: tuple[str, ...]
+    where: str
+
+    @property
+    def example(self) -> Example:
+        """The question with the first answer of people."""
+        answer = {"role": "assistant", "content": self.answers[0]}
+        return Example(self.where, messages=(*self.messages, answer))
 
 
 def parsed_for_evaluating(arguments: Sequence[str]) -> EvaluatingOptions:
@@ -94,21 +108,42 @@ def evaluate(options: EvaluatingOptions) -> None:
     questions = _questions(options.data)[: options.limit]
     run.phase_ended("data")
     answers: dict[str, list[str]] = {}
+    perplexities: dict[str, float] = {}
     for name, adapter in _who_answers(options).items():
         writer = Writer.read(adapter, _model_of(options))
         run.console.note(f"{name}: {writer.model.path}")
-        answers[name] = writer.answers(
+        written = writer.answers(
             [writer.tokenizer.encoded_conversation(each.messages) for each in questions],
             new_tokens=options.new_tokens,
             rows=options.batch_size,
             console=run.console,
         )
+        answers[name] = [answer for (answer,) in written]
+        perplexities[name] = _perplexity(writer, questions, rows=options.batch_size)
         del writer
     run.phase_ended("writing")
     references = [question.answers for question in questions]
     scores = {name: rouge(own, references) for name, own in answers.items()}
     _write_answers(options.output.out / "answers.md", questions, answers)
-    _present(scores, questions, options, run)
+    _present(scores, perplexities, questions, options, run)
+
+
+def _perplexity(writer: Writer, questions: Sequence[Question], *, rows: int) -> float:
+    """Returns that of the first answers of people, over all of their tokens."""
+    most = writer.model.config.max_position_embeddings
+    examples = tokenized(
+        [question.example for question in questions], writer.tokenizer, max_length=most
+    ).examples
+    longest = max(map(len, examples))
+    steps = TrainingSteps(examples, rows=rows, length=longest, epochs=1, seed=0, pack=False)
+    apply = lora_jax.adapt(writer.network.apply)
+    summed = jax.jit(lambda params, batch: losses_at_places(apply, params, batch).sum())
+    total = learned = 0.0
+    for batches in steps:
+        (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
+        total += float(summed(writer.params, batch))
+        learned += float(batch.weights.sum())
+    return math.exp(min(total / learned, 700.0))
 
 
 def _who_answers(options: EvaluatingOptions) -> dict[str, Path | None]:
@@ -129,7 +164,9 @@ def _model_of(options: EvaluatingOptions) -> Path | None:
 
 def _questions(data: str) -> list[Question]:
     if data == DIALOGSUM:
-        return [Question((each.question,), each.summaries) for each in dialogues("test")]
+        return [
+            Question((each.question,), each.summaries, each.where) for each in dialogues("test")
+        ]
     questions = []
     for example in read_examples(Path(data)):
         if not example.messages:
@@ -138,19 +175,23 @@ def _questions(data: str) -> list[Question]:
                 "person has answered"
             )
         *asked, answer = example.messages
-        questions.append(Question(tuple(asked), (answer["content"],)))
+        questions.append(Question(tuple(asked), (answer["content"],), example.where))
     return questions
 
 
 def _present(
     scores: Mapping[str, Mapping[str, Score]],
+    perplexities: Mapping[str, float],
     questions: Sequence[Question],
     options: EvaluatingOptions,
     run: Run,
 ) -> None:
     run.console.rule(f"{len(questions):,} answers, means with 95 % confidence")
-    rows = [[name, *(str(own[kind]) for kind in KINDS)] for name, own in scores.items()]
-    run.console.table(["", *_NAMES.values()], rows)
+    rows = [
+        [name, *(str(own[kind]) for kind in KINDS), f"{perplexities[name]:.3f}"]
+        for name, own in scores.items()
+    ]
+    run.console.table(["", *_NAMES.values(), "perplexity"], rows)
     run.finish(
         {
             "data": options.data,
@@ -158,6 +199,7 @@ def _present(
             "device": device_name(),
             "answers": len(questions),
             "references": sum(len(question.answers) for question in questions),
+            "perplexity": dict(perplexities),
             "rouge": {
                 name: {kind: score._asdict() for kind, score in own.items()}
                 for name, own in scores.items()

@@ -4,7 +4,7 @@ import lora_jax
 from experiments.common.claims import frozen_unchanged
 from experiments.common.console import Console
 from experiments.common.errors import InputError, as_input_error
-from experiments.common.files import bytes_in
+from experiments.common.files import bytes_in, used_alone
 from experiments.common.memory import peak_bytes
 from experiments.common.run import Run
 from experiments.llm.adapter_folder import AdapterFolder, Card
@@ -26,7 +26,7 @@ def train_once(options: Options, run: Run) -> None:
     """Trains, keeps the best adapter, tests it and reports."""
     _check(options)
     devices = Devices.of(options.what_learns.mesh)
-    with devices.in_use():
+    with used_alone(options.output.out, "--out"), devices.in_use():
         _train_and_test(options, run, devices)
 
 

@@ -10,7 +10,7 @@ import optax
 
 from experiments.common.console import Console
 from experiments.common.errors import InputError
-from experiments.common.memory import return_freed_memory
+from experiments.common.memory import MEGABYTE, peak_bytes, return_freed_memory
 from experiments.common.resumable import Evaluated, ResumableTraining
 from experiments.llm.mesh import Devices
 from experiments.llm.objectives import Answers
@@ -85,7 +85,8 @@ class Training(ResumableTraining):
     def progress_note(self) -> str:
         history = self.history
         speed = history.recent("seen") / history.recent("seconds")
-        return f"loss {history.recent('loss'):.4f}, {speed:.0f} tokens/s"
+        peak = f"{peak_bytes() / MEGABYTE:,.0f} MB"
+        return f"loss {history.recent('loss'):.4f}, {speed:.0f} tokens/s, {peak}"
 
     def described(self, evaluation: Evaluated) -> str:
         found = [f"{name} {evaluation[name]:.4f}" for name in evaluation if name != "step"]

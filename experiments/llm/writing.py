@@ -20,7 +20,8 @@ from experiments.models.llama import ChatTokenizer, Sampling
 
 _DESCRIPTION = """\
 Writes an answer to each prompt: what the model writes with its adapter merged, or
-without --adapter as it is. The prompts are those of --prompt, or the lines of standard
+without --adapter as it is. Several adapters of one model answer in one batch, without
+being merged. The prompts are those of --prompt, or the lines of standard
 input; each is a message of a user, or with --plain a text that the model continues.
 """
 
@@ -29,6 +30,7 @@ examples:
   python -m experiments.llm_lora generate --prompt "What is the capital of France?"
   python -m experiments.llm_lora generate --adapter runs/llm_lora/adapter --prompt "Hello"
   python -m experiments.llm_lora generate --adapter runs/llm_lora/adapter --json < prompts.txt
+  python -m experiments.llm_lora generate --adapter runs/a/adapter runs/b/adapter --prompt "Hello"
 """
 
 _ROWS = 8
@@ -39,9 +41,14 @@ class WritingOptions:
     """What to answer, and with what."""
 
     adapter: Annotated[
-        Path | None,
-        Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
-    ] = None
+        tuple[Path, ...],
+        Option(
+            "the folder `adapter` in the --out of a training; several answer in one batch",
+            Path,
+            several=True,
+            metavar="DIR",
+        ),
+    ] = ()
     model: ModelPath = None
     prompt: Annotated[
         tuple[str, ...] | None,
@@ -83,7 +90,12 @@ def write(options: WritingOptions) -> None:
     """Prints the answer to each prompt."""
     keep_programs()
     prompts = _prompts(options.prompt)
-    writer = Writer.read(options.adapter, options.model)
+    several = len(options.adapter) > 1
+    writer = (
+        Writer.of_several(options.adapter, options.model)
+        if several
+        else Writer.read(next(iter(options.adapter), None), options.model)
+    )
     answers = writer.answers(
         [_encoded(writer.tokenizer, prompt, plain=options.plain) for prompt in prompts],
         new_tokens=options.new_tokens,
@@ -92,8 +104,16 @@ def write(options: WritingOptions) -> None:
         sampling=Sampling(options.temperature, options.top_p),
         seed=options.seed,
     )
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(json.dumps({"prompt": prompt, "answer": answer}) if options.json else answer)
+    names = [str(adapter) for adapter in options.adapter] or [None]
+    for prompt, own in zip(prompts, answers, strict=True):
+        for name, answer in zip(names, own, strict=True):
+            print(_line(prompt, name, answer, several=several, as_json=options.json))
+
+
+def _line(prompt: str, name: str | None, answer: str, *, several: bool, as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"prompt": prompt, "adapter": name, "answer": answer})
+    return f"{name}: {answer}" if several else answer
 
 
 def _encoded(tokenizer: ChatTokenizer, prompt: str, *, plain: bool) -> np.ndarray:

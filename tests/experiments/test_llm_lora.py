@@ -3,7 +3,10 @@
 import io
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -12,6 +15,7 @@ import pytest
 
 import lora_jax
 from experiments.common.errors import InputError
+from experiments.common.files import used_alone
 from experiments.llm import training
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
@@ -221,6 +225,33 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_to_the_bit(
     assert_same(restored(arguments, tmp_path)[2], restored(arguments, out)[2])
 
 
+def command(arguments, out):
+    run = [sys.executable, "-W", "error", "-m", "experiments.llm_lora", *arguments]
+    return [*run, "--no-plots", "--json", "--out", str(out)]
+
+
+def test_a_killed_run_is_resumed_to_the_bit_and_prints_json_alone(
+    arguments, out, metrics, tmp_path
+):
+    steps = tmp_path / "checkpoints"
+    killed = subprocess.Popen(
+        command(arguments, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while killed.poll() is None and not [path for path in steps.glob("*") if path.name.isdigit()]:
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    done = subprocess.run(
+        [*command(arguments, tmp_path), "--resume"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Continuing from step" in done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "metrics.json").read_text())
+    assert len(found["losses"]) == metrics["steps"]
+    np.testing.assert_allclose(found["losses"], metrics["losses"], rtol=1e-5)
+
+
 def test_resume_refuses_other_settings_and_other_data(
     arguments, folder, tmp_path, monkeypatch, error_of
 ):
@@ -257,6 +288,30 @@ def test_it_reads_standard_input_and_prints_json(out, folder, monkeypatch, capsy
     plain = ["--plain", "--prompt", "the", "--new-tokens", "3"]
     assert main(["generate", "--model", str(folder / "model"), *plain]) == 0
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_several_adapters_answer_in_one_batch(arguments, out, tmp_path, capsys):
+    other = tmp_path / "other"
+    short = ["--epochs", "1", "--rank", "2", "--no-plots", "--out", str(other)]
+    assert main([*arguments, *short]) == 0
+    adapters = [str(out / "adapter"), str(other / "adapter")]
+    prompts = ["--prompt", "hello?", "--prompt", "world?", "--new-tokens", "8", "--json"]
+
+    def answers(*chosen):
+        capsys.readouterr()
+        assert main(["generate", "--adapter", *chosen, *prompts]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    both = answers(*adapters)
+    assert [each["adapter"] for each in both] == adapters * 2
+    for place, adapter in enumerate(adapters):
+        assert both[place::2] == answers(adapter)
+    full = tmp_path / "full"
+    assert main([*arguments, *short[:2], "--method", "full", "--no-plots", "--out", str(full)]) == 0
+    capsys.readouterr()
+    wrong = ["generate", "--adapter", adapters[0], str(full / "adapter"), *prompts]
+    assert main(wrong) == 2
+    assert "has no adapters" in capsys.readouterr().err
 
 
 def test_a_conversation_is_answered_line_by_line(out, monkeypatch, capsys):
@@ -323,6 +378,12 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+def test_a_folder_that_another_training_uses(arguments, tmp_path, error_of):
+    with used_alone(tmp_path, "--out"):
+        error = error_of(main, [*arguments, "--out", str(tmp_path)])
+        assert "is used by another run; wait for its end, or pass another folder" in error
+
+
 def test_wrong_arguments(arguments, capsys):
     assert main([]) == 2
     assert "--data" in capsys.readouterr().err
@@ -352,6 +413,7 @@ def test_answers_are_compared_with_those_of_people(out, folder, tmp_path, capsys
     assert both["the model"] == alone["the model"]
     assert both["the model"]["rouge1"]["mean"] < 0.5
     assert both["with its adapter"]["rouge1"] == {"mean": 1, "low": 1, "high": 1}
+    assert 1 <= results["perplexity"]["with its adapter"] < 1.5 < results["perplexity"]["the model"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rouge"] == both
     answers = (tmp_path / "out" / "answers.md").read_text()
     assert answers.count("**the model:**") == answers.count("## ") == 9

@@ -5,7 +5,13 @@ import json
 import pytest
 
 from experiments.common.errors import InputError
-from experiments.common.files import atomic_path, bytes_in, writable_folder, write_json
+from experiments.common.files import (
+    atomic_path,
+    bytes_in,
+    used_alone,
+    writable_folder,
+    write_json,
+)
 
 
 def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_else(tmp_path):
@@ -43,3 +49,14 @@ def test_the_size_of_a_folder_is_that_of_all_its_files(tmp_path):
     (tmp_path / "one").write_bytes(bytes(3))
     (tmp_path / "below" / "two").write_bytes(bytes(4))
     assert bytes_in(tmp_path) == 7
+
+
+def test_a_folder_is_used_by_one_run_at_a_time(tmp_path):
+    with (
+        used_alone(tmp_path, "--out"),
+        pytest.raises(InputError, match="used by another run"),
+        used_alone(tmp_path, "--out"),
+    ):
+        pass
+    with used_alone(tmp_path, "--out"):
+        pass

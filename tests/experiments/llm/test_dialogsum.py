@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments.common.errors import InputError
+from experiments.llm import dialogsum
 from experiments.llm.dialogsum import dialogues
 
 
@@ -28,10 +29,23 @@ def test_dialogues_and_all_of_their_summaries(tmp_path, monkeypatch):
     assert answer == {"role": "assistant", "content": "They meet."}
 
 
-def test_what_is_missing(tmp_path, monkeypatch):
+def test_the_file_of_the_authors_is_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.delenv("DIALOGSUM_DIR", raising=False)
-    with pytest.raises(InputError, match="the folder that DIALOGSUM_DIR names, and it is not set"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = tmp_path / "published"
+    published.mkdir()
+    file = published / "dialogsum.dev.jsonl"
+    file.write_text(json.dumps({"dialogue": "A: hi", "summary": "They meet."}))
+    monkeypatch.setattr(dialogsum, "_ADDRESS", published.as_uri())
+    (found,) = dialogues("dev")
+    assert found.text == "A: hi"
+    file.unlink()
+    assert dialogues("dev")[0].text == "A: hi"
+    with pytest.raises(InputError, match="dialogsum.test.jsonl can't be downloaded .*; set DIALOG"):
         dialogues("test")
+
+
+def test_what_is_missing(tmp_path, monkeypatch):
     written(tmp_path, monkeypatch, {"dialogue": "A: hi"})
     with pytest.raises(InputError, match="line 1 has the keys dialogue; expected"):
         dialogues("test")
