@@ -22,15 +22,14 @@ from experiments.llm.dialogsum import dialogues
 from experiments.llm.examples import Example, Message, read_examples, tokenized
 from experiments.llm.loss import losses_at_places
 from experiments.llm.options import ModelPath
-from experiments.llm.packing import Batch, TrainingSteps
+from experiments.llm.packing import TrainingSteps
 from experiments.llm.rouge import KINDS, Score, rouge
 
 _DESCRIPTION = """\
 Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
 the interval in which the mean is with 95 % confidence, and the perplexity of the answers
-of people. The answers are in OUT/answers.md,
-beside those of people. Without --adapter it is the model as it is that answers; with
---base both do, and stand side by side.
+of people. The answers are in OUT/answers.md, beside those of people. Without --adapter it
+is the model as it is that answers; with --base both do, and stand side by side.
 """
 
 _EXAMPLES = f"""\
@@ -120,6 +119,7 @@ def evaluate(options: EvaluatingOptions) -> None:
         )
         answers[name] = [answer for (answer,) in written]
         perplexities[name] = _perplexity(writer, questions, rows=options.batch_size)
+        # The next one would stand beside it: two models take twice the memory.
         del writer
     run.phase_ended("writing")
     references = [question.answers for question in questions]
@@ -139,8 +139,7 @@ def _perplexity(writer: Writer, questions: Sequence[Question], *, rows: int) -> 
     apply = lora_jax.adapt(writer.network.apply)
     summed = jax.jit(lambda params, batch: losses_at_places(apply, params, batch).sum())
     total = learned = 0.0
-    for batches in steps:
-        (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
+    for batch in steps.batches():
         total += float(summed(writer.params, batch))
         learned += float(batch.weights.sum())
     return math.exp(min(total / learned, 700.0))

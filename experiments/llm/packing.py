@@ -200,6 +200,11 @@ class TrainingSteps:
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
 
+    def batches(self) -> Iterator[Batch]:
+        """Yields the batches of all steps one by one."""
+        for step in self:
+            yield from (Batch(*arrays) for arrays in zip(*step, strict=True))
+
     def first_of_each_length(self) -> dict[int, Batch]:
         """Returns a step of each length of rows, of which each needs a program of its own."""
         numbers = {step.length: number for number, step in reversed(list(enumerate(self._steps)))}

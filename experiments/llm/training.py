@@ -177,8 +177,7 @@ class Examination:
         """
         totals: dict[str, float] = {}
         parts = 0.0
-        for batches in self._steps:
-            (batch,) = (Batch(*arrays) for arrays in zip(*batches, strict=True))
+        for batch in self._steps.batches():
             placed = self._devices.placed_batch(batch)
             for name, value in self._sums(wrapped, self._base, placed).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
