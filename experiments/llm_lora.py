@@ -1,7 +1,8 @@
 """Fine-tunes a language model on conversations with adapters, and writes with the result."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from experiments.common.errors import exit_code
 from experiments.common.memory import keep_freed_memory
@@ -17,20 +18,23 @@ from experiments.llm.writing import parsed_for_writing, write
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study with these arguments and returns the exit code of the process."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if arguments[:1] == ["generate"]:
-        return exit_code(lambda: write(parsed_for_writing(arguments[1:])))
-    if arguments[:1] == ["chat"]:
-        return exit_code(lambda: chat(parsed_for_chat(arguments[1:])))
-    if arguments[:1] == ["export"]:
-        return exit_code(lambda: export(parsed_for_exporting(arguments[1:])))
-    if arguments[:1] == ["evaluate"]:
-        return exit_code(lambda: evaluate(parsed_for_evaluating(arguments[1:])))
+    if arguments and arguments[0] in _COMMANDS:
+        parsed_for, command = _COMMANDS[arguments[0]]
+        return exit_code(lambda: command(parsed_for(arguments[1:])))
     return exit_code(lambda: study(parsed(arguments)))
 
 
 def study(options: Options) -> None:
     """Trains once and reports on it."""
     train_once(options, Run(options.output))
+
+
+_COMMANDS: dict[str, tuple[Callable[[Sequence[str]], Any], Callable[[Any], None]]] = {
+    "generate": (parsed_for_writing, write),
+    "chat": (parsed_for_chat, chat),
+    "evaluate": (parsed_for_evaluating, evaluate),
+    "export": (parsed_for_exporting, export),
+}
 
 
 if __name__ == "__main__":

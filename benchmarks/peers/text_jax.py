@@ -12,12 +12,13 @@ import numpy as np
 import lora_jax
 from benchmarks.peers.batches import read_batches
 from benchmarks.peers.text_start import peft_names
+from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.memory import keep_freed_memory, return_freed_memory
 from experiments.data.tokens import TokenBatch, in_order
 from experiments.models.bert import Encoder, with_new_head
 from experiments.text.evaluation import log_probabilities
 from experiments.text.options import parsed
-from experiments.text.step import CompiledSteps, optimizer
+from experiments.text.step import optimizer, training_step
 from experiments.text.task import adapted_apply, classifier_apply
 from lora_jax.exchange import peft
 
@@ -47,7 +48,9 @@ class LoraJax:
         steps = len(start["learning_rates"])
         self._tx = optimizer(options.training, options.methods[0], steps)
         self._apply = classifier_apply(config, start["classes"])
-        self._steps = CompiledSteps(self._apply, self._tx, options.training.adapter_dropout)
+        self._steps = CompiledSteps(
+            training_step(self._apply, self._tx, options.training.adapter_dropout)
+        )
 
     def begin(self, seed: int) -> None:
         """Takes the adapter and the batches of this seed."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import jax
 
 from benchmarks.peers.batches import write_batches
+from experiments.common.adamw import GREATEST_GRADIENT
 from experiments.common.console import Console
 from experiments.data.tokens import TrainingBatches, lengths_up_to
 from experiments.models.bert import BertConfig, Encoder, huggingface_modules
 from experiments.text.evaluation import batches_of
 from experiments.text.options import Options, parsed
-from experiments.text.step import GREATEST_GRADIENT, learning_rates
+from experiments.text.step import learning_rates
 from experiments.text.task import TextTask, loaded_texts, text_task
 from lora_jax.exchange import peft
 

@@ -65,6 +65,15 @@ class Console:
             self._rich.width = max(self._rich.width, _FILE_WIDTH)
         self._shows_progress = True
 
+    @classmethod
+    def beside_output(cls) -> "Console":
+        """Returns one on standard error for a command whose output is for other programs.
+
+        It shows progress on a terminal alone, so that an error elsewhere is one line.
+        """
+        console = cls(to_stderr=True)
+        return console if console.is_terminal else console.without_progress()
+
     def without_progress(self) -> "Console":
         """Returns a console that shows no progress, for a part of a task that has a bar already."""
         console = copy.copy(self)

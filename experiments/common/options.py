@@ -162,5 +162,11 @@ def number(
 
 positive_int = number(int, lambda value: value >= 1, "a whole number of at least 1")
 seed_number = number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 fraction = number(float, lambda value: 0 <= value <= 1, "a fraction from 0 to 1")
+
+
+def count_or_all(text: str) -> int | None:
+    """Returns a whole number of at least 1, or None for `all`; a type of options."""
+    return None if text == "all" else positive_int(text)

@@ -137,6 +137,17 @@ class ResumableTraining(abc.ABC):
         """The best evaluation so far."""
         return max(self.history.evaluations, key=self.goodness, default=None)
 
+    def begin(self, checkpoints: TrainingCheckpoints, *, resume: bool, console: Console) -> None:
+        """Continues what was interrupted, or makes way for a new training."""
+        if resume:
+            self.resume(checkpoints)
+            console.note(f"Continuing from step {self._step}")
+        elif checkpoints.latest_step is not None:
+            console.note(
+                f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted"
+            )
+            checkpoints.delete_after(-1)
+
     def run(
         self,
         examine: Examine,

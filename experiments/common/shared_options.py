@@ -8,7 +8,14 @@ import jax
 
 import lora_jax
 from experiments.common.errors import as_input_error
-from experiments.common.options import Option, positive_float, positive_int, seed_number
+from experiments.common.options import (
+    Option,
+    fraction,
+    not_negative,
+    positive_float,
+    positive_int,
+    seed_number,
+)
 
 Rank = Annotated[
     int,
@@ -33,6 +40,24 @@ Targets = Annotated[
 Epochs = Annotated[int, Option("passes over the training examples", positive_int)]
 BatchSize = Annotated[int, Option("examples in a step", positive_int)]
 LearningRate = Annotated[float, Option("Adam's, in both trainings", positive_float)]
+Warmup = Annotated[
+    float,
+    Option(
+        "the share of steps in which the learning rate rises; then it falls to 0",
+        fraction,
+        metavar="FRACTION",
+    ),
+]
+WeightDecay = Annotated[float, Option("AdamW's", not_negative)]
+EvaluateEvery = Annotated[
+    int,
+    Option(
+        "how often to test on the held-out examples, and to leave a checkpoint",
+        positive_int,
+        metavar="STEPS",
+    ),
+]
+Resume = Annotated[bool, Option("continue the training that --out holds")]
 Seed = Annotated[int, Option("decides every random number", seed_number)]
 DataDir = Annotated[
     Path | None,

@@ -49,7 +49,7 @@ class Writer:
     count: int = 1
 
     @classmethod
-    def read(cls, adapter: Path | None, model: Path | None) -> "Writer":
+    def read(cls, adapter: Path | None, model: Path | None, console: Console) -> "Writer":
         """Reads a model, and merges the adapter of a training if one is named.
 
         Raises:
@@ -58,17 +58,18 @@ class Writer:
         if adapter is None:
             chosen = ModelOptions(model=model)
             found = LanguageModel.read(chosen.model)
-            params = loaded_params(found, chosen, Devices())
+            params = loaded_params(found, chosen, Devices(), console)
         else:
             folder = AdapterFolder(adapter)
             chosen = folder.read_card().model_options(model)
             found = LanguageModel.read(chosen.model)
-            params = lora_jax.merge(folder.restore(loaded_params(found, chosen, Devices())))
+            base = loaded_params(found, chosen, Devices(), console)
+            params = lora_jax.merge(folder.restore(base))
         network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
         return cls(found, network, params, found.tokenizer())
 
     @classmethod
-    def of_several(cls, adapters: Sequence[Path], model: Path | None) -> "Writer":
+    def of_several(cls, adapters: Sequence[Path], model: Path | None, console: Console) -> "Writer":
         """Reads a model, and several adapters of it into one bank.
 
         Raises:
@@ -77,7 +78,7 @@ class Writer:
         folders = [AdapterFolder(adapter) for adapter in adapters]
         chosen = folders[0].read_card().model_options(model)
         found = LanguageModel.read(chosen.model)
-        params = loaded_params(found, chosen, Devices())
+        params = loaded_params(found, chosen, Devices(), console)
         with as_input_error():
             bank = lora_jax.serving.bank([folder.restore(params) for folder in folders])
         network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))

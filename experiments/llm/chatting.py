@@ -4,7 +4,6 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -12,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from experiments.common.console import Console
 from experiments.common.errors import InputError
-from experiments.common.options import Option, fraction, parsed_as, positive_int
+from experiments.common.options import Option, parsed_as, positive_int
 from experiments.common.programs import keep_programs
-from experiments.common.shared_options import Seed
 from experiments.llm.answers import Writer, filled_up
 from experiments.llm.examples import Message
-from experiments.llm.options import ModelPath, not_negative
-from experiments.models.llama import Sampling, read_prompts, read_token
+from experiments.llm.options import AdapterPath, DrawingOptions, ModelPath
+from experiments.models.llama import read_prompts, read_token
 
 _DESCRIPTION = """\
 A conversation with a model, with its adapter merged, or without --adapter as it is. Each
@@ -38,10 +37,7 @@ examples:
 class ChatOptions:
     """Who answers, and how."""
 
-    adapter: Annotated[
-        Path | None,
-        Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
-    ] = None
+    adapter: AdapterPath = None
     model: ModelPath = None
     system: Annotated[str | None, Option("what the conversation begins with", metavar="TEXT")] = (
         None
@@ -49,14 +45,7 @@ class ChatOptions:
     max_length: Annotated[
         int, Option("tokens of a conversation, its last answer included", positive_int)
     ] = 2048
-    temperature: Annotated[
-        float, Option("what logits are divided by; 0 takes the likeliest token", not_negative)
-    ] = 0.0
-    top_p: Annotated[
-        float,
-        Option("leave out the least likely tokens, whose probabilities sum to 1 - P", fraction),
-    ] = 1.0
-    seed: Seed = 0
+    drawing: DrawingOptions = DrawingOptions()
 
 
 def parsed_for_chat(arguments: Sequence[str]) -> ChatOptions:
@@ -73,7 +62,7 @@ def parsed_for_chat(arguments: Sequence[str]) -> ChatOptions:
 def chat(options: ChatOptions) -> None:
     """Answers line by line."""
     keep_programs()
-    writer = Writer.read(options.adapter, options.model)
+    writer = Writer.read(options.adapter, options.model, Console.beside_output())
     answerer = Answerer(writer, options)
     messages: list[Message] = []
     if options.system is not None:
@@ -96,8 +85,8 @@ class Answerer:
         most = writer.model.config.max_position_embeddings
         self._writer = writer
         self._capacity = min(options.max_length, most)
-        self._sampling = Sampling(options.temperature, options.top_p)
-        self._key = jax.random.key(options.seed)
+        self._sampling = options.drawing.sampling
+        self._key = jax.random.key(options.drawing.seed)
         self._drawn = 0
         # Weights that are not adapted may still be quantised.
         apply = lora_jax.adapt(writer.network.apply)

@@ -9,7 +9,7 @@ from typing import Annotated
 import jax
 
 import lora_jax
-from experiments.common.console import device_name
+from experiments.common.console import Console, device_name
 from experiments.common.errors import InputError
 from experiments.common.files import atomic_path
 from experiments.common.options import Option, parsed_as, positive_int
@@ -21,7 +21,7 @@ from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
 from experiments.llm.examples import Example, Message, read_examples, tokenized
 from experiments.llm.loss import losses_at_places
-from experiments.llm.options import ModelPath
+from experiments.llm.options import AdapterPath, ModelPath, NewTokens
 from experiments.llm.packing import TrainingSteps
 from experiments.llm.rouge import KINDS, Score, rouge
 
@@ -55,10 +55,7 @@ class EvaluatingOptions:
             metavar="FILE",
         ),
     ]
-    adapter: Annotated[
-        Path | None,
-        Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
-    ] = None
+    adapter: AdapterPath = None
     model: ModelPath = None
     base: Annotated[
         bool, Option("answer with the model as it is too, and show both; with --adapter")
@@ -66,9 +63,7 @@ class EvaluatingOptions:
     limit: Annotated[
         int | None, Option("how many to answer, from the first on", positive_int, metavar="N")
     ] = None
-    new_tokens: Annotated[
-        int, Option("how many tokens to write at most", positive_int, metavar="TOKENS")
-    ] = 96
+    new_tokens: NewTokens = 96
     batch_size: Annotated[int, Option("how many to answer at a time", positive_int)] = 8
     output: FolderOptions = FolderOptions(out=Path("runs/llm_lora_evaluate"))
 
@@ -109,7 +104,7 @@ def evaluate(options: EvaluatingOptions) -> None:
     answers: dict[str, list[str]] = {}
     perplexities: dict[str, float] = {}
     for name, adapter in _who_answers(options).items():
-        writer = Writer.read(adapter, _model_of(options))
+        writer = Writer.read(adapter, _model_of(options), run.console)
         run.console.note(f"{name}: {writer.model.path}")
         written = writer.answers(
             [writer.tokenizer.encoded_conversation(each.messages) for each in questions],
@@ -118,7 +113,7 @@ def evaluate(options: EvaluatingOptions) -> None:
             console=run.console,
         )
         answers[name] = [answer for (answer,) in written]
-        perplexities[name] = _perplexity(writer, questions, rows=options.batch_size)
+        perplexities[name] = _perplexity(writer, questions, options.batch_size, run.console)
         # The next one would stand beside it: two models take twice the memory.
         del writer
     run.phase_ended("writing")
@@ -128,7 +123,9 @@ def evaluate(options: EvaluatingOptions) -> None:
     _present(scores, perplexities, questions, options, run)
 
 
-def _perplexity(writer: Writer, questions: Sequence[Question], *, rows: int) -> float:
+def _perplexity(
+    writer: Writer, questions: Sequence[Question], rows: int, console: Console
+) -> float:
     """Returns that of the first answers of people, over all of their tokens."""
     most = writer.model.config.max_position_embeddings
     examples = tokenized(
@@ -139,9 +136,11 @@ def _perplexity(writer: Writer, questions: Sequence[Question], *, rows: int) -> 
     apply = lora_jax.adapt(writer.network.apply)
     summed = jax.jit(lambda params, batch: losses_at_places(apply, params, batch).sum())
     total = learned = 0.0
-    for batch in steps.batches():
-        total += float(summed(writer.params, batch))
-        learned += float(batch.weights.sum())
+    with console.progress("Testing", len(steps)) as progress:
+        for batch in steps.batches():
+            total += float(summed(writer.params, batch))
+            learned += float(batch.weights.sum())
+            progress.advance()
     return math.exp(min(total / learned, 700.0))
 
 

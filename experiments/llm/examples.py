@@ -154,7 +154,9 @@ def tokenized(
 def _tokenized(
     example: Example, tokenizer: ChatTokenizer, *, learn_prompts: bool
 ) -> TokenizedExample:
-    if example.messages:
+    if example.messages and learn_prompts:
+        parts = [(_text_of(example, tokenizer, example.messages, answers=False), True)]
+    elif example.messages:
         parts = _conversation_parts(example, tokenizer)
     else:
         parts = [(example.prompt, False), (example.completion, True)]
@@ -179,11 +181,8 @@ def _conversation_parts(example: Example, tokenizer: ChatTokenizer) -> list[tupl
     for place, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        try:
-            before = tokenizer.conversation(example.messages[:place], answers=True)
-            after = tokenizer.conversation(example.messages[: place + 1], answers=False)
-        except InputError as error:
-            raise InputError(f"{example.where}: {error}") from error
+        before = _text_of(example, tokenizer, example.messages[:place], answers=True)
+        after = _text_of(example, tokenizer, example.messages[: place + 1], answers=False)
         if not before.startswith(done) or not after.startswith(before):
             raise InputError(
                 f"{example.where}: the chat template changes what is before an answer when it "
@@ -192,6 +191,15 @@ def _conversation_parts(example: Example, tokenizer: ChatTokenizer) -> list[tupl
         parts += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
     return parts
+
+
+def _text_of(
+    example: Example, tokenizer: ChatTokenizer, messages: Messages, *, answers: bool
+) -> str:
+    try:
+        return tokenizer.conversation(messages, answers=answers)
+    except InputError as error:
+        raise InputError(f"{example.where}: {error}") from error
 
 
 def tokenized_pairs(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from experiments.common.console import Console
-from experiments.common.errors import as_input_error
+from experiments.common.errors import InputError, as_input_error
 from experiments.common.options import Option, parsed_as
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
@@ -58,13 +58,16 @@ def parsed_for_exporting(arguments: Sequence[str]) -> ExportingOptions:
 
 def export(options: ExportingOptions) -> None:
     """Writes the adapter."""
+    if options.out.exists():
+        raise InputError(f"--out {options.out} is there already; pass a name that is new")
     folder = AdapterFolder(options.adapter)
     chosen = folder.read_card().model_options(options.model)
     model = LanguageModel.read(chosen.model)
-    wrapped = folder.restore(loaded_params(model, chosen, Devices()))
+    console = Console.beside_output()
+    wrapped = folder.restore(loaded_params(model, chosen, Devices(), console))
     with as_input_error():
         _WRITERS[options.to](options.out, wrapped, model)
-    Console(to_stderr=True).note(f"Written: {options.out}")
+    console.note(f"Written: {options.out}")
 
 
 def write_peft(path: Path, wrapped: Any, model: LanguageModel, *, overwrite: bool = False) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import PRNGKeyArray
 
 import lora_jax
+from experiments.common import method
 from experiments.common.errors import as_input_error
 from experiments.models.llama import LlamaConfig, huggingface_rules
 from lora_jax.exchange import peft
@@ -18,26 +19,13 @@ METHODS = ("lora", "dora", "full")
 # (Schulman et al., LoRA Without Regret, 2025).
 ALL_LINEAR = r"layers/(attention|mlp)/\w+/kernel"
 
-_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning"}
-# Adapters take about ten times the learning rate of full fine-tuning (the same source).
-_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}
-
 
 @dataclass(frozen=True)
-class Method:
-    """A way to fine-tune; the rank is that of the adapters, or None if there are none."""
+class Method(method.Method):
+    """A way to fine-tune a language model."""
 
-    name: str
-    rank: int | None
-
-    def __str__(self) -> str:
-        name = _NAMES[self.name]
-        return name if self.rank is None else f"{name}, rank {self.rank}"
-
-    @property
-    def learning_rate(self) -> float:
-        """The greatest learning rate, unless the caller chooses one."""
-        return _LEARNING_RATES[self.name]
+    # Adapters take about ten times the learning rate of full fine-tuning (the same source).
+    learning_rates: ClassVar = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}
 
     def wrapped(
         self,

@@ -7,17 +7,28 @@ from typing import Annotated, Any
 
 from experiments.common.options import (
     Option,
+    count_or_all,
     fraction,
-    number,
+    not_negative,
     parsed_as,
     positive_float,
     positive_int,
 )
-from experiments.common.shared_options import Alpha, Epochs, FolderOptions, Seed
+from experiments.common.shared_options import (
+    Alpha,
+    Epochs,
+    EvaluateEvery,
+    FolderOptions,
+    Resume,
+    Seed,
+    Warmup,
+    WeightDecay,
+)
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.mesh import mesh_sizes
 from experiments.llm.methods import ALL_LINEAR, METHODS, Method
 from experiments.llm.objectives import Answers, Objective, Preferences
+from experiments.models.llama import Sampling
 
 _DESCRIPTION = """\
 LoRA on a language model: it learns from conversations, or from prompts and completions.
@@ -28,9 +39,12 @@ loss is that of the answers alone. A part of the examples is held out: the adapt
 the least loss on it is kept, in OUT/adapter, and as a folder of PEFT in OUT/peft.
 
 Ctrl-C leaves a checkpoint, from which --resume continues as if nothing had happened.
-What was trained writes with `python -m experiments.llm_lora generate --help`, and is
-compared with what people write by `python -m experiments.llm_lora evaluate --help`;
-`python -m experiments.llm_lora export --help` shows how other programs get it.
+Other commands use what was trained; `python -m experiments.llm_lora COMMAND --help`:
+
+  generate  writes answers to prompts; several adapters answer in one batch
+  chat      is a conversation on the terminal
+  evaluate  compares answers with those of people
+  export    writes the adapter for PEFT, llama.cpp or transformers
 """
 
 _EXAMPLES = f"""\
@@ -51,12 +65,6 @@ DTYPES = ("float32", "bfloat16")
 OBJECTIVES = ("sft", "dpo")
 QUANTIZED = ("none", "as-stored", "int8", "nf4")
 
-not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
-
-
-def _count_or_all(text: str) -> int | None:
-    return None if text == "all" else positive_int(text)
-
 
 ModelPath = Annotated[
     Path | None,
@@ -67,6 +75,33 @@ ModelPath = Annotated[
         metavar="PATH",
     ),
 ]
+
+
+AdapterPath = Annotated[
+    Path | None,
+    Option("the folder `adapter` in the --out of a training", Path, metavar="DIR"),
+]
+NewTokens = Annotated[
+    int, Option("how many tokens to write at most", positive_int, metavar="TOKENS")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingOptions:
+    """How tokens are drawn."""
+
+    temperature: Annotated[
+        float, Option("what logits are divided by; 0 takes the likeliest token", not_negative)
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        Option("leave out the least likely tokens, whose probabilities sum to 1 - P", fraction),
+    ] = 1.0
+    seed: Seed = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +143,7 @@ class DataOptions:
     ]
     train_examples: Annotated[
         int | None,
-        Option("how many to train on, drawn by the seed; or all", _count_or_all, metavar="N"),
+        Option("how many to train on, drawn by the seed; or all", count_or_all, metavar="N"),
     ] = None
     validation_examples: Annotated[
         int,
@@ -162,29 +197,13 @@ class TrainingOptions:
     learning_rate: Annotated[
         float | None,
         Option(
-            "AdamW's greatest (default: "
-            + ", ".join(f"{Method(name, 1).learning_rate:g} for {name}" for name in METHODS)
-            + "; a tenth of it for dpo)",
+            "AdamW's greatest (default: " + Method.described_rates() + "; a tenth of it for dpo)",
             positive_float,
         ),
     ] = None
-    warmup: Annotated[
-        float,
-        Option(
-            "the share of steps in which the learning rate rises; then it falls to 0",
-            fraction,
-            metavar="FRACTION",
-        ),
-    ] = 0.1
-    weight_decay: Annotated[float, Option("AdamW's", not_negative)] = 0.0
-    evaluate_every: Annotated[
-        int,
-        Option(
-            "how often to test on the held-out examples, and to leave a checkpoint",
-            positive_int,
-            metavar="STEPS",
-        ),
-    ] = 50
+    warmup: Warmup = 0.1
+    weight_decay: WeightDecay = 0.0
+    evaluate_every: EvaluateEvery = 50
     no_remat: Annotated[
         bool, Option("keep what is inside of layers for the backward pass: faster, more memory")
     ] = False
@@ -216,7 +235,7 @@ class Options:
     what_learns: ModelOptions = ModelOptions()
     data: DataOptions
     training: TrainingOptions = TrainingOptions()
-    resume: Annotated[bool, Option("continue the training that --out holds")] = False
+    resume: Resume = False
     output: FolderOptions = FolderOptions(out=Path("runs/llm_lora"))
 
 

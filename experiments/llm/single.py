@@ -2,7 +2,6 @@
 
 import lora_jax
 from experiments.common.claims import frozen_unchanged
-from experiments.common.console import Console
 from experiments.common.errors import InputError, as_input_error
 from experiments.common.files import bytes_in, used_alone
 from experiments.common.memory import peak_bytes
@@ -35,7 +34,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     model = LanguageModel.read(chosen.model)
     task = language_task(model, options.data, options.training, dtype=chosen.dtype)
     describe(task, run.console)
-    params = loaded_params(model, chosen, devices)
+    params = loaded_params(model, chosen, devices, run.console)
     packed = not options.data.no_packing
     training = Training(task, params, options.training, packed=packed, devices=devices)
     run.phase_ended("data")
@@ -44,11 +43,12 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     folder = AdapterFolder(out / _ADAPTER)
     _train(training, examine, folder, options, run)
     best = folder.restore(params)
-    evaluations = {
-        "off": examine(params),
-        "on": examine(best),
-        "merged": examine(lora_jax.merge(best)),
-    }
+    ways = {"off": lambda: params, "on": lambda: best, "merged": lambda: lora_jax.merge(best)}
+    evaluations = {}
+    with run.console.progress("Testing", len(ways)) as progress:
+        for name, tree in ways.items():
+            evaluations[name] = examine(tree())
+            progress.advance()
     if options.training.chosen_method.rank is not None:
         with as_input_error():
             write_peft(out / _PEFT, best, model, overwrite=True)
@@ -62,7 +62,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
         fullness=training.steps.fullness,
         adapter_bytes=bytes_in(folder.weights),
         peak_bytes=peak_bytes(),
-        step_bytes=training.step_bytes,
+        step_bytes=training.compiled.bytes,
         frozen_unchanged=frozen_unchanged(params, training.wrapped),
     )
     present(findings, options, run)
@@ -86,7 +86,7 @@ def _train(
     """Takes the steps that are left, and puts the best adapter into the folder."""
     console, chosen = run.console, options.what_learns
     with TrainingCheckpoints(options.output.out / _CHECKPOINTS, keep=1) as checkpoints:
-        _begin(training, checkpoints, options, console)
+        training.begin(checkpoints, resume=options.resume, console=console)
         console.note(lora_jax.summary(training.wrapped))
         console.note(
             f"{training.total:,} steps of {options.training.accumulate} × "
@@ -107,15 +107,3 @@ def _train(
             checkpoints=checkpoints,
         )
     run.phase_ended("training")
-
-
-def _begin(
-    training: Training, checkpoints: TrainingCheckpoints, options: Options, console: Console
-) -> None:
-    """Resumes the training that was interrupted, or makes way for a new one."""
-    if options.resume:
-        training.resume(checkpoints)
-        console.note(f"Continuing from step {training.step}")
-    elif checkpoints.latest_step is not None:
-        console.note(f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted")
-        checkpoints.delete_after(-1)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -135,7 +134,9 @@ def _drawn(examples: list[Part], count: int | None, seed: int, option: str) -> l
     return [examples[number] for number in sorted(order)]
 
 
-def loaded_params(model: LanguageModel, options: ModelOptions, devices: Devices) -> Any:
+def loaded_params(
+    model: LanguageModel, options: ModelOptions, devices: Devices, console: Console
+) -> Any:
     """Returns the weights, in the dtype and the format that were chosen, read leaf by leaf."""
     shapes = devices.placed_shapes(model.shapes(jnp.dtype(options.dtype)))
     as_stored = options.quantize == "as-stored"
@@ -144,18 +145,23 @@ def loaded_params(model: LanguageModel, options: ModelOptions, devices: Devices)
             f"--quantize as-stored, and {model.path} is a folder whose weights are not quantised; "
             "pass int8 or nf4"
         )
-    if options.quantize in ("none", "as-stored"):
-        return model.params(shapes, as_stored=as_stored)
     axes = peft.preview(shapes, names=huggingface_rules(model.config)).axes
 
-    def quantised(path: str, leaf: jax.Array) -> Any:
-        if "in" not in axes[path] or "batch" not in axes[path]:
+    def in_format(path: str, leaf: Any) -> Any:
+        is_kept = options.quantize in ("none", "as-stored")
+        if is_kept or "in" not in axes[path] or "batch" not in axes[path]:
             return leaf
         return lora_jax.quantize(
             {"leaf": leaf}, "leaf", format=options.quantize, axes={"leaf": axes[path]}
         )["leaf"]
 
-    return model.params(shapes, convert=quantised)
+    with console.progress("Reading weights", len(axes)) as progress:
+
+        def read(path: str, leaf: Any) -> Any:
+            progress.advance()
+            return in_format(path, leaf)
+
+        return model.params(shapes, as_stored=as_stored, convert=read)
 
 
 def describe(task: LanguageTask, console: Console) -> None:

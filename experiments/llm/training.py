@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+from experiments.common.adamw import clipped_adamw, warmed_up
+from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.common.memory import MEGABYTE, peak_bytes, return_freed_memory
@@ -18,8 +20,6 @@ from experiments.llm.options import TrainingOptions
 from experiments.llm.packing import Batch, TrainingSteps
 from experiments.llm.step import training_step
 from experiments.llm.task import LanguageTask
-
-GREATEST_GRADIENT = 1.0
 
 
 class Training(ResumableTraining):
@@ -55,9 +55,10 @@ class Training(ResumableTraining):
             together=training.chosen_objective.together,
             pack=packed,
         )
-        tx = optimizer(training, self.total)
-        self._step_of = jax.jit(training_step(task.network.apply, tx, training.chosen_objective))
-        self._compiled: dict[int, Any] = {}
+        rates = warmed_up(training.greatest_learning_rate, warmup=training.warmup, steps=self.total)
+        tx = clipped_adamw(rates, weight_decay=training.weight_decay)
+        objective = training.chosen_objective
+        self.compiled = CompiledSteps(training_step(task.network.apply, tx, objective))
         settings = {
             **training.as_json(),
             "train_examples": len(task.train.examples),
@@ -76,8 +77,7 @@ class Training(ResumableTraining):
         return (self._devices.placed_batch(self.steps[number]) for number in numbers)
 
     def taken(self, batch: Batch) -> tuple[Any, optax.OptState, Mapping[str, Any]]:
-        compiled = self._compiled[batch.tokens.shape[-1]]
-        return compiled(self._trainable, self._state, self._frozen, batch)
+        return self.compiled(batch.tokens.shape[-1], *self._arguments(batch))
 
     def goodness(self, evaluation: Evaluated) -> tuple[float, ...]:
         return (-evaluation["loss"],)
@@ -109,33 +109,12 @@ class Training(ResumableTraining):
         with console.progress("Compiling", len(first)) as progress:
             for length, batch in first.items():
                 placed = self._devices.placed_batch(batch)
-                arguments = self._trainable, self._state, self._frozen, placed
-                self._compiled[length] = self._step_of.lower(*arguments).compile()
+                self.compiled.compile(length, *self._arguments(placed))
                 progress.advance()
         return_freed_memory()
 
-    @property
-    def step_bytes(self) -> int:
-        """The memory of the step with the longest rows: arguments, results, temporaries."""
-        found = self._compiled[max(self._compiled)].memory_analysis()
-        return (
-            found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            + found.temp_size_in_bytes
-            - found.alias_size_in_bytes
-        )
-
-
-def optimizer(training: TrainingOptions, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with a learning rate that rises and falls, and gradients that are clipped."""
-    greatest = training.greatest_learning_rate
-    warmup = min(max(1, round(training.warmup * steps)), steps - 1) if training.warmup else 0
-    start = 0.0 if warmup else greatest
-    rates = optax.warmup_cosine_decay_schedule(start, greatest, warmup, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(GREATEST_GRADIENT),
-        optax.adamw(rates, weight_decay=training.weight_decay),
-    )
+    def _arguments(self, batch: Batch) -> tuple[Any, ...]:
+        return self._trainable, self._state, self._frozen, batch
 
 
 def row_length(task: LanguageTask, training: TrainingOptions) -> int:

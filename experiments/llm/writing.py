@@ -11,18 +11,17 @@ import numpy as np
 
 from experiments.common.console import Console
 from experiments.common.errors import InputError
-from experiments.common.options import Option, fraction, parsed_as, positive_int
+from experiments.common.options import Option, parsed_as
 from experiments.common.programs import keep_programs
-from experiments.common.shared_options import Seed
 from experiments.llm.answers import Writer
-from experiments.llm.options import ModelPath, not_negative
-from experiments.models.llama import ChatTokenizer, Sampling
+from experiments.llm.options import DrawingOptions, ModelPath, NewTokens
+from experiments.models.llama import ChatTokenizer
 
 _DESCRIPTION = """\
 Writes an answer to each prompt: what the model writes with its adapter merged, or
 without --adapter as it is. Several adapters of one model answer in one batch, without
-being merged. The prompts are those of --prompt, or the lines of standard
-input; each is a message of a user, or with --plain a text that the model continues.
+being merged. The prompts are those of --prompt, or the lines of standard input; each is
+a message of a user, or with --plain a text that the model continues.
 """
 
 _EXAMPLES = """\
@@ -61,17 +60,8 @@ class WritingOptions:
     plain: Annotated[bool, Option("continue prompts as they are, without the chat template")] = (
         False
     )
-    new_tokens: Annotated[
-        int, Option("how many tokens to write at most", positive_int, metavar="TOKENS")
-    ] = 128
-    temperature: Annotated[
-        float, Option("what logits are divided by; 0 takes the likeliest token", not_negative)
-    ] = 0.0
-    top_p: Annotated[
-        float,
-        Option("leave out the least likely tokens, whose probabilities sum to 1 - P", fraction),
-    ] = 1.0
-    seed: Seed = 0
+    new_tokens: NewTokens = 128
+    drawing: DrawingOptions = DrawingOptions()
     json: Annotated[bool, Option("print a JSON object in each line")] = False
 
 
@@ -90,19 +80,20 @@ def write(options: WritingOptions) -> None:
     """Prints the answer to each prompt."""
     keep_programs()
     prompts = _prompts(options.prompt)
+    console = Console.beside_output()
     several = len(options.adapter) > 1
     writer = (
-        Writer.of_several(options.adapter, options.model)
+        Writer.of_several(options.adapter, options.model, console)
         if several
-        else Writer.read(next(iter(options.adapter), None), options.model)
+        else Writer.read(next(iter(options.adapter), None), options.model, console)
     )
     answers = writer.answers(
         [_encoded(writer.tokenizer, prompt, plain=options.plain) for prompt in prompts],
         new_tokens=options.new_tokens,
         rows=min(len(prompts), _ROWS),
-        console=Console(to_stderr=True).without_progress(),
-        sampling=Sampling(options.temperature, options.top_p),
-        seed=options.seed,
+        console=console,
+        sampling=options.drawing.sampling,
+        seed=options.drawing.seed,
     )
     names = [str(adapter) for adapter in options.adapter] or [None]
     for prompt, own in zip(prompts, answers, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import lora_jax
 from experiments.common.adapter_folder import file_hash
+from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.console import Console, device_name
 from experiments.common.memory import MEGABYTE
 from experiments.common.run import Run
@@ -16,7 +17,6 @@ from experiments.models.bert import Encoder
 from experiments.text.evaluation import Examination
 from experiments.text.methods import Method
 from experiments.text.options import Options
-from experiments.text.step import CompiledSteps
 from experiments.text.task import TextTask, adapted_apply, loaded_texts, text_task
 from experiments.text.training import Training
 

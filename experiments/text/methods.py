@@ -6,42 +6,27 @@ format serve them all: a weight that trains in full is a `FullWeight`, with or w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 import lora_jax
+from experiments.common import method
 from experiments.common.errors import as_input_error
 
 METHODS = ("lora", "dora", "full", "head")
 
 _HEAD = "classifier"
 _ALL_LINEAR = "all-linear"
-_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "head": "head alone"}
-_LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4, "head": 1e-2}
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to fine-tune; the rank is that of the adapters, or None if there are none."""
+class Method(method.Method):
+    """A way to fine-tune a classifier."""
 
-    name: str
-    rank: int | None
-
-    def __str__(self) -> str:
-        name = _NAMES[self.name]
-        return name if self.rank is None else f"{name}, rank {self.rank}"
-
-    @property
-    def learning_rate(self) -> float:
-        """The greatest learning rate, unless the caller chooses one."""
-        return _LEARNING_RATES[self.name]
-
-    @property
-    def has_adapters(self) -> bool:
-        return self.rank is not None
+    learning_rates: ClassVar = {"lora": 2e-3, "dora": 2e-3, "full": 1e-4, "head": 1e-2}
 
     def wrapped(
         self,

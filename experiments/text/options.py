@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from experiments.common.errors import InputError
 from experiments.common.options import (
     Option,
-    fraction,
+    count_or_all,
     number,
     parsed_as,
     positive_float,
@@ -20,8 +20,12 @@ from experiments.common.shared_options import (
     BatchSize,
     DataDir,
     Epochs,
+    EvaluateEvery,
     FolderOptions,
+    Resume,
     Seed,
+    Warmup,
+    WeightDecay,
 )
 from experiments.data.texts import GLUE_SST2
 from experiments.text.methods import METHODS, Method
@@ -56,11 +60,6 @@ _FILE_NAMES = ("train.tsv", "test.tsv")
 _SST2_CLASSES = ("negative", "positive")
 
 _rate = number(float, lambda value: 0 <= value < 1, "a fraction from 0 to below 1")
-_not_negative = number(float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
-
-
-def _count_or_all(text: str) -> int | None:
-    return None if text == "all" else positive_int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,29 +139,13 @@ class TrainingOptions:
     learning_rate: Annotated[
         float | None,
         Option(
-            "AdamW's greatest (default: "
-            + ", ".join(f"{Method(name, 1).learning_rate:g} for {name}" for name in METHODS)
-            + ")",
+            "AdamW's greatest (default: " + Method.described_rates() + ")",
             positive_float,
         ),
     ] = None
-    warmup: Annotated[
-        float,
-        Option(
-            "the share of steps in which the learning rate rises; then it falls to 0",
-            fraction,
-            metavar="FRACTION",
-        ),
-    ] = 0.1
-    weight_decay: Annotated[float, Option("AdamW's", _not_negative)] = 0.01
-    evaluate_every: Annotated[
-        int,
-        Option(
-            "how often to test on the held-out sentences, and to leave a checkpoint",
-            positive_int,
-            metavar="STEPS",
-        ),
-    ] = 50
+    warmup: Warmup = 0.1
+    weight_decay: WeightDecay = 0.01
+    evaluate_every: EvaluateEvery = 50
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "targets": list(self.targets)}
@@ -208,7 +191,7 @@ class DataOptions:
     train_examples: Annotated[
         int | None,
         Option(
-            "how many sentences to train on, drawn by the seed; or all", _count_or_all, metavar="N"
+            "how many sentences to train on, drawn by the seed; or all", count_or_all, metavar="N"
         ),
     ] = 4000
     validation_examples: Annotated[
@@ -248,7 +231,7 @@ class Options:
     what_trains: MethodOptions = MethodOptions()
     training: TrainingOptions = TrainingOptions()
     data: DataOptions = DataOptions()
-    resume: Annotated[bool, Option("continue the training that --out holds")] = False
+    resume: Resume = False
     output: FolderOptions = FolderOptions(out=Path("runs/text_lora"))
 
     @property

@@ -5,7 +5,6 @@ import jax
 import lora_jax
 from experiments.common.adapter_folder import file_hash
 from experiments.common.claims import frozen_unchanged
-from experiments.common.console import Console
 from experiments.common.files import bytes_in
 from experiments.common.memory import peak_bytes
 from experiments.common.run import Run
@@ -77,7 +76,7 @@ def _train(
     """Takes the steps that are left, and puts the best adapter into the folder."""
     console = run.console
     with TrainingCheckpoints(options.output.out / _CHECKPOINTS, keep=1) as checkpoints:
-        _begin(training, checkpoints, options, console)
+        training.begin(checkpoints, resume=options.resume, console=console)
         console.note(lora_jax.summary(training.wrapped))
         console.note(shapes_line(training.shapes(), options.training.batch_size))
         training.compile(console)
@@ -98,15 +97,3 @@ def _train(
             checkpoints=checkpoints,
         )
     run.phase_ended("training")
-
-
-def _begin(
-    training: Training, checkpoints: TrainingCheckpoints, options: Options, console: Console
-) -> None:
-    """Resumes the training that was interrupted, or makes way for a new one."""
-    if options.resume:
-        training.resume(checkpoints)
-        console.note(f"Continuing from step {training.step}")
-    elif checkpoints.latest_step is not None:
-        console.note(f"A new training: the checkpoint of step {checkpoints.latest_step} is deleted")
-        checkpoints.delete_after(-1)

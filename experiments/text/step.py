@@ -1,4 +1,4 @@
-"""The training step on sentences, compiled once for each length, and its optimiser."""
+"""The training step on sentences, and its optimiser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,46 +8,18 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 import lora_jax
+from experiments.common.adamw import clipped_adamw, warmed_up
 from experiments.common.training import ApplyFn, cross_entropy
 from experiments.data.tokens import TokenBatch
 from experiments.text.methods import Method
 from experiments.text.options import TrainingOptions
 from experiments.text.task import adapted_apply
 
-GREATEST_GRADIENT = 1.0
 
-
-class CompiledSteps:
-    """The training step of one method, compiled once for each length of batches."""
-
-    def __init__(self, apply_fn: ApplyFn, tx: optax.GradientTransformation, dropout: float) -> None:
-        self._step = jax.jit(_training_step(apply_fn, tx, dropout))
-        self._compiled: dict[int, Any] = {}
-
-    def compile(self, length: int, *arguments: Any) -> None:
-        if length not in self._compiled:
-            self._compiled[length] = self._step.lower(*arguments).compile()
-
-    def __call__(self, length: int, *arguments: Any) -> Any:
-        self.compile(length, *arguments)
-        return self._compiled[length](*arguments)
-
-    @property
-    def bytes(self) -> int:
-        """The memory of the step with the longest sentences: arguments, results, temporaries."""
-        found = self._compiled[max(self._compiled)].memory_analysis()
-        sizes = (
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes,
-            found.temp_size_in_bytes,
-            -found.alias_size_in_bytes,
-        )
-        return sum(sizes)
-
-
-def _training_step(
+def training_step(
     apply_fn: ApplyFn, tx: optax.GradientTransformation, dropout: float
 ) -> Callable[..., Any]:
+    """Returns the step of a classifier."""
     adapted = adapted_apply(apply_fn, dropout)
 
     def step(
@@ -82,17 +54,14 @@ def _training_step(
 
 
 def learning_rates(training: TrainingOptions, method: Method, steps: int) -> optax.Schedule:
-    """Returns the learning rate of each step, which rises from 0 and falls to 0."""
-    warmup = min(max(1, round(training.warmup * steps)), steps - 1) if training.warmup else 0
+    """Returns the learning rate of each step."""
     greatest = training.learning_rate or method.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else greatest, greatest, warmup, steps)
+    return warmed_up(greatest, warmup=training.warmup, steps=steps)
 
 
 def optimizer(
     training: TrainingOptions, method: Method, steps: int
 ) -> optax.GradientTransformation:
-    """Returns AdamW with those learning rates, and gradients clipped to `GREATEST_GRADIENT`."""
-    return optax.chain(
-        optax.clip_by_global_norm(GREATEST_GRADIENT),
-        optax.adamw(learning_rates(training, method, steps), weight_decay=training.weight_decay),
-    )
+    """Returns AdamW with those learning rates."""
+    rates = learning_rates(training, method, steps)
+    return clipped_adamw(rates, weight_decay=training.weight_decay)

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import optax
 
+from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.console import Console
 from experiments.common.memory import return_freed_memory
 from experiments.common.resumable import Evaluated, ResumableTraining
 from experiments.data.tokens import Position, TokenBatch, TrainingBatches, lengths_up_to
 from experiments.text.methods import Method
 from experiments.text.options import TrainingOptions
-from experiments.text.step import CompiledSteps, optimizer
+from experiments.text.step import optimizer, training_step
 from experiments.text.task import TextTask
 
 
@@ -47,7 +48,7 @@ class Training(ResumableTraining):
         )
         tx = optimizer(training, method, len(self.batches))
         dropout = training.adapter_dropout if method.has_adapters else 0.0
-        self.steps = steps or CompiledSteps(task.apply, tx, dropout)
+        self.steps = steps or CompiledSteps(training_step(task.apply, tx, dropout))
         self._batch_size = training.batch_size
         self._key = keys[1]
         settings = {

@@ -1,7 +1,9 @@
 """Small networks and data, and a console that keeps quiet."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +15,16 @@ from experiments.data.dataset import Split
 from experiments.models.mlp import MLP
 
 
+@contextlib.contextmanager
+def promotion_of_users() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def promotion_as_users_have_it() -> Iterator[None]:
     """The studies' models add a bias to a batch, and Adam takes floats to an integer power."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with promotion_of_users():
         yield
 
 
@@ -58,3 +66,25 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return error
 
     return error_of
+
+
+@pytest.fixture(scope="session")
+def llm_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Returns the arguments of a small study on a language model."""
+    for module in ("safetensors", "tokenizers", "jinja2", "gguf"):
+        pytest.importorskip(module)
+    from tests.experiments.small_llm_study import write_study
+
+    with promotion_of_users():
+        return write_study(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.fixture(scope="session")
+def llm_out(llm_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder that such a study has left."""
+    from experiments.llm_lora import main
+
+    folder = tmp_path_factory.mktemp("llm-run")
+    with promotion_of_users():
+        assert main([*llm_arguments, "--out", str(folder)]) == 0
+    return folder

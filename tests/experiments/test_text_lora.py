@@ -16,6 +16,7 @@ from experiments.text import training
 from experiments.text.adapter_folder import AdapterFolder
 from experiments.text.methods import METHODS, Method, without_adapters
 from experiments.text_lora import main
+from tests.experiments.interruptions import interrupted_after
 from tests.tiny_bert import sentences_tsv, write_model
 
 SMALL = ("--batch-size", "4", "--epochs", "2", "--evaluate-every", "3", "--max-length", "8")
@@ -75,19 +76,6 @@ def assert_same(one, other):
         assert np.asarray(leaf).tobytes() == np.asarray(its_other).tobytes()
 
 
-def interrupted_after(steps: int, monkeypatch) -> None:
-    """Has the next training raise KeyboardInterrupt within a step, when so many are done."""
-    take_step = training.Training._take_step
-
-    def interrupting(self, batch):
-        if self.step == steps:
-            self.history.add_step({"loss": 0.0})  # a trace of the step that is not finished
-            raise KeyboardInterrupt
-        take_step(self, batch)
-
-    monkeypatch.setattr(training.Training, "_take_step", interrupting)
-
-
 def test_a_run_writes_metrics_pictures_and_the_best_adapter(metrics, out):
     assert set(metrics) == KEYS
     assert metrics["dataset"].endswith("/train")
@@ -132,7 +120,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one_to_the_bit(arguments, tmp_pa
     options = [*arguments, "--rank", "2", "--adapter-dropout", "0.1", "--no-plots"]
     assert main([*options, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        interrupted_after(4, patch)
+        interrupted_after(training.Training, 4, patch)
         assert main([*options, "--out", str(broken)]) == 130
     assert main([*options, "--out", str(broken), "--resume"]) == 0
     found = [json.loads((out / "metrics.json").read_text()) for out in (whole, broken)]
@@ -148,7 +136,7 @@ def test_resume_refuses_other_settings_and_a_folder_without_a_checkpoint(
     assert main([*options, "--resume"]) == 2
     assert "--resume finds no checkpoint" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        interrupted_after(1, patch)
+        interrupted_after(training.Training, 1, patch)
         assert main(options) == 130
     for other in (["--learning-rate", "0.5"], ["--rank", "3"], ["--seed", "1"], ["--epochs", "3"]):
         assert main([*options, *other, "--resume"]) == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import json
 import math
@@ -261,6 +262,22 @@ def _obstacle(destination: Path) -> str | None:
     others = sorted(
         file.name
         for file in destination.iterdir()
-        if file.suffix not in {".json", ".safetensors", ".txt", ".model", ".jinja"}
+        if not any(fnmatch.fnmatchcase(file.name, pattern) for pattern in _OF_MODELS)
     )
     return f"holds {listed(others)}, which is not part of a model" if others else None
+
+
+# What transformers and `save` write for a model.
+_OF_MODELS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.*",
+)

@@ -161,8 +161,11 @@ def test_only_a_model_is_replaced(tmp_path):
     with pytest.raises(CheckpointError, match="holds a model; save.*overwrite=True"):
         huggingface.save(folder, PARAMS, names=RULES)
     huggingface.save(folder, PARAMS, names=RULES, overwrite=True)
-    (folder / "thesis.tex").write_text("")
-    with pytest.raises(CheckpointError, match=r"holds 'thesis.tex', which is not part of a model"):
-        huggingface.save(folder, PARAMS, names=RULES, overwrite=True)
+    # Also where the name ends as a model's files do.
+    for name in ("thesis.tex", "results.json", "notes.txt", "other.safetensors"):
+        (folder / name).write_text("")
+        with pytest.raises(CheckpointError, match=f"holds '{name}', which is not part of a model"):
+            huggingface.save(folder, PARAMS, names=RULES, overwrite=True)
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="`shard_bytes` is 0; expected a positive number"):
         huggingface.save(tmp_path / "other", PARAMS, names=RULES, shard_bytes=0)

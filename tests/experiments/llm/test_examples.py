@@ -133,8 +133,13 @@ def test_files_that_hold_none(tmp_path):
 
 def test_a_template_that_hides_what_was_said(tokenizer):
     forgetful = chat_tokenizer("{{ messages[-1]['content'] }}")
-    with pytest.raises(InputError, match=r"file, line 7: the chat template changes what is before"):
-        tokenized([Example("file, line 7", messages=tuple(CONVERSATION))], forgetful, max_length=99)
+    hidden = Example("file, line 7", messages=tuple(CONVERSATION))
+    with pytest.raises(InputError, match=r"file, line 7: the chat template changes .*--learn-pro"):
+        tokenized([hidden], forgetful, max_length=99)
+    # As the error says, all of such a text can be learned.
+    (one,) = tokenized([hidden], forgetful, max_length=99, learn_prompts=True).examples
+    assert tokenizer.decoded(one.tokens) == CONVERSATION[-1]["content"]
+    assert one.learned.all()
 
 
 # --- preferences ---------------------------------------------------------------------------------

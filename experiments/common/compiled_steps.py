@@ -1,0 +1,34 @@
+"""A training step that is compiled once for each length of batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class CompiledSteps:
+    """A step for batches of several lengths, of which each has a program of its own."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = jax.jit(step)
+        self._compiled: dict[int, Any] = {}
+
+    def compile(self, length: int, *arguments: Any) -> None:
+        if length not in self._compiled:
+            self._compiled[length] = self._step.lower(*arguments).compile()
+
+    def __call__(self, length: int, *arguments: Any) -> Any:
+        self.compile(length, *arguments)
+        return self._compiled[length](*arguments)
+
+    @property
+    def bytes(self) -> int:
+        """The memory of the step of the greatest length: arguments, results, temporaries."""
+        found = self._compiled[max(self._compiled)].memory_analysis()
+        sizes = (
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.temp_size_in_bytes,
+            -found.alias_size_in_bytes,
+        )
+        return sum(sizes)
