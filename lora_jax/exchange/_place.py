@@ -249,11 +249,9 @@ def _value(tensors: Mapping[str, Tensor], named: NamedLeaf) -> Tensor:
         return first
     sizes = tuple(named.leaf.shape[axis] for axis in named.stack)
     is_on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(first))
-    stacked = _stacked_on_device if is_on_device else _stacked
-    whole = jax.tree.map(
-        lambda array: array.reshape(*sizes, *array.shape[1:]),
-        stacked(itertools.chain([first], parts), math.prod(sizes)),
-    )
+    layers = itertools.chain([first], parts)
+    stacked = _stacked_on_device(layers) if is_on_device else _stacked(layers, math.prod(sizes))
+    whole = jax.tree.map(lambda array: array.reshape(*sizes, *array.shape[1:]), stacked)
     if isinstance(whole, QuantizedWeight):
         return whole
     library: Any = jnp if is_on_device else np
@@ -272,7 +270,7 @@ def _part(tensors: Mapping[str, Tensor], named: NamedLeaf, place: Place) -> Tens
     return laid_out.astype(named.leaf.dtype, copy=False)
 
 
-def _stacked_on_device(parts: Iterable[Tensor], count: int) -> Tensor:
+def _stacked_on_device(parts: Iterable[Tensor]) -> Tensor:
     whole: Tensor = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
     return whole
 

@@ -2,4 +2,4 @@
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("gguf") else ["files.py"]
+collect_ignore = [] if importlib.util.find_spec("gguf") else ["adapted.py", "files.py"]

@@ -11,7 +11,7 @@ from lora_jax.checkpoint import CheckpointError
 from lora_jax.exchange import huggingface, place
 from lora_jax.exchange.huggingface import _save
 from lora_jax.exchange.peft import Rule
-from tests.agreement import assert_identical
+from tests.agreement import assert_agree, assert_identical
 from tests.arrays import random
 from tests.trained import as_if_trained
 
@@ -74,7 +74,9 @@ def test_a_folder_holds_the_merged_model(tmp_path, kind, shard_bytes):
         lora_jax.merge(tree) if kind != "plain" else tree,
         is_leaf=lambda leaf: hasattr(leaf, "dequantize"),
     )
-    assert_identical(read(folder), merged)
+    # A layer by itself is merged by another program than a stack.
+    compare = assert_identical if kind in ("plain", "in full") else assert_agree
+    compare(read(folder), merged)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard_bytes == 4000)
 
 
