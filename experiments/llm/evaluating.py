@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 import lora_jax
 from experiments.common.console import Console, device_name
@@ -23,7 +25,7 @@ from experiments.llm.examples import Example, Message, read_examples, tokenized
 from experiments.llm.loss import losses_at_places
 from experiments.llm.options import AdapterPath, ModelPath, NewTokens
 from experiments.llm.packing import TrainingSteps
-from experiments.llm.rouge import KINDS, Score, rouge
+from experiments.llm.rouge import KINDS, mean_score, rouge
 
 _DESCRIPTION = """\
 Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
@@ -178,16 +180,16 @@ def _questions(data: str) -> list[Question]:
 
 
 def _present(
-    scores: Mapping[str, Mapping[str, Score]],
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
     perplexities: Mapping[str, float],
     questions: Sequence[Question],
     options: EvaluatingOptions,
     run: Run,
 ) -> None:
     run.console.rule(f"{len(questions):,} answers, means with 95 % confidence")
+    means = {name: {kind: mean_score(own[kind]) for kind in KINDS} for name, own in scores.items()}
     rows = [
-        [name, *(str(own[kind]) for kind in KINDS), f"{perplexities[name]:.3f}"]
-        for name, own in scores.items()
+        [name, *map(str, own.values()), f"{perplexities[name]:.3f}"] for name, own in means.items()
     ]
     run.console.table(["", *_NAMES.values(), "perplexity"], rows)
     run.finish(
@@ -200,6 +202,11 @@ def _present(
             "perplexity": dict(perplexities),
             "rouge": {
                 name: {kind: score._asdict() for kind, score in own.items()}
+                for name, own in means.items()
+            },
+            # So that two runs can be compared answer by answer.
+            "rouge_of_each": {
+                name: {kind: own[kind].round(4).tolist() for kind in KINDS}
                 for name, own in scores.items()
             },
         }

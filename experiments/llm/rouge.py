@@ -25,11 +25,10 @@ class Score(NamedTuple):
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Score]:
-    """Returns the scores of answers, each the mean over its references, words stemmed.
-
-    The interval is that of means over answers that are drawn from these with replacement (Efron,
-    1979).
+def rouge(
+    answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, NDArray[np.float64]]:
+    """Returns the scores of each answer, the mean over its references, words stemmed.
 
     Args:
       answers: what a model wrote.
@@ -45,10 +44,15 @@ def rouge(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
             for answer, own in zip(answers, references, strict=True)
         ]
     )
-    return {kind: _score(each[:, place]) for place, kind in enumerate(KINDS)}
+    return {kind: each[:, place] for place, kind in enumerate(KINDS)}
 
 
-def _score(values: NDArray[np.float64]) -> Score:
+def mean_score(values: NDArray[np.float64]) -> Score:
+    """Returns the mean over answers of their scores, or of differences of two scores of each.
+
+    The interval is that of means over answers that are drawn from these with replacement (Efron,
+    1979).
+    """
     random = np.random.default_rng(0)
     drawn = random.integers(0, len(values), (_RESAMPLES, len(values)))
     low, high = np.percentile(values[drawn].mean(axis=1), _INTERVAL)

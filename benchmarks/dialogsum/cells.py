@@ -1,0 +1,127 @@
+"""The cells of the grid: each is one training, one round of answers, or both."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.llm.dialogsum import NAME as DIALOGSUM
+
+# What a cell takes on two cores, as measured: seconds for each dialogue.
+_SECONDS_TO_TRAIN = 1.9
+_SECONDS_TO_ANSWER = 1.3
+
+Found = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A part of the grid that is finished and stored as a whole.
+
+    Attributes:
+      name: the name of its file.
+      label: what it is, in a table.
+      training: options of `llm_lora` that say how it trains; None for the model as it is.
+      search: the cells of which the best gives the learning rate; none where it is an option.
+      examples: how many dialogues it trains on.
+      answers: how many test dialogues it answers.
+    """
+
+    name: str
+    label: str
+    training: tuple[str, ...] | None
+    search: tuple[str, ...] = ()
+    examples: int = 1_000
+    answers: int = 500
+
+    @property
+    def expected_minutes(self) -> float:
+        """What it takes on two cores, roughly."""
+        trained = 0 if self.training is None else self.examples
+        return (trained * _SECONDS_TO_TRAIN + self.answers * _SECONDS_TO_ANSWER) / 60
+
+    def training_options(self, found: Mapping[str, Found]) -> list[str] | None:
+        """Returns the options of its training, without the folder; None if nothing trains.
+
+        Args:
+          found: what the cells before it have found, by name.
+        """
+        if self.training is None:
+            return None
+        options = ["--data", DIALOGSUM, "--train-examples", str(self.examples)]
+        options += ["--validation-examples", "64", "--evaluate-every", "100", *self.training]
+        if self.search:
+            options += ["--learning-rate", f"{best_rate(found, self.search):g}"]
+        return options
+
+    def answering_options(self) -> list[str] | None:
+        """Returns the options of its answers, without adapter and folder; None if there are none.
+
+        The first test dialogues are answered.
+        """
+        if not self.answers:
+            return None
+        return ["evaluate", "--data", DIALOGSUM, "--limit", str(self.answers), "--batch-size", "16"]
+
+
+def best_rate(found: Mapping[str, Found], names: tuple[str, ...]) -> float:
+    """Returns the learning rate whose training has the least held-out loss."""
+    best = min((found[name]["training"] for name in names), key=lambda each: each["best"]["loss"])
+    return float(best["training"]["learning_rate"])
+
+
+def _searched(method: str, options: tuple[str, ...], rates: tuple[str, ...]) -> dict[str, Cell]:
+    cells = (
+        Cell(
+            name=f"search-{method}-{rate}",
+            label=f"{method}, learning rate {rate}",
+            training=(*options, "--learning-rate", rate),
+            examples=_SMALL,
+            answers=0,
+        )
+        for rate in rates
+    )
+    return {cell.name: cell for cell in cells}
+
+
+_SMALL = 250
+_FULL = ("--method", "full")
+FULL_SEARCH = _searched("full", _FULL, ("3e-5", "1e-4", "3e-4"))
+LORA_SEARCH = _searched("lora", ("--rank", "8"), ("3e-4", "1e-3", "3e-3"))
+_RATE_OF_FULL, _RATE_OF_LORA = tuple(FULL_SEARCH), tuple(LORA_SEARCH)
+
+_METHODS = (
+    Cell("base", "the model as it is", None),
+    Cell("lora-8", "LoRA, rank 8", ("--rank", "8"), _RATE_OF_LORA),
+    Cell("full", "full fine-tuning", _FULL, _RATE_OF_FULL),
+    Cell("lora-32", "LoRA, rank 32", ("--rank", "32"), _RATE_OF_LORA),
+    Cell(
+        "qlora-8",
+        "QLoRA, rank 8, on the codes as stored",
+        ("--rank", "8", "--quantize", "as-stored"),
+        _RATE_OF_LORA,
+    ),
+    Cell("dora-8", "DoRA, rank 8", ("--method", "dora", "--rank", "8"), _RATE_OF_LORA),
+    Cell("lora-8-seed-1", "LoRA, rank 8, another seed", ("--seed", "1"), _RATE_OF_LORA),
+    Cell(
+        "full-seed-1",
+        "full fine-tuning, another seed",
+        (*_FULL, "--seed", "1"),
+        _RATE_OF_FULL,
+    ),
+)
+METHODS = {cell.name: cell for cell in _METHODS}
+
+RANKS = {
+    f"rank-{rank}": Cell(
+        f"rank-{rank}",
+        f"LoRA, rank {rank}",
+        ("--rank", str(rank)),
+        _RATE_OF_LORA,
+        examples=_SMALL,
+        answers=100,
+    )
+    for rank in (4, 8, 16, 32)
+}
+
+# In the order in which they are computed: a search before what it decides.
+CELLS = {**FULL_SEARCH, **LORA_SEARCH, **METHODS, **RANKS}

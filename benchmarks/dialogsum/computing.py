@@ -1,0 +1,105 @@
+"""Computing a cell: by the commands of the study, each in a process of its own."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.dialogsum.cells import Cell, Found
+from benchmarks.stored import ResultStore
+from experiments.common.console import Console
+from experiments.common.errors import EXIT_INTERRUPTED, EXIT_OK
+
+_STUDY = "experiments.llm_lora"
+# What metrics.json holds of the machine at hand, or of each step, is not stored.
+_KEPT_OF_TRAINING = (
+    "method",
+    "rank",
+    "quantize",
+    "training",
+    "examples",
+    "fullness",
+    "parameters",
+    "held_out",
+    "best",
+    "steps",
+    "tokens_per_second",
+    "adapter_bytes",
+    "peak_bytes",
+    "step_bytes",
+    "evaluations",
+    "seconds",
+)
+_KEPT_OF_ANSWERS = ("answers", "references", "perplexity", "rouge", "rouge_of_each", "seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    """Where cells are computed, and where what they find is stored.
+
+    Attributes:
+      folder: for adapters and checkpoints, from which an interrupted cell goes on.
+      store: for results.
+      options: options of `llm_lora` for every training, besides those of the cells.
+      console: where progress is shown.
+    """
+
+    folder: Path
+    store: ResultStore
+    options: tuple[str, ...]
+    console: Console
+
+    def compute(self, cell: Cell, found: Mapping[str, Found]) -> None:
+        """Trains and answers as the cell says, and stores what comes out.
+
+        Raises:
+          KeyboardInterrupt: a command was interrupted.
+          RuntimeError: a command failed.
+        """
+        commands, result = [], {}
+        adapter: list[str] = []
+        options = cell.training_options(found)
+        if options is not None:
+            out = self.folder / cell.name
+            commands.append([*options, *self.options, "--out", str(out)])
+            result["training"] = _kept(self._trained(commands[-1], out), _KEPT_OF_TRAINING)
+            adapter = ["--adapter", str(out / "adapter")]
+        options = cell.answering_options()
+        if options is not None:
+            out = self.folder / f"{cell.name}-answers"
+            commands.append([*options, *adapter, "--out", str(out)])
+            result["answers"] = _kept(_metrics_of(commands[-1], out), _KEPT_OF_ANSWERS)
+        shown = [shlex.join(["python", "-m", _STUDY, *command]) for command in commands]
+        self.store.save(cell.name, result, commands=shown)
+
+    def _trained(self, options: Sequence[str], out: Path) -> Found:
+        """Returns the metrics of a training, begun anew or where an interruption left it."""
+        if (out / "metrics.json").is_file():
+            return _read(out)
+        begun = any((out / "checkpoints").glob("[0-9]*"))
+        if out.exists() and not begun:
+            shutil.rmtree(out)
+        return _metrics_of([*options, "--resume"] if begun else options, out)
+
+
+def _metrics_of(options: Sequence[str], out: Path) -> Found:
+    """Runs the study with these options, and returns what it has written."""
+    code = subprocess.run([sys.executable, "-m", _STUDY, *options], check=False).returncode
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt
+    if code != EXIT_OK:
+        raise RuntimeError(f"{shlex.join(['llm_lora', *options])} ended with {code}")
+    return _read(out)
+
+
+def _read(out: Path) -> Found:
+    return json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+
+def _kept(metrics: Found, names: Sequence[str]) -> dict[str, Any]:
+    return {name: metrics[name] for name in names}

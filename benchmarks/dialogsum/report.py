@@ -1,0 +1,148 @@
+"""What the stored cells say, as tables: for the terminal, and for the documentation."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.dialogsum.cells import FULL_SEARCH, LORA_SEARCH, METHODS, RANKS, Found
+from experiments.common.console import Console
+from experiments.common.memory import MEGABYTE
+from experiments.llm.rouge import KINDS, Score, mean_score
+
+_ROUGE = ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+_REFERENCE = "full"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table, and what it is about.
+
+    Attributes:
+      title: what it is about.
+      header: the names of the columns.
+      rows: the cells of each row.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def show(self, console: Console) -> None:
+        """Prints it."""
+        console.rule(self.title)
+        console.table(list(self.header), [list(row) for row in self.rows])
+
+    def as_markdown(self) -> str:
+        """Returns it as the documentation writes tables."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def tables(found: Mapping[str, Found]) -> list[Table]:
+    """Returns the tables that have at least one row.
+
+    Args:
+      found: what the finished cells have found, by name.
+    """
+    every = (_answers(found), _costs(found), _differences(found), _ranks(found), _search(found))
+    return [table for table in every if table.rows]
+
+
+def scores_of(found: Found) -> dict[str, Score]:
+    """Returns the means of a cell's answers, by the kind of ROUGE."""
+    (own,) = found["answers"]["rouge"].values()
+    return {kind: Score(**own[kind]) for kind in KINDS}
+
+
+def _answers(found: Mapping[str, Found]) -> Table:
+    rows = [
+        [
+            METHODS[name].label,
+            *map(str, scores_of(found[name]).values()),
+            f"{_perplexity(found[name]):.2f}",
+        ]
+        for name in METHODS
+        if name in found
+    ]
+    title = "Answers to 500 test dialogues, means with 95 % confidence"
+    return Table(title, ["", *_ROUGE, "perplexity"], rows)
+
+
+def _costs(found: Mapping[str, Found]) -> Table:
+    rows = []
+    for name, cell in METHODS.items():
+        if name not in found or cell.training is None:
+            continue
+        training = found[name]["training"]
+        rows.append(
+            [
+                cell.label,
+                f"{training['training']['learning_rate']:g}",
+                f"{training['held_out']['on']['loss']:.3f}",
+                f"{training['parameters']['trainable']:,}",
+                f"{training['adapter_bytes'] / MEGABYTE:,.1f} MB",
+                f"{training['step_bytes'] / MEGABYTE:,.0f} MB",
+            ]
+        )
+    header = ["", "learning rate", "held-out loss", "trainable", "stored", "memory of a step"]
+    return Table("What each training costs", header, rows)
+
+
+def _differences(found: Mapping[str, Found]) -> Table:
+    """Returns how much more each method scores than full fine-tuning, dialogue by dialogue."""
+    rows = []
+    for name, cell in METHODS.items():
+        if name not in found or _REFERENCE not in found or name == _REFERENCE:
+            continue
+        own, reference = (_each(found[one]) for one in (name, _REFERENCE))
+        differences = [str(mean_score(own[kind] - reference[kind])) for kind in KINDS]
+        rows.append([cell.label, *differences, _memory_ratio(found, name)])
+    title = "Difference to full fine-tuning on the same dialogues, with 95 % confidence"
+    return Table(title, ["", *_ROUGE, "its memory"], rows)
+
+
+def _ranks(found: Mapping[str, Found]) -> Table:
+    rows = [
+        [
+            str(found[name]["training"]["rank"]),
+            str(scores_of(found[name])["rouge1"]),
+            f"{found[name]['training']['held_out']['on']['loss']:.3f}",
+            f"{found[name]['training']['parameters']['trainable']:,}",
+        ]
+        for name in RANKS
+        if name in found
+    ]
+    title = "Ranks on 250 dialogues, answers to 100 test dialogues"
+    return Table(title, ["rank", "ROUGE-1", "held-out loss", "trainable"], rows)
+
+
+def _search(found: Mapping[str, Found]) -> Table:
+    rows = [
+        [
+            found[name]["training"]["method"],
+            f"{found[name]['training']['training']['learning_rate']:g}",
+            f"{found[name]['training']['held_out']['on']['loss']:.4f}",
+        ]
+        for name in (*FULL_SEARCH, *LORA_SEARCH)
+        if name in found
+    ]
+    title = "Search for the learning rate on 250 dialogues"
+    return Table(title, ["method", "learning rate", "held-out loss"], rows)
+
+
+def _perplexity(found: Found) -> float:
+    (perplexity,) = found["answers"]["perplexity"].values()
+    return float(perplexity)
+
+
+def _each(found: Found) -> dict[str, np.ndarray]:
+    (own,) = found["answers"]["rouge_of_each"].values()
+    return {kind: np.array(own[kind]) for kind in KINDS}
+
+
+def _memory_ratio(found: Mapping[str, Found], name: str) -> str:
+    if METHODS[name].training is None:
+        return ""
+    own, reference = (found[one]["training"]["step_bytes"] for one in (name, _REFERENCE))
+    return f"{own / reference:.2f}"
