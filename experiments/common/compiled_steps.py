@@ -7,10 +7,14 @@ import jax
 
 
 class CompiledSteps:
-    """A step for batches of several lengths, of which each has a program of its own."""
+    """A step for batches of several lengths, of which each has a program of its own.
+
+    Its first two arguments, what trains and the state of its optimiser, give their memory to the
+    results.
+    """
 
     def __init__(self, step: Callable[..., Any]) -> None:
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, donate_argnums=(0, 1))
         self._compiled: dict[int, Any] = {}
 
     def compile(self, length: int, *arguments: Any) -> None:
@@ -23,7 +27,7 @@ class CompiledSteps:
 
     @property
     def bytes(self) -> int:
-        """The memory of the step of the greatest length: arguments, results, temporaries."""
+        """The memory of the step of the greatest length: arguments, temporaries, new results."""
         found = self._compiled[max(self._compiled)].memory_analysis()
         sizes = (
             found.argument_size_in_bytes,

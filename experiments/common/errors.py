@@ -83,6 +83,23 @@ def raise_if_interrupted() -> None:
 
 
 @contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Lets a Ctrl-C within the block take effect at its end."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or not _in_main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for number, frame in held[:1]:
+            handler(number, frame)
+
+
+@contextlib.contextmanager
 def _remembered_interrupts() -> Iterator[None]:
     """Lets `raise_if_interrupted` know of every Ctrl-C within the block.
 

@@ -3,16 +3,17 @@
 import abc
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import lora_jax
 from experiments.common.console import Console, Steps
-from experiments.common.errors import InputError, as_input_error
+from experiments.common.errors import InputError, as_input_error, interrupts_held
 from lora_jax.checkpoint import TrainingCheckpoints
 
 Evaluated = dict[str, float]
@@ -50,11 +51,6 @@ class History:
     def steps_per_second(self) -> float:
         return len(self.of("seconds")) / sum(self.of("seconds"))
 
-    def until(self, step: int) -> dict[str, Any]:
-        """Returns the history of so many steps, without the traces of an interrupted one."""
-        steps = {name: values[:step] for name, values in self.steps.items()}
-        return {"steps": steps, "evaluations": self.evaluations}
-
 
 class ResumableTraining(abc.ABC):
     """One training: the state that it has reached, and the steps that are left.
@@ -82,7 +78,9 @@ class ResumableTraining(abc.ABC):
         self.history = History()
         self._every = evaluate_every
         self._settings = dict(settings)
-        self._trainable, self._frozen = lora_jax.split(wrapped)
+        trainable, self._frozen = lora_jax.split(wrapped)
+        # A step takes the memory of what trains, which may be the caller's, or frozen as well.
+        self._trainable = jax.tree.map(jnp.copy, trainable)
         self._state = tx.init(self._trainable)
         self._step = 0
 
@@ -99,7 +97,10 @@ class ResumableTraining(abc.ABC):
 
     @abc.abstractmethod
     def taken(self, batch: Any) -> tuple[Any, optax.OptState, Mapping[str, Any]]:
-        """Returns what trains and its state after a step on a batch, and what the step measured."""
+        """Returns what trains and its state after a step on a batch, and what the step measured.
+
+        The step may take the memory of what trained before.
+        """
 
     @abc.abstractmethod
     def goodness(self, evaluation: Evaluated) -> tuple[float, ...]:
@@ -160,7 +161,7 @@ class ResumableTraining(abc.ABC):
 
         Args:
           examine: tests a wrapped tree on the held-out examples.
-          keep: gets the wrapped tree whenever it is the best so far.
+          keep: gets the wrapped tree whenever it is the best so far, until the next step.
           console: where progress is shown.
           checkpoints: where to save; nowhere if None.
         """
@@ -191,7 +192,7 @@ class ResumableTraining(abc.ABC):
             data_position={
                 "position": self.position(),
                 "settings": self._settings,
-                "history": self.history.until(self._step),
+                "history": asdict(self.history),
             },
         )
 
@@ -219,11 +220,12 @@ class ResumableTraining(abc.ABC):
 
     def _take_step(self, batch: Any) -> None:
         start = time.perf_counter()
-        trainable, state, measured = self.taken(batch)
-        measured = jax.device_get(measured)
-        self.history.add_step({**measured, "seconds": time.perf_counter() - start})
-        # One statement, so that an interruption finds a step either taken or not begun.
-        self._trainable, self._state, self._step = trainable, state, self._step + 1
+        # An interruption finds a step either taken or not begun.
+        with interrupts_held():
+            self._trainable, self._state, measured = self.taken(batch)
+            measured = jax.device_get(measured)
+            self.history.add_step({**measured, "seconds": time.perf_counter() - start})
+            self._step += 1
 
     def _show(self, progress: Steps) -> None:
         progress.show(self.progress_note())

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 import lora_jax
 from experiments.common.adapter_folder import file_hash
 from experiments.common.compiled_steps import CompiledSteps
@@ -74,7 +77,9 @@ def _result(training: Training, task: TextTask, console: Console) -> dict[str, A
     best: list[Any] = []
 
     def keep(wrapped: Any) -> None:
-        best[:] = [wrapped]
+        # The next step takes the memory of what trains.
+        trainable, frozen = lora_jax.split(wrapped)
+        best[:] = [lora_jax.combine(jax.tree.map(jnp.copy, trainable), frozen)]
 
     training.run(lambda wrapped: examine(adapted, wrapped).measured, keep, console=console)
     test = Examination(task.test, max_length=task.max_length)

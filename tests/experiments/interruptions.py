@@ -1,18 +1,18 @@
 """Trainings that are interrupted within a step."""
 
+import signal
 from typing import Any
 
 import pytest
 
 
 def interrupted_after(training: type, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the next training of this kind raise KeyboardInterrupt when so many steps are done."""
-    take_step = training._take_step
+    """Has Ctrl-C pressed in the last of so many steps of a training of this kind."""
+    taken = training.taken
 
-    def interrupting(self: Any, batch: Any) -> None:
-        if self.step == steps:
-            self.history.add_step({"loss": 0.0})  # a trace of the step that is not finished
-            raise KeyboardInterrupt
-        take_step(self, batch)
+    def interrupting(self: Any, batch: Any) -> Any:
+        if self.step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return taken(self, batch)
 
-    monkeypatch.setattr(training, "_take_step", interrupting)
+    monkeypatch.setattr(training, "taken", interrupting)

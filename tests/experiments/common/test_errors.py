@@ -9,6 +9,7 @@ from experiments.common.errors import (
     InputError,
     check_installed,
     exit_code,
+    interrupts_held,
     needed_module,
     raise_if_interrupted,
 )
@@ -91,11 +92,27 @@ def test_an_interrupt_that_is_not_lost_is_raised_at_once():
     assert reached == []
 
 
+def test_a_held_interrupt_is_raised_at_the_end_of_its_block():
+    reached = []
+
+    def study():
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("within")
+        reached.append("after")
+
+    assert exit_code(study) == 130
+    assert reached == ["within"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_job_that_ignores_interrupts_goes_on_doing_so():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def study():
-        signal.raise_signal(signal.SIGINT)
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
         raise_if_interrupted()
 
     assert exit_code(study) == 0
