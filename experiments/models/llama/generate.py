@@ -81,15 +81,22 @@ def generate(
     def drawn(logits: Array, place: Any) -> Array:
         return sampling.drawn(logits, None if key is None else jax.random.fold_in(key, place))
 
-    def step(state: Any, place: Array) -> tuple[Any, Array]:
-        token, is_over, cache = state
+    def is_unfinished(state: Any) -> Array:
+        place, _, is_over, *_ = state
+        return (place < new_tokens) & ~jnp.all(is_over)
+
+    def step(state: Any) -> Any:
+        place, token, is_over, cache, written = state
+        written = written.at[place].set(token)
         is_over = is_over | jnp.isin(token, ends)
         logits, cache = read_token(apply, params, token, lengths + place, cache)
         following = jnp.where(is_over, token, drawn(logits, place + 1))
-        return (following, is_over, cache), token
+        return place + 1, following, is_over, cache, written
 
-    start = drawn(logits, 0), jnp.zeros(batch, bool), cache
-    _, written = jax.lax.scan(step, start, jnp.arange(new_tokens))
+    first, nothing = drawn(logits, 0), jnp.zeros((new_tokens, batch), jnp.int32)
+    start = jnp.int32(0), first, jnp.zeros(batch, bool), cache, nothing
+    end, last, _, _, written = jax.lax.while_loop(is_unfinished, step, start)
+    written = jnp.where(jnp.arange(new_tokens)[:, None] < end, written, last)
     return written.T
 
 
