@@ -86,7 +86,8 @@ test-plan: $(VENV)/test.stamp ## Compile for a TPU and an H100, which need not b
 
 test-llamacpp: $(VENV)-llamacpp/pip.stamp ## Run adapters in llama.cpp, which compiles, about ten minutes
 	$(VENV)-llamacpp/bin/python $(pip) --constraint constraints.txt $(tested) $(llama_cpp)
-	$(VENV)-llamacpp/bin/python $(pytest) tests/exchange/gguf/test_llama_cpp.py $(ARGS)
+	$(VENV)-llamacpp/bin/python $(pip) --constraint constraints.txt $(language_model)
+	$(VENV)-llamacpp/bin/python $(pytest) tests/exchange/gguf -k llama_cpp $(ARGS)
 
 # Tunix asks for an older safetensors than is pinned, and that for an older transformers.
 test-tunix: $(VENV)-tunix/pip.stamp ## Fine-tune Tunix's own models, in an environment of their own

@@ -13,10 +13,11 @@ import pytest
 import lora_jax
 from lora_jax.exchange import gguf as exchange
 from lora_jax.exchange.peft import Rule
+from tests.exchange.gguf.in_llama_cpp import logits_in_llama_cpp
 from tests.trained import as_if_trained
 
 gguf = pytest.importorskip("gguf")
-llama_cpp = pytest.importorskip("llama_cpp")
+pytest.importorskip("llama_cpp")
 
 LAYERS, VOCABULARY, WIDTH, HEADS, KEY_HEADS, DIM, HIDDEN, EXPERTS = 2, 48, 32, 4, 2, 8, 40, 3
 EPSILON, BASE, CONTEXT = 1e-5, 10_000.0, 256
@@ -183,26 +184,7 @@ def tensors(kind, tree):
 
 
 def in_llama_cpp(path, adapter=None, scale=1.0):
-    """Returns the logits that llama.cpp computes, with an adapter that it has accepted."""
-    llama = llama_cpp.Llama(
-        model_path=str(path),
-        lora_path=None if adapter is None else str(adapter),
-        lora_scale=scale,
-        n_ctx=CONTEXT,
-        n_threads=1,
-        n_threads_batch=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
-    try:
-        # The handle of an adapter that was refused is a null pointer, which is not None.
-        assert bool(llama._lora_adapter) == (adapter is not None), "refused"
-        llama.eval(TOKENS)
-        return np.array(llama.scores[: len(TOKENS)])
-    finally:
-        llama.close()
+    return logits_in_llama_cpp(path, TOKENS, adapter, scale)
 
 
 def wrapped(kind, targets, **settings):
