@@ -61,7 +61,7 @@ def _compute(options: argparse.Namespace, store: ResultStore, console: Console) 
         ["to compute", "minutes on two cores"],
         [[cell.label, f"{cell.expected_minutes:.0f}"] for cell in missing],
     )
-    workplace = Workplace(options.work, store, tuple(options.study), console)
+    workplace = Workplace(options.work, store, tuple(options.study))
     for number, cell in enumerate(missing, start=1):
         console.rule(f"{number} of {len(missing)}: {cell.label}")
         workplace.compute(cell, store.load_all(list(CELLS)))

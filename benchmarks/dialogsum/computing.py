@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks.dialogsum.cells import Cell, Found
 from benchmarks.stored import ResultStore
-from experiments.common.console import Console
 from experiments.common.errors import EXIT_INTERRUPTED, EXIT_OK
 
 _STUDY = "experiments.llm_lora"
@@ -46,13 +45,11 @@ class Workplace:
       folder: for adapters and checkpoints, from which an interrupted cell goes on.
       store: for results.
       options: options of `llm_lora` for every training, besides those of the cells.
-      console: where progress is shown.
     """
 
     folder: Path
     store: ResultStore
     options: tuple[str, ...]
-    console: Console
 
     def compute(self, cell: Cell, found: Mapping[str, Found]) -> None:
         """Trains and answers as the cell says, and stores what comes out.

@@ -1,0 +1,151 @@
+"""The grid on DialogSum, small: what a cell runs and stores, what the tables say of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.dialogsum import __main__, computing
+from benchmarks.dialogsum.cells import CELLS, METHODS, Cell, best_rate
+from benchmarks.dialogsum.computing import Workplace
+from benchmarks.dialogsum.report import tables
+from benchmarks.stored import RESULTS, ResultStore
+from tests.experiments.small_llm_study import write_model
+
+DOCS = Path(__file__).parents[2] / "docs"
+SMALL = Cell(
+    "small",
+    "LoRA, rank 2",
+    ("--rank", "2", "--max-length", "48", "--learning-rate", "0.02", "--validation-examples", "4"),
+    examples=8,
+    answers=3,
+)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, promoted_ranks):
+    """Returns options of the study that name a tiny model, with dialogues in a folder."""
+    write_model(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    longer = {**json.loads(config.read_text()), "max_position_embeddings": 256}
+    config.write_text(json.dumps(longer))
+    entry = {"dialogue": "hello", "summary": "the world"}
+    asked = {"dialogue": "hello", "summary1": "the world", "summary2": "world"}
+    for part, line, count in (("train", entry, 12), ("dev", entry, 6), ("test", asked, 4)):
+        path = tmp_path / "data" / f"dialogsum.{part}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join([json.dumps(line)] * count))
+    monkeypatch.setenv("DIALOGSUM_DIR", str(tmp_path / "data"))
+    return ("--model", str(tmp_path / "model"), "--no-plots")
+
+
+@pytest.fixture
+def workplace(study, tmp_path):
+    return Workplace(tmp_path / "work", ResultStore(tmp_path / "results"), study)
+
+
+def metrics_of(method, rate, loss):
+    return {"training": {"training": {"learning_rate": rate}, "best": {"loss": loss}}}
+
+
+def test_the_best_rate_is_that_of_the_least_loss():
+    found = {"a": metrics_of("full", 1e-4, 2.0), "b": metrics_of("full", 3e-4, 1.5)}
+    assert best_rate(found, ("a", "b")) == 3e-4
+    cell = Cell("c", "", ("--method", "full"), search=("a", "b"))
+    assert cell.training_options(found)[-2:] == ["--learning-rate", "0.0003"]
+
+
+def test_a_search_comes_before_what_it_decides():
+    names = list(CELLS)
+    for place, cell in enumerate(CELLS.values()):
+        assert all(names.index(name) < place for name in cell.search)
+
+
+@pytest.mark.slow
+def test_a_cell_is_computed_once_and_stored_with_its_commands(workplace, monkeypatch):
+    pytest.importorskip("rouge_score")
+    workplace.compute(SMALL, {})
+    found = workplace.store.load("small")
+    assert found["training"]["rank"] == 2
+    assert found["training"]["examples"]["train"] == 8
+    (scores,) = found["answers"]["rouge_of_each"].values()
+    assert found["answers"]["answers"] == len(scores["rouge1"]) == 3
+    training, answering = found["commands"]
+    assert training.startswith("python -m experiments.llm_lora --data dialogsum")
+    assert answering.startswith("python -m experiments.llm_lora evaluate --data dialogsum")
+    # A training that has ended is not repeated where its answers are missing.
+    commands = []
+    run = computing._metrics_of
+    monkeypatch.setattr(
+        computing, "_metrics_of", lambda options, out: commands.append(options) or run(options, out)
+    )
+    workplace.compute(SMALL, {})
+    assert [command[0] for command in commands] == ["evaluate"]
+
+
+@pytest.mark.slow
+def test_a_training_that_was_interrupted_goes_on(workplace, monkeypatch):
+    out = workplace.folder / "small"
+    (out / "checkpoints" / "3").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(computing, "_metrics_of", lambda options, out: asked.append(options) or {})
+    workplace._trained(["--rank", "2"], out)
+    (out / "checkpoints" / "3").rmdir()
+    workplace._trained(["--rank", "2"], out)
+    assert asked == [["--rank", "2", "--resume"], ["--rank", "2"]]
+    assert not out.exists()
+
+
+def test_what_fails_is_said_and_stores_nothing(workplace):
+    broken = Cell("broken", "", ("--rank", "0"), examples=8, answers=0)
+    with pytest.raises(RuntimeError, match="--rank 0 .* ended with 2"):
+        workplace.compute(broken, {})
+    assert workplace.store.load("broken") is None
+
+
+def stored_cell(name, scores):
+    training = {
+        "training": {"learning_rate": 1e-3},
+        "held_out": {"on": {"loss": 1.5}},
+        "parameters": {"trainable": 100},
+        "adapter_bytes": 1e6,
+        "step_bytes": 2e8 if name == "full" else 1e8,
+        "rank": 8,
+        "method": name,
+    }
+    each = dict.fromkeys(("rouge1", "rouge2", "rougeL"), scores)
+    mean = sum(scores) / len(scores)
+    means = {kind: {"mean": mean, "low": mean, "high": mean} for kind in each}
+    answers = {"rouge": {"m": means}, "rouge_of_each": {"m": each}, "perplexity": {"m": 5.0}}
+    return {"training": training, "answers": answers}
+
+
+def test_the_tables_compare_dialogue_by_dialogue():
+    found = {
+        "base": stored_cell("base", [0.1, 0.2]),
+        "lora-8": stored_cell("lora", [0.3, 0.4]),
+        "full": stored_cell("full", [0.4, 0.5]),
+    }
+    by_title = {table.title: table for table in tables(found)}
+    (differences,) = (table for title, table in by_title.items() if title.startswith("Difference"))
+    rows = {row[0]: row[1:] for row in differences.rows}
+    assert rows["LoRA, rank 8"] == ["-0.100 (-0.100 to -0.100)"] * 3 + ["0.50"]
+    assert rows["the model as it is"][-1] == ""
+    assert not any("Ranks" in title for title in by_title)
+    markdown = differences.as_markdown()
+    assert markdown.splitlines()[1] == "| --- | --- | --- | --- | --- |"
+
+
+def test_the_command_refuses_other_cells(capsys):
+    assert __main__.main(["--only", "nothing"]) == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+
+
+def test_every_table_of_the_documentation_is_that_of_the_stored_results():
+    found = ResultStore(RESULTS / "dialogsum").load_all(list(CELLS))
+    if not set(METHODS) <= set(found):
+        pytest.skip("not all methods have been computed")
+    text = (DOCS / "llm.md").read_text()
+    for table in tables(found):
+        assert table.as_markdown() in re.sub(r"\n{2,}", "\n", text), table.title
