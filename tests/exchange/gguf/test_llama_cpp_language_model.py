@@ -28,6 +28,12 @@ from lora_jax.exchange import peft
 TEXT = "#Person1#: The capital of France is Paris, and 1 + 1 = 2.\n"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def promoted_ranks_of_flax():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("smollm2") / "two_layers.gguf"
@@ -64,9 +70,8 @@ def adapter_file(folder, model, wrapped, **options):
 
 
 def in_jax(model, tree, tokens):
-    with jax.numpy_rank_promotion("allow"):
-        apply = lora_jax.adapt(Llama(model.config).apply)
-        return np.asarray(apply({"params": tree}, jnp.asarray(tokens)[None])[0])
+    apply = lora_jax.adapt(Llama(model.config).apply)
+    return np.asarray(apply({"params": tree}, jnp.asarray(tokens)[None])[0])
 
 
 @pytest.fixture(scope="module")
