@@ -13,8 +13,18 @@ from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._paths import listed
 from lora_jax.exchange.peft._files import safetensors_package
 
-ONE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+# What transformers and diffusers call the files of a model.
+STEMS = ("model", "diffusion_pytorch_model")
+
+
+def one_file(stem: str) -> str:
+    """Returns the name of a model's only file."""
+    return f"{stem}.safetensors"
+
+
+def index_of(stem: str) -> str:
+    """Returns the name of the index of a model's several files."""
+    return f"{stem}.safetensors.index.json"
 
 
 class StoredTensor:
@@ -121,19 +131,20 @@ def _files(source: Path) -> dict[Path, list[str] | None]:
     with as_checkpoint_error(f"`path` {source} can't be read"):
         if source.is_file():
             return {source: None}
-        if (source / INDEX).is_file():
-            return _indexed(source)
-        if (source / ONE_FILE).is_file():
-            return {source / ONE_FILE: None}
-        found = "holds neither" if source.is_dir() else "does not exist: expected"
+        for stem in STEMS:
+            if (source / index_of(stem)).is_file():
+                return _indexed(source, source / index_of(stem))
+            if (source / one_file(stem)).is_file():
+                return {source / one_file(stem): None}
+        found = "holds none of" if source.is_dir() else "does not exist: expected one of"
+        names = listed([name(stem) for stem in STEMS for name in (one_file, index_of)])
         raise CheckpointError(
-            f"`path` {source} {found} {ONE_FILE} {'nor' if source.is_dir() else 'or'} {INDEX}; "
-            "model.save_pretrained(path) in transformers writes them."
+            f"`path` {source} {found} {names}; model.save_pretrained(path) in transformers or "
+            "diffusers writes them."
         )
 
 
-def _indexed(source: Path) -> dict[Path, list[str] | None]:
-    file = source / INDEX
+def _indexed(source: Path, file: Path) -> dict[Path, list[str] | None]:
     with as_checkpoint_error(f"{file} is damaged, take another copy"):
         placed = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
         files: dict[Path, list[str] | None] = {}

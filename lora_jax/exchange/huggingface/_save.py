@@ -23,7 +23,7 @@ from lora_jax._nodes import NodeIndex, check_whole
 from lora_jax._paths import listed
 from lora_jax._processes import on_first_process, on_host
 from lora_jax._weight import FullWeight, LoRAWeight, is_bank, is_lora_weight
-from lora_jax.exchange._safetensors import INDEX, ONE_FILE
+from lora_jax.exchange._safetensors import STEMS, index_of, one_file
 from lora_jax.exchange.peft._files import check_finite, safetensors_package
 from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, Place, named_tree
 from lora_jax.exchange.peft._rules import Rule
@@ -40,6 +40,7 @@ def save(
     axes: GivenAxes = None,
     config: Mapping[str, Any] | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
+    stem: str = "model",
     shard_bytes: int = 2 * 2**30,
     overwrite: bool = False,
 ) -> None:
@@ -56,6 +57,8 @@ def save(
       axes: where the rules don't say it, each axis's role, as in `wrap`.
       config: what `config.json` holds, if anything: that of the model.
       files: files to copy beside it, such as `tokenizer.json`.
+      stem: what the files of weights are called: `"model"`, as transformers has it, or
+        `"diffusion_pytorch_model"`, as diffusers has it.
       shard_bytes: the size of a file in bytes, from which on another one is begun.
       overwrite: whether to replace the model in a folder that holds nothing else.
 
@@ -63,7 +66,8 @@ def save(
       CheckpointError: the folder can't be written or holds something else; a leaf has no rule, or
         an adapter can't be merged; a tensor holds values that are not finite. Nothing is written
         then.
-      ValueError: `names` contradict each other, or `shard_bytes` is not positive.
+      ValueError: `names` contradict each other, `stem` is another, or `shard_bytes` is not
+        positive.
       ImportError: safetensors is not installed.
 
     Source: Hugging Face transformers, `PreTrainedModel.save_pretrained`.
@@ -83,9 +87,11 @@ def save(
     safetensors_package("lora_jax.exchange.huggingface")
     if shard_bytes < 1:
         raise ValueError(f"`shard_bytes` is {shard_bytes}; expected a positive number of bytes.")
+    if stem not in STEMS:
+        raise ValueError(f"`stem` is {stem!r}; expected one of {listed(STEMS)}.")
     leaves = _named_leaves(params, names, axes)
     shards = _shards(leaves, shard_bytes)
-    own = _file_names(len(shards))
+    own = _file_names(stem, len(shards))
     beside = [Path(file) for file in files]
 
     def checked() -> str:
@@ -101,7 +107,7 @@ def save(
             # Every process gathers what is cut over several; the first one writes.
             numbers = {name: _tensor(named, place) for name, named, place in tensors}
             on_first_process(functools.partial(_write, folder / file, numbers))
-        on_first_process(lambda: _write_rest(folder, shards, own, config, beside))
+        on_first_process(lambda: _write_rest(folder, shards, own, index_of(stem), config, beside))
 
 
 # A tensor to write: its name, and the leaf and the place of its stack that it is.
@@ -151,11 +157,11 @@ def _size(named: NamedLeaf) -> int:
     return math.prod(named.layout.weight_shape) * jnp.dtype(named.leaf.dtype).itemsize
 
 
-def _file_names(count: int) -> list[str]:
+def _file_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return [ONE_FILE]
-    stem, suffix = ONE_FILE.split(".")
-    return [f"{stem}-{number:05}-of-{count:05}.{suffix}" for number in range(1, count + 1)]
+        return [one_file(stem)]
+    numbers = range(1, count + 1)
+    return [one_file(f"{stem}-{number:05}-of-{count:05}") for number in numbers]
 
 
 def _tensor(named: NamedLeaf, place: Place) -> np.ndarray:
@@ -236,13 +242,14 @@ def _write_rest(
     folder: Path,
     shards: Sequence[Sequence[_Tensor]],
     own: Sequence[str],
+    index: str,
     config: Mapping[str, Any] | None,
     beside: Sequence[Path],
 ) -> str:
     if len(own) > 1:
         total = sum(_size(named) for shard in shards for _, named, _ in shard)
         files = {name: file for file, shard in zip(own, shards, strict=True) for name, *_ in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+        _write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": files})
     if config is not None:
         _write_json(folder / CONFIG, config)
     for file in beside:
@@ -267,10 +274,10 @@ def _obstacle(destination: Path) -> str | None:
     return f"holds {listed(others)}, which is not part of a model" if others else None
 
 
-# What transformers and `save` write for a model.
+# What transformers, diffusers and `save` write for a model.
 _OF_MODELS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
+    *(f"{stem}*.safetensors" for stem in STEMS),
+    *map(index_of, STEMS),
     "config.json",
     "generation_config.json",
     "tokenizer*",

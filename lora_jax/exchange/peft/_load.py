@@ -20,7 +20,7 @@ from lora_jax._shapes import Axes
 from lora_jax._tables import table
 from lora_jax._weight import FullWeight, LoRAWeight
 from lora_jax.exchange.peft._files import Tensors, read_adapter
-from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, named_tree
+from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, NamedTree, named_tree
 from lora_jax.exchange.peft._plan import Keys, PlannedLeaf, adapter_layout, planned, planned_scale
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._tied import untellable_tied
@@ -85,11 +85,37 @@ def load(
     frozen = checked_freeze("`freeze`", freeze)
     check_plain(params, "expected plain params: load(path, unwrap(params), ...).")
     config, tensors = read_adapter(source, peft_version)
+    return with_adapter(f"the adapter {source}", config, tensors, params, names, axes, frozen)
+
+
+def with_adapter(
+    subject: str,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    params: PyTree,
+    names: Sequence[Rule],
+    axes: GivenAxes,
+    frozen: tuple[str, ...],
+) -> PyTree:
+    """Returns `params` wrapped with an adapter that has been read.
+
+    Args:
+      subject: what was read, for errors.
+      config: its config.
+      tensors: its tensors, by PEFT's keys.
+      params: as for `load`, and so the next two.
+      names: see there.
+      axes: see there.
+      frozen: the names of the parts that do not train any further.
+
+    Raises:
+      CheckpointError: something does not fit, or there is nothing.
+    """
     plan = planned(config, tensors, named_tree(params, names, axes))
     if plan.problems:
-        raise CheckpointError(f"the adapter {source} does not fit: {_summarised(plan.problems)}")
+        raise CheckpointError(f"{subject} does not fit: {_summarised(plan.problems)}")
     if not plan.leaves:
-        raise CheckpointError(f"the adapter {source} holds no tensors; expected some.")
+        raise CheckpointError(f"{subject} holds no tensors; expected some.")
 
     def node(path: str, leaf: Any) -> Any:
         if path not in plan.leaves:
@@ -185,9 +211,13 @@ def preview(
         problems = (leaf.problem() or untellable_tied(leaf) for leaf in tree.leaves)
         found = tuple(problem for problem in problems if problem)
         return Preview(rows, found, tree.without_rule, tree.idle_rules, roles)
-    source = Path(path)
-    config, tensors = read_adapter(source, peft_version)
+    return preview_of(*read_adapter(Path(path), peft_version), tree)
+
+
+def preview_of(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Preview:
+    """Returns what `with_adapter` makes of an adapter that has been read."""
     plan = planned(config, tensors, tree)
+    roles = {leaf.path: leaf.axes for leaf in tree.leaves if leaf.axes is not None}
     rows = tuple(_row(leaf.named, _held(leaf, tensors)) for leaf in plan.leaves.values())
     return Preview(rows, plan.problems, tree.without_rule, tree.idle_rules, roles)
 

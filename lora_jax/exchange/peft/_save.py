@@ -103,7 +103,7 @@ def save(
     """
     destination = Path(path).resolve()
     safetensors_package()
-    start = _starting_config(config)
+    start = starting_config(config)
     tree = named_tree(wrapped, names, axes)
     check_complete(wrapped, names)
     for named in tree.leaves:
@@ -115,7 +115,7 @@ def save(
     tensors = {**adapters.tensors, **weights.tensors}
     for key, tensor in tensors.items():
         check_finite("`wrapped`", key, tensor)
-    content = _written_config(start, adapters, weights, tree)
+    content = written_config(start, adapters, weights, tree)
 
     def write() -> str:
         check_destination(
@@ -140,7 +140,7 @@ def _obstacle(destination: Path) -> str | None:
     return f"holds {listed(others)}, which is not part of an adapter" if others else None
 
 
-def _starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns what is written whatever the tree holds: defaults and `given`, checked."""
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(
@@ -155,7 +155,7 @@ def _starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
     return config
 
 
-def _written_config(
+def written_config(
     start: Mapping[str, Any], adapters: Adapters, weights: TrainedWeights, tree: NamedTree
 ) -> dict[str, Any]:
     """Returns the config with which PEFT computes what the tree computes."""
