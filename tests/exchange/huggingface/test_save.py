@@ -109,6 +109,19 @@ def test_dtypes_are_kept(tmp_path):
 # --- what is refused -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shard_bytes", [10**9, 4000], ids=["one file", "several"])
+def test_files_have_the_names_of_diffusers(tmp_path, shard_bytes):
+    folder = tmp_path / "model"
+    stem = "diffusion_pytorch_model"
+    huggingface.save(folder, PARAMS, names=RULES, stem=stem, shard_bytes=shard_bytes)
+    assert all(file.name.startswith(stem) for file in folder.iterdir())
+    assert_identical(read(folder), PARAMS)
+    huggingface.save(folder, PARAMS, names=RULES, overwrite=True)
+    assert not list(folder.glob(f"{stem}*"))
+    with pytest.raises(ValueError, match="`stem` is 'other'; expected one of"):
+        huggingface.save(folder, PARAMS, names=RULES, stem="other", overwrite=True)
+
+
 def without_rule(folder):
     huggingface.save(folder, PARAMS, names=RULES[:-1])
 
