@@ -14,14 +14,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.peers.contender import OURS, PEFT, take_turns
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
-from benchmarks.peers.text_contender import Contender, Exchange
-from benchmarks.peers.text_report import OURS, PEFT, Findings, present
+from benchmarks.peers.text_contender import Exchange, TextContender
+from benchmarks.peers.text_report import Findings, present
 from experiments.common.console import Console
 from experiments.common.errors import InputError, check_installed, exit_code
 from experiments.common.options import Parser, positive_int
-from experiments.common.timing import in_turns
 from experiments.text.options import parsed
 
 _CLASSES = {
@@ -82,34 +82,34 @@ def _remote(target: str, options: argparse.Namespace, **arguments: object) -> Re
 @contextlib.contextmanager
 def _contenders(
     folder: Path, options: argparse.Namespace, *, dropout: bool
-) -> Iterator[dict[str, Contender]]:
+) -> Iterator[dict[str, TextContender]]:
     with contextlib.ExitStack() as stack:
         contenders = {}
         for name, target in _CLASSES.items():
             remote = _remote(target, options, folder=str(folder), dropout=dropout)
-            contenders[name] = Contender(stack.enter_context(contextlib.closing(remote)))
+            contenders[name] = TextContender(stack.enter_context(contextlib.closing(remote)))
         yield contenders
 
 
 def _without_dropout(
     folder: Path, steps: int, options: argparse.Namespace, console: Console
-) -> dict[str, Contender]:
+) -> dict[str, TextContender]:
     """Returns both after the same first steps, in which nothing is drawn."""
     with _contenders(folder, options, dropout=False) as contenders:
         for contender in contenders.values():
-            contender.begin(0)
+            contender.begin(seed=0)
         _take_turns(contenders, steps, "Without dropout", console)
     return contenders
 
 
 def _with_dropout(
     folder: Path, steps: int, options: argparse.Namespace, console: Console
-) -> tuple[dict[str, Contender], dict[str, Exchange]]:
+) -> tuple[dict[str, TextContender], dict[str, Exchange]]:
     """Returns both after training with every seed, and how each does with the other's adapter."""
     with _contenders(folder, options, dropout=True) as contenders:
         for seed in range(options.seeds):
             for contender in contenders.values():
-                contender.begin(seed)
+                contender.begin(seed=seed)
             _take_turns(contenders, steps, f"Training, seed {seed}", console)
             for name, contender in contenders.items():
                 contender.finish(_made(folder / f"{name}_{seed}"))
@@ -121,14 +121,9 @@ def _with_dropout(
 
 
 def _take_turns(
-    contenders: Mapping[str, Contender], steps: int, description: str, console: Console
+    contenders: Mapping[str, TextContender], steps: int, description: str, console: Console
 ) -> None:
-    firsts = range(0, steps, _BLOCK)
-    with console.progress(description, len(firsts)) as progress:
-        for first, order in zip(firsts, in_turns(list(contenders), len(firsts)), strict=True):
-            for name in order:
-                contenders[name].take(first, min(_BLOCK, steps - first))
-            progress.advance()
+    take_turns(contenders, [1] * steps, block=_BLOCK, description=description, console=console)
 
 
 def _made(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 import lora_jax
 from benchmarks.peers.batches import read_batches
+from benchmarks.peers.steps import timed_steps
 from benchmarks.peers.text_start import peft_names
 from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.memory import keep_freed_memory, return_freed_memory
@@ -82,9 +82,7 @@ class LoraJax:
 
     def steps(self, first: int, count: int) -> dict[str, Any]:
         """Takes these steps; returns their losses, and the seconds in all."""
-        start = time.perf_counter()
-        losses = [self._step(number) for number in range(first, first + count)]
-        return {"seconds": time.perf_counter() - start, "losses": losses}
+        return timed_steps(self._step, first, count)
 
     def test(self, path: str) -> float:
         """Returns the accuracy on the test sentences; log-probabilities of classes go to `path`."""

@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.text_contender import Contender, Exchange
+from benchmarks.peers.contender import (
+    GREATEST_LOSS_DIFFERENCE,
+    OURS,
+    PEFT,
+    check_losses,
+    faster,
+    loss_differences,
+    versions,
+)
+from benchmarks.peers.text_contender import Exchange, TextContender
 from experiments.common.console import Console
 from experiments.common.files import write_json
-
-OURS, PEFT = "lora_jax", "PEFT"
-GREATEST_LOSS_DIFFERENCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,19 @@ class Findings:
       study_arguments: what the study would be called with.
     """
 
-    fixed: Mapping[str, Contender]
-    trained: Mapping[str, Contender]
+    fixed: Mapping[str, TextContender]
+    trained: Mapping[str, TextContender]
     exchanges: Mapping[str, Exchange]
     threads: int
     study_arguments: Sequence[str]
 
     def loss_differences(self) -> np.ndarray:
         """Returns how far PEFT's losses without dropout are from ours, relative to ours."""
-        ours, theirs = (np.array(self.fixed[name].losses[0]) for name in (OURS, PEFT))
-        return np.abs(theirs / ours - 1)
+        return loss_differences(self.fixed[OURS], self.fixed[PEFT])
 
-    def faster(self, contenders: Mapping[str, Contender]) -> float:
+    def faster(self, contenders: Mapping[str, TextContender]) -> float:
         """Returns how many steps we take while PEFT takes one: the median over blocks."""
-        return float(np.median(np.divide(contenders[OURS].rates, contenders[PEFT].rates)))
+        return faster(contenders[OURS].rates, contenders[PEFT].rates)
 
     def metrics(self) -> dict[str, Any]:
         """Returns all of it, fit for JSON."""
@@ -68,11 +73,7 @@ def present(findings: Findings, options: argparse.Namespace, console: Console) -
         _save_plot(findings, options.plot)
     if options.json:
         write_json(options.json, findings.metrics())
-    difference = findings.loss_differences().max()
-    if not difference < GREATEST_LOSS_DIFFERENCE:
-        raise RuntimeError(
-            f"the losses differ by {difference:.1e}, expected less than {GREATEST_LOSS_DIFFERENCE}"
-        )
+    check_losses(findings.loss_differences().max())
     for maker, found in findings.exchanges.items():
         if found.alike < found.sentences:
             raise RuntimeError(
@@ -91,8 +92,16 @@ def _print(findings: Findings, console: Console) -> None:
     console.table(
         ["", OURS, PEFT, f"{OURS} / {PEFT}"],
         [
-            _row("steps/s, dropout off", fixed, _rate, "{:.2f}", findings.faster(fixed)),
-            _row("steps/s, dropout on", trained, _rate, "{:.2f}", findings.faster(trained)),
+            _row(
+                "steps/s, dropout off", fixed, lambda it: it.rate, "{:.2f}", findings.faster(fixed)
+            ),
+            _row(
+                "steps/s, dropout on",
+                trained,
+                lambda it: it.rate,
+                "{:.2f}",
+                findings.faster(trained),
+            ),
             _row("until ready to train (s)", trained, lambda it: it.seconds_to_ready, "{:.1f}"),
             _row("peak memory (MB)", trained, lambda it: it.peak_bytes / 1e6, "{:,.0f}"),
             ["accuracy, each seed", *(_listed(trained[name]) for name in (OURS, PEFT)), ""],
@@ -106,13 +115,12 @@ def _print(findings: Findings, console: Console) -> None:
             f"The adapter of {maker} on the other side: {found.alike:,} of {found.sentences:,} "
             f"predictions are the same, log-probabilities differ by at most {found.difference:.1e}"
         )
-    versions = {name: v for each in trained.values() for name, v in each.versions.items()}
-    console.note(", ".join(f"{name} {version}" for name, version in versions.items()))
+    console.note(versions(trained))
 
 
 def _row(
     title: str,
-    contenders: Mapping[str, Contender],
+    contenders: Mapping[str, TextContender],
     value: Any,
     style: str,
     ratio: float | None = None,
@@ -122,15 +130,11 @@ def _row(
     return [title, style.format(ours), style.format(theirs), f"{ratio:.2f}"]
 
 
-def _rate(contender: Contender) -> float:
-    return float(np.median(contender.rates))
-
-
-def _accuracy(contender: Contender) -> float:
+def _accuracy(contender: TextContender) -> float:
     return float(np.mean(contender.accuracies))
 
 
-def _listed(contender: Contender) -> str:
+def _listed(contender: TextContender) -> str:
     return ", ".join(f"{accuracy:.4f}" for accuracy in contender.accuracies)
 
 

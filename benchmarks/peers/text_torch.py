@@ -1,7 +1,7 @@
 """The study on text in PyTorch: the same encoder from `transformers`, with PEFT's adapters."""
 
 import json
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.peers.batches import read_batches
-from experiments.common.memory import keep_freed_memory
+from benchmarks.peers.torch_training import TorchTraining
 
 
 class Classifier(nn.Module):
@@ -36,38 +36,31 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(pooled))
 
 
-class Peft:
+class Peft(TorchTraining):
     """PEFT's training of that classifier, with the optimiser that the study has."""
 
     def __init__(self, folder: str, dropout: bool) -> None:
         """Reads what `benchmarks.peers.text_start.Start` wrote."""
-        keep_freed_memory()  # as on the other side, so that neither side has an advantage
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         self._folder = Path(folder)
         start = json.loads((self._folder / "start.json").read_text(encoding="utf-8"))
+        super().__init__(start)
         self._config = transformers.BertConfig.from_pretrained(start["model"])
         if not dropout:
             self._config.hidden_dropout_prob = 0.0
             self._config.attention_probs_dropout_prob = 0.0
             self._config.classifier_dropout = 0.0
-        self._start = start
 
     def begin(self, seed: int) -> None:
         """Takes the adapter and the batches of this seed."""
         torch.manual_seed(seed)
         folder = self._folder / f"seed_{seed}"
         self.load(str(folder / "adapter"))
-        self._optimizer = torch.optim.AdamW(
-            self._trainable, lr=0.0, weight_decay=self._start["weight_decay"]
-        )
-        self._batches = read_batches(folder / "batches.npz")
+        self.train(self._model, read_batches(folder / "batches.npz"))
 
     def load(self, folder: str) -> None:
         """Takes an adapter in PEFT's format."""
         classifier = Classifier(self._config, self._start["model"], self._start["classes"])
         self._model = peft.PeftModel.from_pretrained(classifier, folder, is_trainable=True)
-        self._trainable = [each for each in self._model.parameters() if each.requires_grad]
 
     def save(self, folder: str) -> None:
         """Writes the adapter, with its head, as PEFT does."""
@@ -75,17 +68,15 @@ class Peft:
 
     def warm_up(self) -> None:
         """Computes a gradient for a batch of every length, and drops it."""
-        self._model.train()
-        for batch in {batch["mask"].shape[1]: batch for batch in self._batches}.values():
-            self._loss(batch).backward()
-            self._optimizer.zero_grad(set_to_none=True)
+        of_length = {batch["mask"].shape[1]: batch for batch in self._batches}
+        self.try_batches(list(of_length.values()))
 
-    def steps(self, first: int, count: int) -> dict[str, Any]:
-        """Takes these steps; returns their losses, and the seconds in all."""
-        self._model.train()
-        start = time.perf_counter()
-        losses = [self._step(number) for number in range(first, first + count)]
-        return {"seconds": time.perf_counter() - start, "losses": losses}
+    def add_gradients(self, batch: Mapping[str, Any]) -> float:
+        """Adds the gradients of a batch, and returns its loss."""
+        labels = torch.from_numpy(batch["labels"]).long()
+        loss = nn.functional.cross_entropy(self._model(*_inputs(batch)), labels)
+        loss.backward()
+        return loss.item()
 
     def test(self, path: str) -> float:
         """Returns the accuracy on the test sentences; log-probabilities of classes go to `path`."""
@@ -103,25 +94,6 @@ class Peft:
         np.save(path, logs)
         return float((logs.argmax(axis=-1) == labels).mean())
 
-    def versions(self) -> dict[str, str]:
-        """Returns what computes."""
-        packages = {"torch": torch, "transformers": transformers, "peft": peft}
-        return {name: package.__version__ for name, package in packages.items()}
 
-    def _step(self, number: int) -> float:
-        loss = self._loss(self._batches[number])
-        loss.backward()
-        nn.utils.clip_grad_norm_(self._trainable, self._start["greatest_gradient"])
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._start["learning_rates"][number]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        labels = torch.from_numpy(batch["labels"]).long()
-        return nn.functional.cross_entropy(self._model(*_inputs(batch)), labels)
-
-
-def _inputs(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _inputs(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(batch["token_ids"]).long(), torch.from_numpy(batch["mask"]).long()
