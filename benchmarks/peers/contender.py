@@ -25,7 +25,8 @@ class Contender:
       losses: for each training, those of its steps.
       rates: how much of each block of steps was done in a second.
       seconds_to_ready: until it had compiled, or tried, batches of every length.
-      peak_bytes: the most memory of its process while it trained.
+      bytes_to_ready: the most memory of its process until then.
+      peak_bytes: the most memory of its process in the first training after that.
       versions: of what computes.
     """
 
@@ -33,6 +34,7 @@ class Contender:
     losses: list[list[float]] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     seconds_to_ready: float = 0.0
+    bytes_to_ready: int = 0
     peak_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ class Contender:
         if not self.losses:
             self.remote.call("warm_up")
             self.seconds_to_ready = self.remote.seconds_to_start + time.perf_counter() - start
+            self.bytes_to_ready = self.remote.forget_peak()
             self.versions = self.remote.call("versions")
         self.losses.append([])
 
@@ -63,6 +66,7 @@ class Contender:
         """Returns all of it, fit for JSON."""
         return {
             "seconds_to_ready": self.seconds_to_ready,
+            "bytes_to_ready": self.bytes_to_ready,
             "peak_bytes": self.peak_bytes,
             "rates": self.rates,
             "losses": self.losses,

@@ -56,7 +56,11 @@ class Remote:
     @property
     def peak_bytes(self) -> int:
         """The most memory that the process has had at once, so far."""
-        return self._ask({"method": None})
+        return self._ask({"method": None, "forgotten": False})
+
+    def forget_peak(self) -> int:
+        """Returns `peak_bytes`, which then counts from now on."""
+        return self._ask({"method": None, "forgotten": True})
 
     def close(self) -> None:
         """Ends the process."""

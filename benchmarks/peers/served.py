@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
-from experiments.common.memory import host_peak_bytes
+from experiments.common.memory import forget_host_peak, host_peak_bytes
 
 
 def main(target: str, threads: int) -> None:
@@ -30,11 +30,19 @@ def main(target: str, threads: int) -> None:
 
     def called(question: dict[str, Any]) -> Any:
         if question["method"] is None:
-            return host_peak_bytes()
+            return _peak(forgotten=question["forgotten"])
         return getattr(served, question["method"])(**question["arguments"])
 
     for line in sys.stdin:
         _answer(made if served is None else called, json.loads(line), replies)
+
+
+def _peak(*, forgotten: bool) -> int:
+    """Returns the peak of the process's memory so far, and may begin to count anew."""
+    peak = host_peak_bytes()
+    if forgotten:
+        forget_host_peak()
+    return peak
 
 
 def _standard_output() -> IO[str]:

@@ -1,6 +1,7 @@
 """A training of PEFT's in PyTorch, with the optimiser that the studies have."""
 
 import abc
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from experiments.common.memory import keep_freed_memory
 def prepare_process() -> None:
     """Makes a process of PyTorch as quiet, and as frugal, as one of the other side."""
     keep_freed_memory()  # as on the other side, so that neither side has an advantage
+    # PEFT uses names that transformers has new ones for.
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -54,6 +54,13 @@ def host_peak_bytes() -> int:
     return _of_status("VmHWM")
 
 
+def forget_host_peak() -> None:
+    """Makes `host_peak_bytes` count from now on; without Linux nothing happens."""
+    if sys.platform == "linux":
+        # proc(5): 5 resets the peak to what is in use.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def host_bytes() -> int:
     """Returns the host's memory that the process uses; its peak where that alone is known."""
     return _of_status("VmRSS")

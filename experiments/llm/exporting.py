@@ -90,15 +90,16 @@ def _write_gguf(path: Path, wrapped: Any, model: LanguageModel) -> None:
     )
 
 
-def _write_merged(path: Path, wrapped: Any, model: LanguageModel) -> None:
+def write_huggingface(path: Path, params: Any, model: LanguageModel) -> None:
+    """Writes a folder with the whole model, adapters merged, which transformers loads."""
     with tempfile.TemporaryDirectory() as temporary:
         huggingface.save(
             path,
-            wrapped,
+            params,
             names=huggingface_rules(model.config),
             config=model.huggingface_entries(),
             files=model.tokenizer().files(Path(temporary)),
         )
 
 
-_WRITERS = {"peft": write_peft, "gguf": _write_gguf, "huggingface": _write_merged}
+_WRITERS = {"peft": write_peft, "gguf": _write_gguf, "huggingface": write_huggingface}

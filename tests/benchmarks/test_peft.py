@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from tests.experiments.small_llm_study import write_study
 from tests.tiny_bert import sentences_tsv, write_model
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from benchmarks import peft_mnist, peft_text
+from benchmarks import peft_llm, peft_mnist, peft_text
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +68,45 @@ def test_both_sides_train_alike_on_text_and_read_each_other(study, tmp_path, cap
 )
 def test_what_can_not_be_compared_is_refused(options, message, capsys):
     assert peft_text.main(["--", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("promoted_ranks")
+@pytest.mark.parametrize("packing", [[], ["--no-packing", "--targets", "query|value"]])
+def test_all_contenders_take_the_same_steps_on_language(packing, tmp_path, capsys):
+    file = tmp_path / "llm.json"
+    study = [*write_study(tmp_path), *packing]
+    sizes = ["--first-steps", "12", "--prompts", "3", "--new-tokens", "7"]
+    assert peft_llm.main([*sizes, "--threads", "1", "--json", str(file), "--", *study]) == 0
+    found = json.loads(file.read_text())
+    assert set(found["training"]) == {
+        *("lora_jax", "lora_jax, no remat", "PEFT", "PEFT, checkpointing")
+    }
+    assert max(found["loss_differences"].values()) < 1e-4
+    for contender in found["training"].values():
+        assert len(contender["losses"][0]) == 12
+        assert contender["tokens_per_second"] > 0
+        assert contender["peak_bytes"] > 1e8
+    ours, theirs = (found["writing"][name]["tokens"] for name in ("lora_jax", "PEFT"))
+    assert ours == theirs
+    assert [len(answer) for answer in ours] == [7, 7, 7]
+    verdicts = {target["description"]: target["verdict"] for target in found["targets"]}
+    assert verdicts["greatest difference of losses"] == "met"
+    assert verdicts["written tokens that are the same"] == "met"
+    assert "PEFT, checkpointing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "dora"], "--method dora is not compared"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16 is not compared"),
+        (["--quantize", "int8"], "--quantize int8 is not compared"),
+        (["--no-remat"], "--no-remat is compared anyway"),
+    ],
+)
+def test_what_can_not_be_compared_on_language_is_refused(options, message, capsys):
+    assert peft_llm.main(["--", "--data", "dialogsum", *options]) == 2
     assert message in capsys.readouterr().err
 
 

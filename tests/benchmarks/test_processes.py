@@ -34,6 +34,8 @@ def test_memory_counts_for_that_process_alone(remote):
     before = remote.peak_bytes
     assert remote.call("filled", megabytes=200) == 200
     assert remote.peak_bytes - before > 150e6
+    assert remote.forget_peak() - before > 150e6
+    assert remote.peak_bytes - before < 100e6
 
 
 def test_an_error_there_is_an_error_here(remote):

@@ -1,0 +1,192 @@
+"""What the comparison of language models found: tables, and targets that are met or missed."""
+
+import argparse
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.peers.contender import (
+    GREATEST_LOSS_DIFFERENCE,
+    OURS,
+    PEFT,
+    Contender,
+    check_losses,
+    faster,
+    loss_differences,
+    versions,
+)
+from benchmarks.peers.llm_contender import Writing
+from experiments.common.console import Console
+from experiments.common.files import write_json
+from experiments.common.memory import MEGABYTE
+
+LEAST_SPEED, GREATEST_MEMORY, LEAST_WRITING = 1.2, 0.8, 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number with its target.
+
+    Attributes:
+      description: what it is.
+      found: the number.
+      bound: the target, in words.
+      is_met: whether it is met.
+    """
+
+    description: str
+    found: float
+    bound: str
+    is_met: bool
+
+    @classmethod
+    def at_least(cls, description: str, found: float, bound: float) -> "Target":
+        """Returns a target that greater numbers meet."""
+        return cls(description, found, f"≥ {bound:g}", found >= bound)
+
+    @classmethod
+    def at_most(cls, description: str, found: float, bound: float) -> "Target":
+        """Returns a target that smaller numbers meet."""
+        return cls(description, found, f"≤ {bound:g}", found <= bound)
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is met, in a word."""
+        return "met" if self.is_met else "missed"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that was measured.
+
+    Attributes:
+      training: each contender after the same steps; the name of PEFT's begin with PEFT's.
+      writing: both sides after writing with the same adapter.
+      threads: how many each had.
+      study_arguments: what the study would be called with.
+    """
+
+    training: Mapping[str, Contender]
+    writing: Mapping[str, Writing]
+    threads: int
+    study_arguments: Sequence[str]
+
+    def loss_differences(self) -> dict[str, float]:
+        """Returns how far each contender's losses are from ours at most, relative to ours."""
+        ours = self.training[OURS]
+        return {
+            name: float(loss_differences(ours, theirs).max())
+            for name, theirs in self.training.items()
+        }
+
+    def best(self, side: str, goodness: Callable[[Contender], float]) -> str:
+        """Returns the name of a side's contender with the greatest goodness."""
+        own = [name for name in self.training if name.startswith(side)]
+        return max(own, key=lambda name: goodness(self.training[name]))
+
+    def faster(self, name: str) -> float:
+        """Returns how many tokens a contender trains on while PEFT's fastest does with one."""
+        fastest = self.training[self.best(PEFT, _rate)]
+        return faster(self.training[name].rates, fastest.rates)
+
+    def leaner(self, name: str) -> float:
+        """Returns a contender's memory over that of PEFT's leanest."""
+        leanest = self.training[self.best(PEFT, _leanness)]
+        return self.training[name].peak_bytes / leanest.peak_bytes
+
+    def targets(self) -> list[Target]:
+        """Returns what was to be reached, fastest beside fastest, and leanest beside leanest."""
+        fast, lean = self.best(OURS, _rate), self.best(OURS, _leanness)
+        writing = faster(self.writing[OURS].rates, self.writing[PEFT].rates)
+        same = self.writing[OURS].same_as(self.writing[PEFT]) / self.writing[OURS].count
+        return [
+            Target.at_most(
+                "greatest difference of losses",
+                max(self.loss_differences().values()),
+                GREATEST_LOSS_DIFFERENCE,
+            ),
+            Target.at_least(
+                f"training tokens/s, {fast} / {self.best(PEFT, _rate)}",
+                self.faster(fast),
+                LEAST_SPEED,
+            ),
+            Target.at_most(
+                f"training memory, {lean} / {self.best(PEFT, _leanness)}",
+                self.leaner(lean),
+                GREATEST_MEMORY,
+            ),
+            Target.at_least("written tokens/s", writing, LEAST_WRITING),
+            Target.at_least("written tokens that are the same", same, 1),
+        ]
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns all of it, fit for JSON."""
+        return {
+            "machine": platform.machine(),
+            "threads": self.threads,
+            "study_arguments": list(self.study_arguments),
+            "targets": [{**vars(target), "verdict": target.verdict} for target in self.targets()],
+            "loss_differences": self.loss_differences(),
+            "training": {
+                name: {"tokens_per_second": each.rate, **each.results()}
+                for name, each in self.training.items()
+            },
+            "writing": {name: each.results() for name, each in self.writing.items()},
+        }
+
+
+def present(findings: Findings, options: argparse.Namespace, console: Console) -> None:
+    """Prints and writes what was found; raises if the losses are not those of one computation."""
+    _print(findings, console)
+    if options.json:
+        write_json(options.json, findings.metrics())
+    check_losses(max(findings.loss_differences().values()))
+
+
+def _print(findings: Findings, console: Console) -> None:
+    steps = len(findings.training[OURS].losses[0])
+    console.rule(f"LoRA on a language model, threads: {findings.threads}, steps: {steps}")
+    differences = findings.loss_differences()
+    console.table(
+        ["training", "tokens/s", "× PEFT", "MB", "× PEFT", "losses", "ready in"],
+        [
+            [
+                name,
+                f"{each.rate:.0f}",
+                f"{findings.faster(name):.2f}",
+                f"{each.peak_bytes / MEGABYTE:,.0f}",
+                f"{findings.leaner(name):.2f}",
+                f"{differences[name]:.0e}" if name != OURS else "",
+                f"{each.seconds_to_ready:.0f} s, {each.bytes_to_ready / MEGABYTE:,.0f} MB",
+            ]
+            for name, each in findings.training.items()
+        ],
+    )
+    console.table(
+        ["writing", "tokens/s", "MB"],
+        [
+            [name, f"{each.rate:.1f}", f"{each.peak_bytes / MEGABYTE:,.0f}"]
+            for name, each in findings.writing.items()
+        ],
+    )
+    console.table(
+        ["", "found", "target", ""],
+        [
+            [target.description, f"{target.found:.2g}", target.bound, target.verdict]
+            for target in findings.targets()
+        ],
+    )
+    console.note(
+        f"× PEFT: of {findings.best(PEFT, _rate)} for speed, {findings.best(PEFT, _leanness)} for "
+        f"memory; losses: the greatest relative difference from {OURS}\n"
+        + versions(findings.training)
+    )
+
+
+def _rate(contender: Contender) -> float:
+    return contender.rate
+
+
+def _leanness(contender: Contender) -> float:
+    return -contender.peak_bytes
