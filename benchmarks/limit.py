@@ -2,8 +2,9 @@
 
 The limit is the frozen model's own forward pass and the gradient of its inputs. Beside it stand the
 steps that give the gradients of the factors too, with LoRA written into the model by hand and with
-`lora_jax.adapt`, for layers that are scanned over. On the machine at hand the three take turns and
-are timed; for a machine that is not there they are compiled, and its compiler says what they cost.
+`lora_jax.adapt`, for layers that are scanned over and for the study on language models. On the
+machine at hand the three take turns and are timed; for a machine that is not there they are
+compiled, and its compiler says what they cost.
 """
 
 import argparse
@@ -36,6 +37,7 @@ _EPILOG = """\
 examples:
   python -m benchmarks.limit
   python -m benchmarks.limit --model feed-forward --rank 64 --rounds 20
+  python -m benchmarks.limit --model smollm2 --rank 8
   python -m benchmarks.limit --machine tpu-v5p --dtype bfloat16
 """
 
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace) -> None:
     if not is_here:
         # Compilers of accelerators do not need one, and JAX must not look for it.
         jax.config.update("jax_platforms", "cpu")
-    model, console = TIMED[options.model] if is_here else LARGE, Console()
+    model, console = TIMED[options.model]() if is_here else LARGE, Console()
     where = jax.devices()[0].device_kind if is_here else options.machine
     found: list[Found] = []
     try:
@@ -101,21 +103,16 @@ def steps_of(model: Model, dtype: Any) -> Mapping[str, Program]:
 
     def with_factors(forward: Callable[[Any, Any], Any]) -> Program:
         def loss(adapters: Any, x: Any, frozen: Any) -> Any:
-            return _loss(forward(lora_jax.combine(adapters, frozen), x))
+            return model.loss(forward(lora_jax.combine(adapters, frozen), x))
 
         return Program(jax.grad(loss, argnums=(0, 1)), (adapters, model.inputs, frozen))
 
-    limit = jax.grad(lambda x, params: _loss(plain(params, x)))
+    limit = jax.grad(lambda x, params: model.loss(plain(params, x)))
     return {
         LIMIT: Program(limit, (model.inputs, model.params)),
         BY_HAND: with_factors(by_hand(model)),
         ADAPT: with_factors(adapted(model)),
     }
-
-
-def _loss(y: Any) -> Any:
-    """Returns half the sum of the squares."""
-    return jnp.sum(jnp.square(y.astype(jnp.float32))) / 2
 
 
 def _timed(
@@ -190,7 +187,8 @@ def _parser() -> Parser:
         "--model",
         choices=list(TIMED),
         default="llama",
-        help="what is timed here (default: llama); for other machines layers of Llama 3 8B",
+        help="what is timed here: layers, or the study on language models (smollm2); default: "
+        "llama; for other machines layers of Llama 3 8B",
     )
     parser.add_argument(
         "--rank", type=positive_int, action="append", help="repeatable; default: 8 and 64"

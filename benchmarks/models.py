@@ -14,6 +14,11 @@ Params = dict[str, Any]
 Shape = tuple[int, ...]
 
 
+def half_of_squares(y: Array) -> Array:
+    """Returns half the sum of the squares."""
+    return jnp.sum(jnp.square(y.astype(jnp.float32))) / 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model, the shapes of what it takes, and where its adapters go.
@@ -28,6 +33,7 @@ class Model:
       inputs: the shape and dtype of a batch.
       targets: which parameters are adapted.
       rank: the rank of the adapters.
+      loss: what a step that has no labels minimises, of what `apply` returns.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Model:
     inputs: jax.ShapeDtypeStruct
     targets: str | tuple[str, ...]
     rank: int
+    loss: Callable[[Array], Array] = half_of_squares
 
 
 def floats(*shape: int) -> jax.ShapeDtypeStruct:
