@@ -1,4 +1,4 @@
-"""Rotary positions, which tokens see which, and attention in blocks of queries."""
+"""Rotary positions, which tokens see which, and attention in spans and blocks of queries."""
 
 import dataclasses
 import math
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.models.llama.config import LlamaConfig
+from experiments.models.llama.recomputing import computed_again
 
 Tokens = Int[Array, "batch length"]
 Heads = Float[Array, "batch length heads dim"]
 
 # So many queries have their scores in memory at a time.
 QUERIES_OF_BLOCK = 512
+
+# A row is taken in so many spans, unless they had fewer queries than this.
+_SPANS, _LEAST_SPAN = 4, 128
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +33,10 @@ class Places:
 
     positions: Tokens
     segments: Tokens
+
+    def at(self, part: slice) -> "Places":
+        """Returns the places of a part of each row."""
+        return Places(self.positions[:, part], self.segments[:, part])
 
 
 def visible(queries: Places, keys: Places, window: int | None) -> Bool[Array, "batch queries keys"]:
@@ -71,13 +79,55 @@ def rotated(x: Heads, angles: Float[Array, "batch length half"]) -> Heads:
 
 
 def attention(
-    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+    query: Heads,
+    key: Heads,
+    value: Heads,
+    queries: Places,
+    keys: Places,
+    window: int | None,
+    *,
+    in_order: bool,
 ) -> Heads:
     """Returns the mean of the values that each query sees, weighted by softmax(q·k / √dim).
 
-    Several heads of queries share one of keys and values (Ainslie et al., GQA, 2023). Blocks of
-    queries are taken one after the other, their scores computed again in the backward pass, so that
-    the whole matrix of scores is never in memory.
+    Several heads of queries share one of keys and values (Ainslie et al., GQA, 2023). The backward
+    pass computes scores again: kept for it are queries, keys and values alone.
+
+    Args:
+      query: the heads of queries.
+      key: those of keys.
+      value: those of values.
+      queries: where the queries are.
+      keys: where the keys are.
+      window: how many tokens a query sees; None for all.
+      in_order: whether queries and keys are the same tokens, those of each text in their order. No
+        query then sees a key after it in the row: with four spans of queries, each of which leaves
+        out the keys behind its end, 5/8 of the scores are left to compute.
+    """
+    length = query.shape[1]
+    size = max(-(-length // _SPANS), _LEAST_SPAN) if in_order else length
+
+    @computed_again
+    def of_spans(query: Heads, key: Heads, value: Heads) -> Heads:
+        def of_span(start: int) -> Heads:
+            own = slice(start, start + size)
+            seen = slice(0, start + size) if in_order else slice(None)
+            return _in_blocks(
+                query[:, own], key[:, seen], value[:, seen], queries.at(own), keys.at(seen), window
+            )
+
+        return jnp.concatenate([of_span(start) for start in range(0, length, size)], axis=1)
+
+    return of_spans(query, key, value)
+
+
+def _in_blocks(
+    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+) -> Heads:
+    """Returns the same for blocks of queries, one after the other.
+
+    The backward pass computes their scores again, so that the matrix of all scores is never in
+    memory.
     """
     length, block = query.shape[1], QUERIES_OF_BLOCK
     if length <= block:
@@ -91,7 +141,7 @@ def attention(
         shape = (array.shape[0], count, block, *array.shape[2:])
         return jnp.moveaxis(jnp.pad(array, filled).reshape(shape), 1, 0)
 
-    @jax.checkpoint
+    @computed_again
     def of_block(block_of: tuple[Heads, Places]) -> Heads:
         own_query, own_places = block_of
         return _of_block(own_query, key, value, own_places, keys, window)
@@ -106,10 +156,16 @@ def _of_block(
 ) -> Heads:
     batch, length, heads, dim = query.shape
     shared = key.shape[2]
-    grouped = query.reshape(batch, length, shared, heads // shared, dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    # The heads that share a key are rows of one product. Only what is small is transposed: with
+    # other orders of axes, XLA transposes scores.
+    grouped = query.reshape(batch, length, shared, heads // shared, dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, shared, -1, dim)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("bkrd,bksd->bkrs", rows, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(*grouped.shape[:-1], -1)
     seen = visible(queries, keys, window)[:, None, None]
     # Not minus infinity: a query of padding sees nothing.
     scores = jnp.where(seen, scores * dim**-0.5, jnp.finfo(scores.dtype).min)
-    shares = jax.nn.softmax(scores).astype(value.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", shares, value).reshape(query.shape)
+    shares = jax.nn.softmax(scores).astype(value.dtype).reshape(batch, shared, rows.shape[2], -1)
+    mixed = jnp.einsum("bkrs,bksd->bkrd", shares, value)
+    return mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)

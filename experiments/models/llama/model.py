@@ -21,6 +21,7 @@ from experiments.models.llama.attention import (
     rotated,
 )
 from experiments.models.llama.config import LlamaConfig
+from experiments.models.llama.recomputing import computed_again
 
 Hidden = Float[Array, "batch length width"]
 Logits = Float[Array, "batch length vocabulary"]
@@ -60,9 +61,15 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape width"]) -> Float[Array, "*shape width"]:
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        mean = jnp.square(wide).mean(axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean + self.epsilon)).astype(x.dtype) * scale.astype(x.dtype)
+
+        @computed_again
+        def normalised(x: Array, scale: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            mean = jnp.square(wide).mean(axis=-1, keepdims=True)
+            over_root = wide * jax.lax.rsqrt(mean + self.epsilon)
+            return over_root.astype(x.dtype) * scale.astype(x.dtype)
+
+        return normalised(x, scale)
 
 
 class Attention(nn.Module):
@@ -94,7 +101,15 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(
                 values, value.astype(values.dtype), start, 1
             )
-        seen = attention(query, key, value, places, keys_at, config.sliding_window)
+        seen = attention(
+            query,
+            key,
+            value,
+            places,
+            keys_at,
+            config.sliding_window,
+            in_order=cached is None,
+        )
         out = nn.DenseGeneral(
             config.hidden_size, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out"
         )
@@ -122,7 +137,12 @@ class FeedForward(nn.Module):
             for name in ("gate", "up")
         )
         down = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, name="down")
-        return down(nn.silu(gate(hidden)) * up(hidden))
+
+        @computed_again
+        def gated(gate: Array, up: Array) -> Array:
+            return nn.silu(gate) * up
+
+        return down(gated(gate(hidden), up(hidden)))
 
 
 class Layer(nn.Module):
@@ -194,7 +214,8 @@ class Llama(nn.Module):
 
         Args:
           tokens: the tokens.
-          positions: the place of each in its text; 0, 1, ... unless given.
+          positions: the place of each in its text, where a later one is greater; 0, 1, ... unless
+            given.
           segments: which of several texts in a row it belongs to, from 1 on, and 0 for padding;
             one text unless given.
         """
