@@ -12,6 +12,8 @@ from experiments.models.llama.recomputing import computed_again
 
 Tokens = Int[Array, "batch length"]
 Heads = Float[Array, "batch length heads dim"]
+# Keys and values, in the order in which products read them.
+Shared = Float[Array, "batch shared length dim"]
 
 # So many queries have their scores in memory at a time.
 QUERIES_OF_BLOCK = 512
@@ -80,8 +82,8 @@ def rotated(x: Heads, angles: Float[Array, "batch length half"]) -> Heads:
 
 def attention(
     query: Heads,
-    key: Heads,
-    value: Heads,
+    key: Shared,
+    value: Shared,
     queries: Places,
     keys: Places,
     window: int | None,
@@ -95,8 +97,8 @@ def attention(
 
     Args:
       query: the heads of queries.
-      key: those of keys.
-      value: those of values.
+      key: the keys.
+      value: the values.
       queries: where the queries are.
       keys: where the keys are.
       window: how many tokens a query sees; None for all.
@@ -108,12 +110,17 @@ def attention(
     size = max(-(-length // _SPANS), _LEAST_SPAN) if in_order else length
 
     @computed_again
-    def of_spans(query: Heads, key: Heads, value: Heads) -> Heads:
+    def of_spans(query: Heads, key: Shared, value: Shared) -> Heads:
         def of_span(start: int) -> Heads:
             own = slice(start, start + size)
             seen = slice(0, start + size) if in_order else slice(None)
             return _in_blocks(
-                query[:, own], key[:, seen], value[:, seen], queries.at(own), keys.at(seen), window
+                query[:, own],
+                key[:, :, seen],
+                value[:, :, seen],
+                queries.at(own),
+                keys.at(seen),
+                window,
             )
 
         return jnp.concatenate([of_span(start) for start in range(0, length, size)], axis=1)
@@ -122,7 +129,7 @@ def attention(
 
 
 def _in_blocks(
-    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+    query: Heads, key: Shared, value: Shared, queries: Places, keys: Places, window: int | None
 ) -> Heads:
     """Returns the same for blocks of queries, one after the other.
 
@@ -152,15 +159,14 @@ def _in_blocks(
 
 
 def _of_block(
-    query: Heads, key: Heads, value: Heads, queries: Places, keys: Places, window: int | None
+    query: Heads, key: Shared, value: Shared, queries: Places, keys: Places, window: int | None
 ) -> Heads:
     batch, length, heads, dim = query.shape
-    shared = key.shape[2]
+    shared = key.shape[1]
     # The heads that share a key are rows of one product. Only what is small is transposed: with
     # other orders of axes, XLA transposes scores.
     grouped = query.reshape(batch, length, shared, heads // shared, dim).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, shared, -1, dim)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("bkrd,bksd->bkrs", rows, key, preferred_element_type=jnp.float32)
     scores = scores.reshape(*grouped.shape[:-1], -1)
     seen = visible(queries, keys, window)[:, None, None]

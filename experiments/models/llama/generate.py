@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.models.llama.attention import Tokens
-from experiments.models.llama.model import Cache, Llama
+from experiments.models.llama.cache import Cache
+from experiments.models.llama.model import Llama
 
 Apply = Callable[..., Any]
 

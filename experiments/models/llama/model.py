@@ -4,7 +4,6 @@ The layers are one stack that is scanned over. Every kernel is the transpose of 
 Hugging Face's model, with an axis for heads and one for the dimensions of a head.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -20,37 +19,13 @@ from experiments.models.llama.attention import (
     rotary_angles,
     rotated,
 )
+from experiments.models.llama.cache import Cache
 from experiments.models.llama.config import LlamaConfig
 from experiments.models.llama.recomputing import computed_again
 
 Hidden = Float[Array, "batch length width"]
+Angles = Float[Array, "batch length half"]
 Logits = Float[Array, "batch length vocabulary"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The keys and values of the tokens so far, for all layers.
-
-    Attributes:
-      keys: (layers, batch, capacity, heads, dim).
-      values: the same for values.
-      places: where the tokens are; segment 0 where there is none yet.
-      length: how many tokens there are.
-    """
-
-    keys: Float[Array, "layers batch capacity heads dim"]
-    values: Float[Array, "layers batch capacity heads dim"]
-    places: Places
-    length: Array
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, capacity: int, dtype: Any) -> "Cache":
-        """Returns a cache with room for so many tokens of each example."""
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros((config.num_hidden_layers, *shape), dtype)
-        nowhere = jnp.zeros((batch, capacity), jnp.int32)
-        return cls(zeros, zeros, Places(nowhere, nowhere), jnp.zeros((), jnp.int32))
 
 
 class RMSNorm(nn.Module):
@@ -83,10 +58,10 @@ class Attention(nn.Module):
         self,
         hidden: Hidden,
         places: Places,
-        angles: Float[Array, "batch length half"],
-        keys_at: Places,
-        cached: tuple[Heads, Heads, Array] | None,
-    ) -> tuple[Hidden, tuple[Heads, Heads]]:
+        angles: Angles,
+        number: Array,
+        cache: Cache | None,
+    ) -> tuple[Hidden, Cache | None]:
         config = self.config
         shared = config.num_key_value_heads
         query = self._heads("query", config.num_attention_heads, hidden)
@@ -95,25 +70,19 @@ class Attention(nn.Module):
             query = RMSNorm(config.rms_norm_eps, name="query_norm")(query)
             key = RMSNorm(config.rms_norm_eps, name="key_norm")(key)
         query, key = rotated(query, angles), rotated(key, angles)
-        if cached is not None:
-            keys, values, start = cached
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, 1)
-            value = jax.lax.dynamic_update_slice_in_dim(
-                values, value.astype(values.dtype), start, 1
-            )
-        seen = attention(
-            query,
-            key,
-            value,
-            places,
-            keys_at,
-            config.sliding_window,
-            in_order=cached is None,
-        )
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        keys_at, in_order = places, True
+        if cache is not None:
+            cache = cache.with_layer(number, key, value)
+            if not cache.is_empty:
+                key, value = cache.layer(number)
+                keys_at, in_order = cache.places, False
+        window = config.sliding_window
+        seen = attention(query, key, value, places, keys_at, window, in_order=in_order)
         out = nn.DenseGeneral(
             config.hidden_size, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out"
         )
-        return out(seen), (key, value)
+        return out(seen), cache
 
     def _heads(self, name: str, count: int, hidden: Hidden) -> Heads:
         return nn.DenseGeneral(
@@ -154,22 +123,20 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden: Hidden,
-        cached: tuple[Heads, Heads] | None,
+        carried: tuple[Hidden, Cache | None],
+        number: Array,
         places: Places,
-        angles: Float[Array, "batch length half"],
-        keys_at: Places,
-        start: Array | None,
-    ) -> tuple[Hidden, tuple[Heads, Heads] | None]:
+        angles: Angles,
+    ) -> tuple[tuple[Hidden, Cache | None], None]:
+        hidden, cache = carried
         epsilon = self.config.rms_norm_eps
         attend = Attention(self.config, self.dtype, name="attention")
         normalised = RMSNorm(epsilon, name="attention_norm")(hidden)
-        in_cache = None if cached is None or start is None else (*cached, start)
-        seen, pair = attend(normalised, places, angles, keys_at, in_cache)
+        seen, cache = attend(normalised, places, angles, number, cache)
         hidden = hidden + seen
         feed_forward = FeedForward(self.config, self.dtype, name="mlp")
         hidden = hidden + feed_forward(RMSNorm(epsilon, name="mlp_norm")(hidden))
-        return hidden, None if cached is None else pair
+        return (hidden, cache), None
 
 
 class Llama(nn.Module):
@@ -193,7 +160,7 @@ class Llama(nn.Module):
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=config.num_hidden_layers,
         )
         self.layers = stack(config, self.dtype)
@@ -253,17 +220,11 @@ class Llama(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         places = Places(positions, jnp.ones_like(tokens) if segments is None else segments)
         angles = rotary_angles(self.config, positions)
-        if cache is None:
-            hidden, _ = self.layers(self.embed(tokens), None, places, angles, places, None)
-            return self.norm(hidden), None
-        start = cache.length
-
-        def extended(old: Tokens, new: Tokens) -> Tokens:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-
-        keys_at = jax.tree.map(extended, cache.places, places)
-        hidden, (keys, values) = self.layers(
-            self.embed(tokens), (cache.keys, cache.values), places, angles, keys_at, start
-        )
-        longer = Cache(keys, values, keys_at, start + tokens.shape[1])
-        return self.norm(hidden), longer
+        if cache is not None:
+            cache = cache.with_places(places)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        carried = self.embed(tokens), cache
+        (hidden, cache), _ = self.layers(carried, numbers, places, angles)
+        if cache is not None:
+            cache = cache.longer(tokens.shape[1])
+        return self.norm(hidden), cache
