@@ -37,7 +37,7 @@ ifneq ($(wildcard ../shared/dialogsum),)
 export DIALOGSUM_DIR ?= $(abspath ../shared/dialogsum)
 endif
 
-.PHONY: help mnist rank-study text llm bench check test test-peft test-plan test-llamacpp
+.PHONY: help mnist rank-study text llm bench bench-llm check test test-peft test-plan test-llamacpp
 .PHONY: test-tunix lowest nightly wheel docs peers format clean
 
 help: ## Show this list
@@ -62,6 +62,9 @@ llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a hundred dialogues, six min
 bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
 	$(bin)/python -m benchmarks.peft_mnist
 	$(bin)/python -m benchmarks.peft_text $(ARGS)
+
+bench-llm: $(VENV)/peers.stamp ## Measure training and writing of a language model beside PEFT's, half an hour
+	$(bin)/python -m benchmarks.peft_llm $(ARGS)
 
 # --- what .github/workflows runs, one target in each job ----------------------------------------
 
