@@ -19,7 +19,7 @@ Shared = Float[Array, "batch shared length dim"]
 QUERIES_OF_BLOCK = 512
 
 # A row is taken in so many spans, unless they had fewer queries than this.
-_SPANS, _LEAST_SPAN = 4, 128
+SPANS, LEAST_SPAN = 4, 128
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +107,7 @@ def attention(
         out the keys behind its end, 5/8 of the scores are left to compute.
     """
     length = query.shape[1]
-    size = max(-(-length // _SPANS), _LEAST_SPAN) if in_order else length
+    size = max(-(-length // SPANS), LEAST_SPAN) if in_order else length
 
     @computed_again
     def of_spans(query: Heads, key: Shared, value: Shared) -> Heads:

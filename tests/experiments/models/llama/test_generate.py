@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from benchmarks.programs import Cost
 from experiments.models.llama import Llama, Sampling, generate
 from tests import tiny_llama
 from tests.trained import as_if_trained
@@ -41,6 +42,29 @@ def test_a_batch_is_its_prompts_one_by_one_without_a_cache(model_type):
     found = written(model.apply, params, model, prompts)
     expected = [without_cache(model, params, prompt) for prompt in prompts]
     assert found.tolist() == expected
+
+
+@pytest.mark.usefixtures("optimised")
+def test_there_is_one_cache():
+    """A program that writes has it once, and beside it what one layer reads."""
+    layers, batch, width = 8, 4, 32
+    model = Llama(tiny_llama.config("llama", num_hidden_layers=layers))
+    params = tiny_llama.params("llama", num_hidden_layers=layers)
+    tokens = jax.ShapeDtypeStruct((batch, width), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def temporaries(new_tokens):
+        run = functools.partial(
+            generate, model.apply, model=model, new_tokens=new_tokens, end_ids=(0,)
+        )
+        compiled = jax.jit(run).lower(params, tokens=tokens, lengths=lengths).compile()
+        return Cost.of(compiled).temporary_bytes
+
+    more = 1024
+    grown = (temporaries(2 * more) - temporaries(more)) / more
+    config = model.config
+    of_layer = 2 * 4 * batch * config.num_key_value_heads * config.head_dim
+    assert grown <= 1.5 * layers * of_layer
 
 
 def test_an_answer_ends():

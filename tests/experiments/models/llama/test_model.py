@@ -71,10 +71,36 @@ def test_blocks_of_queries_compute_the_same(monkeypatch, length):
     assert_agree(jax.jit(jax.value_and_grad(loss))(variables), whole, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("length", [23, 24, 25])
+def test_spans_of_queries_compute_the_same(monkeypatch, model_type, length):
+    """With two texts in a row, and what fills it up: a span leaves out keys that it can't see."""
+    row = tiny_llama.tokens(2, length)
+    positions = np.array([[*range(10), *range(length - 12), 0, 0]] * 2)
+    segments = np.array([[1] * 10 + [2] * (length - 12) + [0] * 2] * 2)
+    variables = {"params": tiny_llama.params(model_type)}
+    model = Llama(tiny_llama.config(model_type))
+
+    def loss(variables):
+        logits = model.apply(variables, row, positions, segments)
+        return jnp.sum(jnp.tanh(logits[:, :-2]))
+
+    def found():
+        step = jax.jit(jax.value_and_grad(loss)).trace(variables)
+        return str(step.jaxpr).count("dot_general"), step.lower().compile()(variables)
+
+    products, whole = found()
+    monkeypatch.setattr(attention, "LEAST_SPAN", 5)
+    products_of_spans, by_spans = found()
+    assert products_of_spans > products
+    assert_agree(by_spans, whole, tolerance=1e-4)
+
+
 @pytest.mark.usefixtures("optimised")
-def test_the_matrix_of_scores_is_never_in_memory(monkeypatch):
+@pytest.mark.parametrize("remat", [True, False])
+def test_the_matrix_of_scores_is_never_in_memory(monkeypatch, remat):
     """Neither forward nor backward: what a step holds grows with the length, not as its square."""
-    model = Llama(tiny_llama.config("llama"), remat=True)
+    model = Llama(tiny_llama.config("llama"), remat=remat)
     variables = {"params": tiny_llama.params("llama")}
     monkeypatch.setattr(attention, "QUERIES_OF_BLOCK", 64)
 
@@ -107,6 +133,26 @@ def test_a_cache_gives_the_same_token_by_token(model_type):
     assert int(cache.length) == 12
     expected = apply(variables, tokens, method=Llama.hidden_states)
     assert_agree(jnp.concatenate(pieces, axis=1), expected, tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_step_without_remat_keeps_arguments_and_not_what_is_computed_of_them():
+    """For each layer those of norms, of attention and of the gate, where no weight trains."""
+    layers, length = 16, 256
+    model = Llama(tiny_llama.config("llama", num_hidden_layers=layers))
+    variables = {"params": tiny_llama.params("llama", num_hidden_layers=layers)}
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def loss(change, variables, tokens):
+        params = variables["params"]
+        moved = {**params, "embed": jax.tree.map(lambda leaf: leaf + change, params["embed"])}
+        return jnp.sum(model.apply({"params": moved}, tokens, method=Llama.hidden_states))
+
+    step = jax.jit(jax.grad(loss)).lower(jnp.float32(0), variables, tokens).compile()
+    config = model.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    numbers = 2 * config.hidden_size + heads * config.head_dim + 2 * config.intermediate_size
+    assert Cost.of(step).temporary_bytes <= 1.6 * 4 * layers * length * numbers
 
 
 def test_remat_and_bfloat16():
