@@ -4,65 +4,25 @@ The layers are one stack that is scanned over. Every kernel is the transpose of 
 Hugging Face's model, with an axis for heads and one for the dimensions of a head.
 """
 
-import dataclasses
+from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from experiments.models.llama.attention import (
+from experiments.models.attention import (
     Heads,
+    Pair,
     Places,
     Tokens,
     attention,
-    rotary_angles,
-    rotated,
+    in_segment_so_far,
 )
+from experiments.models.cache import Cache, with_cached
+from experiments.models.layers import GatedFeedForward, Hidden, Logits, RMSNorm, stack_of
 from experiments.models.llama.config import LlamaConfig
-
-Hidden = Float[Array, "batch length width"]
-Logits = Float[Array, "batch length vocabulary"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """The keys and values of the tokens so far, for all layers.
-
-    Attributes:
-      keys: (layers, batch, capacity, heads, dim).
-      values: the same for values.
-      places: where the tokens are; segment 0 where there is none yet.
-      length: how many tokens there are.
-    """
-
-    keys: Float[Array, "layers batch capacity heads dim"]
-    values: Float[Array, "layers batch capacity heads dim"]
-    places: Places
-    length: Array
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, batch: int, capacity: int, dtype: Any) -> "Cache":
-        """Returns a cache with room for so many tokens of each example."""
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros((config.num_hidden_layers, *shape), dtype)
-        nowhere = jnp.zeros((batch, capacity), jnp.int32)
-        return cls(zeros, zeros, Places(nowhere, nowhere), jnp.zeros((), jnp.int32))
-
-
-class RMSNorm(nn.Module):
-    """Numbers over their root mean square, times a scale, computed in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*shape width"]) -> Float[Array, "*shape width"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        wide = x.astype(jnp.float32)
-        mean = jnp.square(wide).mean(axis=-1, keepdims=True)
-        return (wide * jax.lax.rsqrt(mean + self.epsilon)).astype(x.dtype) * scale.astype(x.dtype)
+from experiments.models.llama.rotary import rotary_angles, rotated
 
 
 class Attention(nn.Module):
@@ -78,8 +38,8 @@ class Attention(nn.Module):
         places: Places,
         angles: Float[Array, "batch length half"],
         keys_at: Places,
-        cached: tuple[Heads, Heads, Array] | None,
-    ) -> tuple[Hidden, tuple[Heads, Heads]]:
+        cached: tuple[Pair, Int[Array, ""]] | None,
+    ) -> tuple[Hidden, Pair]:
         config = self.config
         shared = config.num_key_value_heads
         query = self._heads("query", config.num_attention_heads, hidden)
@@ -87,18 +47,21 @@ class Attention(nn.Module):
         if config.has_head_norms:
             query = RMSNorm(config.rms_norm_eps, name="query_norm")(query)
             key = RMSNorm(config.rms_norm_eps, name="key_norm")(key)
-        query, key = rotated(query, angles), rotated(key, angles)
+        pair = rotated(key, angles), value
         if cached is not None:
-            keys, values, start = cached
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, 1)
-            value = jax.lax.dynamic_update_slice_in_dim(
-                values, value.astype(values.dtype), start, 1
-            )
-        seen = attention(query, key, value, places, keys_at, config.sliding_window)
+            pair = with_cached(pair, *cached)
+        seen = attention(
+            rotated(query, angles),
+            pair,
+            places,
+            keys_at,
+            sees=partial(in_segment_so_far, window=config.sliding_window),
+            scale=config.head_dim**-0.5,
+        )
         out = nn.DenseGeneral(
             config.hidden_size, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out"
         )
-        return out(seen), (key, value)
+        return out(seen), pair
 
     def _heads(self, name: str, count: int, hidden: Hidden) -> Heads:
         return nn.DenseGeneral(
@@ -107,22 +70,6 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name=name,
         )(hidden)
-
-
-class FeedForward(nn.Module):
-    """A gated feed-forward layer: down(silu(gate x) · up x) (Shazeer, GLU Variants, 2020)."""
-
-    config: LlamaConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: Hidden) -> Hidden:
-        gate, up = (
-            nn.Dense(self.config.intermediate_size, use_bias=False, dtype=self.dtype, name=name)
-            for name in ("gate", "up")
-        )
-        down = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, name="down")
-        return down(nn.silu(gate(hidden)) * up(hidden))
 
 
 class Layer(nn.Module):
@@ -135,20 +82,20 @@ class Layer(nn.Module):
     def __call__(
         self,
         hidden: Hidden,
-        cached: tuple[Heads, Heads] | None,
+        cached: Pair | None,
         places: Places,
         angles: Float[Array, "batch length half"],
         keys_at: Places,
-        start: Array | None,
-    ) -> tuple[Hidden, tuple[Heads, Heads] | None]:
-        epsilon = self.config.rms_norm_eps
-        attend = Attention(self.config, self.dtype, name="attention")
-        normalised = RMSNorm(epsilon, name="attention_norm")(hidden)
-        in_cache = None if cached is None or start is None else (*cached, start)
+        start: Int[Array, ""] | None,
+    ) -> tuple[Hidden, Pair | None]:
+        config = self.config
+        attend = Attention(config, self.dtype, name="attention")
+        normalised = RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
+        in_cache = None if cached is None or start is None else (cached, start)
         seen, pair = attend(normalised, places, angles, keys_at, in_cache)
         hidden = hidden + seen
-        feed_forward = FeedForward(self.config, self.dtype, name="mlp")
-        hidden = hidden + feed_forward(RMSNorm(epsilon, name="mlp_norm")(hidden))
+        feed_forward = GatedFeedForward(config.intermediate_size, nn.silu, self.dtype, name="mlp")
+        hidden = hidden + feed_forward(RMSNorm(config.rms_norm_eps, name="mlp_norm")(hidden))
         return hidden, None if cached is None else pair
 
 
@@ -169,13 +116,7 @@ class Llama(nn.Module):
         """Makes the layers."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
-        stack: Any = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, *[nn.broadcast] * 4),
-            length=config.num_hidden_layers,
-        )
+        stack = stack_of(Layer, config.num_hidden_layers, shared=4, remat=self.remat)
         self.layers = stack(config, self.dtype)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -198,7 +139,10 @@ class Llama(nn.Module):
           segments: which of several texts in a row it belongs to, from 1 on, and 0 for padding;
             one text unless given.
         """
-        return self._run(tokens, positions, segments, None)[0]
+        places = Places.of(tokens, positions, segments)
+        angles = rotary_angles(self.config, places.positions)
+        hidden, _ = self.layers(self.embed(tokens), None, places, angles, places, None)
+        return self.norm(hidden)
 
     def with_cache(
         self,
@@ -212,37 +156,49 @@ class Llama(nn.Module):
         Args:
           tokens: the tokens; with those in the cache no more than its capacity.
           cache: the keys and values of those before.
-          positions: as for `hidden_states`; unless given, they follow the number of those before.
+          positions: as for `hidden_states`; unless given, they follow those in the cache.
           segments: as for `hidden_states`.
         """
         if positions is None:
-            positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, longer = self._run(tokens, positions, segments, cache)
-        assert longer is not None
-        return hidden, longer
+            positions = cache.following_positions(tokens)
+        places = Places.of(tokens, positions, segments)
+        angles = rotary_angles(self.config, positions)
+        hidden, pairs = self.layers(
+            self.embed(tokens), cache.pairs, places, angles, cache.places_with(places), cache.length
+        )
+        return self.norm(hidden), cache.extended(pairs, places)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
 
-    def _run(
-        self, tokens: Tokens, positions: Tokens | None, segments: Tokens | None, cache: Cache | None
-    ) -> tuple[Hidden, Cache | None]:
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        places = Places(positions, jnp.ones_like(tokens) if segments is None else segments)
-        angles = rotary_angles(self.config, positions)
-        if cache is None:
-            hidden, _ = self.layers(self.embed(tokens), None, places, angles, places, None)
-            return self.norm(hidden), None
-        start = cache.length
-
-        def extended(old: Tokens, new: Tokens) -> Tokens:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-
-        keys_at = jax.tree.map(extended, cache.places, places)
-        hidden, (keys, values) = self.layers(
-            self.embed(tokens), (cache.keys, cache.values), places, angles, keys_at, start
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns a cache with room for so many tokens of each row."""
+        config = self.config
+        return Cache.empty(
+            layers=config.num_hidden_layers,
+            batch=batch,
+            capacity=capacity,
+            heads=config.num_key_value_heads,
+            dim=config.head_dim,
+            dtype=self.dtype,
         )
-        longer = Cache(keys, values, keys_at, start + tokens.shape[1])
-        return self.norm(hidden), longer
+
+    def read_prompts(
+        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        """Returns the logits of the token after each prompt; see `generation.Writing`."""
+        batch, width = tokens.shape
+        is_prompt = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
+        hidden, cache = self.with_cache(
+            tokens, self.empty_cache(batch, width + new_tokens), segments=is_prompt
+        )
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        return self.logits(last)[:, 0], cache.with_following(lengths)
+
+    def read_token(
+        self, token: Int[Array, "batch"], cache: Cache
+    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        """Returns the logits of what follows one more token; see `generation.Writing`."""
+        hidden, cache = self.with_cache(token[:, None], cache)
+        return self.logits(hidden)[:, 0], cache
