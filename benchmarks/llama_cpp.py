@@ -29,7 +29,7 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import Dialogue, dialogues
 from experiments.llm.exporting import ExportingOptions, export
-from experiments.models.llama import LanguageModel
+from experiments.models.pretrained import LanguageModel
 
 _CONTEXT = 2_048
 _FLOAT32, _STORED = "float32", "as stored"

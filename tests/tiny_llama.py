@@ -4,13 +4,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.models.llama import Llama, LlamaConfig, gguf_rules, huggingface_rules
+from experiments.models.llama import Llama, LlamaConfig, gguf_rules
 from experiments.models.llama.config import ARCHITECTURES, config_of
+from experiments.models.names import huggingface_rules
 from lora_jax.exchange import huggingface
+from tests.tiny_models import random_params
 
 LAYERS, VOCABULARY, WIDTH, HIDDEN, HEADS, SHARED, DIM = 2, 300, 64, 96, 4, 2, 16
 
@@ -58,16 +58,7 @@ def config(model_type: str, **changes: Any) -> LlamaConfig:
 @functools.cache
 def params(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     """Returns random parameters, norms around one."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    model = Llama(config(model_type, **changes))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    random = np.random.default_rng(seed)
-
-    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        numbers = random.normal(size=shape.shape).astype(np.float32)
-        return jnp.asarray(1 + numbers / 10 if path[-1].key == "scale" else numbers / 5)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
+    return random_params(Llama(config(model_type, **changes)), inputs=1, seed=seed)
 
 
 def write_folder(path: Path, model_type: str, *, seed: int = 0, **options: Any) -> None:

@@ -2,9 +2,11 @@
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from experiments.models.llama import ChatTokenizer
+from experiments.models.tokenizer import ChatTokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
@@ -12,6 +14,12 @@ TEMPLATE = (
 )
 END, BEGIN = "<|end|>", "<|begin|>"
 SPECIAL = (END, BEGIN, "<|user|>", "<|assistant|>")
+TEXTS = [
+    "Hello, world! 12345 it's\n\n  next\tline",
+    "ñandú 漢字 🙂",
+    "def f(x):\n    return x+1\n",
+    "one <|user|> two",
+]
 
 
 @functools.cache
@@ -41,3 +49,26 @@ def chat_tokenizer(template: str = TEMPLATE) -> ChatTokenizer:
     return ChatTokenizer(
         tokenizer, "the model", template=template, begin=BEGIN, end=END, begins_texts=False
     )
+
+
+def write_folder(
+    path: Path, *, single: Sequence[str] = ("$A",), changes: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the tokenizer and its settings as Hugging Face's folders have them.
+
+    Args:
+      path: the folder.
+      single: what the tokenizer itself puts around a text, `$A`.
+      changes: other settings.
+    """
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_str(trained()[0].to_str())
+    special = [(each, tokenizer.token_to_id(each)) for each in single if each != "$A"]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=list(single), special_tokens=special
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {"chat_template": TEMPLATE, "eos_token": END, "bos_token": {"content": BEGIN}}
+    settings |= changes or {}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

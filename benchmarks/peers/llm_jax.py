@@ -21,7 +21,8 @@ from experiments.llm.exporting import write_peft
 from experiments.llm.objectives import Answers
 from experiments.llm.packing import Batch
 from experiments.llm.step import training_step
-from experiments.models.llama import LanguageModel, Llama, generate
+from experiments.models.generation import generate
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import peft
 
 # The end of an answer is not looked for, so that all sides write the same number of tokens.
@@ -44,7 +45,7 @@ class LoraJax:
         settings = self._folder.settings()
         rates = jnp.array(settings["learning_rates"])
         self._tx = clipped_adamw(lambda step: rates[step], weight_decay=settings["weight_decay"])
-        apply = Llama(self._model.config, remat=remat).apply
+        apply = self._model.network(remat=remat).apply
         self._steps = CompiledSteps(training_step(apply, self._tx, Answers()))
 
     def begin(self) -> None:
@@ -100,15 +101,9 @@ class LoraJaxWriter:
         self._params = jax.jit(lora_jax.merge)(_adapted(model, start.trained))
         prompts = [prompt["tokens"] for prompt in read_batches(start.prompts)]
         self._prompts = filled_up(prompts, rows=len(prompts))
-        network = Llama(model.config)
+        apply = model.network().apply
         self._generate = jax.jit(
-            functools.partial(
-                generate,
-                network.apply,
-                model=network,
-                new_tokens=new_tokens,
-                end_ids=_NO_END,
-            )
+            functools.partial(generate, apply, new_tokens=new_tokens, end_ids=_NO_END)
         )
 
     def write(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from experiments.llm.mesh import Devices
 from experiments.llm.options import Options, parsed
 from experiments.llm.task import language_task, loaded_params
 from experiments.llm.training import Training
-from experiments.models.llama import LanguageModel
+from experiments.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)

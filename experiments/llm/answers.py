@@ -17,14 +17,10 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
 from experiments.llm.task import loaded_params
-from experiments.models.llama import (
-    ChatTokenizer,
-    LanguageModel,
-    Llama,
-    Sampling,
-    generate,
-)
-from experiments.models.llama.generate import GREEDY
+from experiments.models.generation import GREEDY, Sampling, generate
+from experiments.models.llama import Llama
+from experiments.models.pretrained import LanguageModel
+from experiments.models.tokenizer import ChatTokenizer
 
 # Prompts are filled up to a multiple of this, so that few programs serve all lengths.
 _LENGTHS = 64
@@ -124,7 +120,6 @@ class Writer:
         """Returns a function from prompts to tokens (prompt, adapter, new)."""
         run = functools.partial(
             generate,
-            model=self.network,
             new_tokens=new_tokens,
             end_ids=self.tokenizer.end_ids,
             sampling=sampling,

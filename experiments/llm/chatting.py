@@ -8,7 +8,6 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import lora_jax
 from experiments.common.console import Console
@@ -18,7 +17,7 @@ from experiments.common.programs import keep_programs
 from experiments.llm.answers import Writer, filled_up
 from experiments.llm.examples import Message
 from experiments.llm.options import AdapterPath, DrawingOptions, ModelPath
-from experiments.models.llama import read_prompts, read_token
+from experiments.models.generation import read_prompts, read_token
 
 _DESCRIPTION = """\
 A conversation with a model, with its adapter merged, or without --adapter as it is. Each
@@ -91,7 +90,7 @@ class Answerer:
         # Weights that are not adapted may still be quantised.
         apply = lora_jax.adapt(writer.network.apply)
         self._read_prompts = jax.jit(
-            functools.partial(read_prompts, apply, model=writer.network, capacity=self._capacity)
+            functools.partial(read_prompts, apply), static_argnames="new_tokens"
         )
         self._read_token = jax.jit(functools.partial(read_token, apply))
         self._draw = jax.jit(self._sampling.drawn)
@@ -110,10 +109,11 @@ class Answerer:
                 f"the conversation has {len(prompt)} tokens, and there is room for "
                 f"{self._capacity}; pass a larger --max-length, or begin again"
             )
-        logits, cache = self._read_prompts(params, tokens=tokens, lengths=lengths)
+        new_tokens = self._capacity - tokens.shape[1]
+        logits, cache = self._read_prompts(params, tokens, lengths, new_tokens=new_tokens)
         written: list[int] = []
         shown = ""
-        for place in range(self._capacity - tokens.shape[1]):
+        for _ in range(new_tokens):
             token = int(self._draw(logits, jax.random.fold_in(self._key, self._drawn))[0])
             self._drawn += 1
             if token in tokenizer.end_ids:
@@ -124,8 +124,7 @@ class Answerer:
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-            position = jnp.asarray(lengths + np.int32(place))
-            logits, cache = self._read_token(params, jnp.array([token]), position, cache)
+            logits, cache = self._read_token(params, jnp.array([token]), cache)
 
 
 def _read_line() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from experiments.common.errors import InputError
-from experiments.models.llama import ChatTokenizer
+from experiments.models.tokenizer import ChatTokenizer
 
 Message = Mapping[str, str]
 Messages = tuple[Message, ...]

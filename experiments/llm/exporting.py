@@ -13,7 +13,9 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelPath
 from experiments.llm.task import loaded_params
-from experiments.models.llama import LanguageModel, gguf_rules, huggingface_rules
+from experiments.models.llama import gguf_rules
+from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import gguf, huggingface, peft
 
 _DESCRIPTION = """\

@@ -10,7 +10,8 @@ from jaxtyping import PRNGKeyArray
 import lora_jax
 from experiments.common import method
 from experiments.common.errors import as_input_error
-from experiments.models.llama import LlamaConfig, huggingface_rules
+from experiments.models.llama import LlamaConfig
+from experiments.models.names import huggingface_rules
 from lora_jax.exchange import peft
 
 METHODS = ("lora", "dora", "full")

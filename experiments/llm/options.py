@@ -28,7 +28,7 @@ from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.mesh import mesh_sizes
 from experiments.llm.methods import ALL_LINEAR, METHODS, Method
 from experiments.llm.objectives import Answers, Objective, Preferences
-from experiments.models.llama import Sampling
+from experiments.models.generation import Sampling
 
 _DESCRIPTION = """\
 LoRA on a language model: it learns from conversations, or from prompts and completions.

@@ -13,7 +13,7 @@ from experiments.llm.options import Options
 from experiments.llm.report import Findings, present
 from experiments.llm.task import describe, language_task, loaded_params
 from experiments.llm.training import Examination, Training
-from experiments.models.llama import LanguageModel
+from experiments.models.pretrained import LanguageModel
 from lora_jax.checkpoint import TrainingCheckpoints
 
 _CHECKPOINTS = "checkpoints"

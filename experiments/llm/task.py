@@ -23,7 +23,10 @@ from experiments.llm.examples import (
 )
 from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
-from experiments.models.llama import ChatTokenizer, LanguageModel, Llama, huggingface_rules
+from experiments.models.llama import Llama
+from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import LanguageModel
+from experiments.models.tokenizer import ChatTokenizer
 from lora_jax.exchange import peft
 
 Part = TypeVar("Part")

@@ -15,7 +15,7 @@ from experiments.common.options import Option, parsed_as
 from experiments.common.programs import keep_programs
 from experiments.llm.answers import Writer
 from experiments.llm.options import DrawingOptions, ModelPath, NewTokens
-from experiments.models.llama import ChatTokenizer
+from experiments.models.tokenizer import ChatTokenizer
 
 _DESCRIPTION = """\
 Writes an answer to each prompt: what the model writes with its adapter merged, or

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from experiments.llm.adapter_folder import AdapterFolder
-from experiments.models.llama import LanguageModel
-from tests import tiny_llama
-from tests.tiny_tokenizer import BEGIN, END, TEMPLATE, trained
+from experiments.models.pretrained import LanguageModel
+from tests import tiny_llama, tiny_tokenizer
 
 ANSWERS = {"hello": "the world", "world": "hello there", "other": "the other", "there": "world"}
 
@@ -37,9 +36,7 @@ def write_lines(path: Path, entries: list[dict[str, Any]]) -> Path:
 def write_model(path: Path, *, seed: int = 0) -> None:
     """Writes a folder with a tiny model and its tokenizer."""
     tiny_llama.write_folder(path, "llama", seed=seed)
-    trained()[0].save(str(path / "tokenizer.json"))
-    settings = {"chat_template": TEMPLATE, "eos_token": END, "bos_token": BEGIN}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tiny_tokenizer.write_folder(path)
 
 
 def write_study(folder: Path) -> list[str]:

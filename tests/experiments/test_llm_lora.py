@@ -13,7 +13,7 @@ import lora_jax
 from experiments.common.files import used_alone
 from experiments.llm import training
 from experiments.llm_lora import main
-from experiments.models.llama import huggingface_rules
+from experiments.models.names import huggingface_rules
 from lora_jax.exchange import peft
 from tests import tiny_llama
 from tests.experiments.interruptions import interrupted_after

@@ -1,13 +1,13 @@
 """The settings of a BERT encoder, as `config.json` holds them."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from experiments.common.errors import InputError
-from experiments.models.bert.layers import ACTIVATIONS
+from experiments.models.entries import read_entries
+from experiments.models.layers import ACTIVATIONS
 
 # Entries besides the numbers, with the only value that this encoder supports.
 _SUPPORTED = {
@@ -50,12 +50,7 @@ def read_config(path: Path) -> BertConfig:
     Raises:
       InputError: an entry is missing, or does not describe a BERT encoder; it is named.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} is not a model's config.json: expected a JSON object")
+    entries = read_entries(path)
     for name, supported in _SUPPORTED.items():
         _check_supported(path, entries, name, supported)
     config = BertConfig(

@@ -1,8 +1,5 @@
 """BERT's layers without matrices, written so that the backward pass keeps little in memory."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -73,22 +70,3 @@ def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     (change,) = tangents
     mean_change = (shares * change).sum(axis=-1, keepdims=True)
     return shares, shares * (change - mean_change)
-
-
-# Its slope is computed from the input alone, so that the backward pass keeps one array of the
-# model's widest shape instead of three.
-@jax.checkpoint
-def _gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns x·Φ(x) with Φ(x) = (1 + erf(x/√2))/2, as PyTorch computes it.
-
-    `jax.nn.gelu` uses erfc, which is more exact far below zero and three times as slow.
-    """
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": _gelu,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}

@@ -9,7 +9,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.models.bert.config import BertConfig
-from experiments.models.bert.layers import ACTIVATIONS, Dropout, LayerNorm, softmax
+from experiments.models.bert.layers import Dropout, LayerNorm, softmax
+from experiments.models.layers import ACTIVATIONS
 
 TokenIds = Int[Array, "batch length"]
 Mask = Bool[Array, "batch length"]

@@ -1,12 +1,17 @@
 """The settings of a decoder-only language model, as `config.json` or a GGUF file holds them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from experiments.common.errors import InputError
+from experiments.models.entries import (
+    check_positive,
+    check_supported,
+    check_unquantized,
+    entry,
+    without_none,
+)
 
 # The architectures, and what of theirs is not the same in all: {name: (biases on query, key and
 # value; norms on query and key)}.
@@ -90,23 +95,6 @@ class LlamaConfig:
         return ARCHITECTURES[self.model_type][1]
 
 
-def read_config(path: Path) -> LlamaConfig:
-    """Returns the settings in a `config.json`.
-
-    Raises:
-      InputError: an entry is missing, or asks for what this model does not compute; it is named.
-    """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} is not a model's config.json: expected a JSON object")
-    return config_of(entries, str(path))
-
-
 def entries_of(config: LlamaConfig) -> dict[str, Any]:
     """Returns what a `config.json` holds, from which `config_of` makes the settings.
 
@@ -145,29 +133,20 @@ def config_of(entries: Mapping[str, Any], source: str) -> LlamaConfig:
         raise InputError(
             f"{source}: model_type is {model_type!r}, expected one of {', '.join(ARCHITECTURES)}"
         )
-    quantized = entries.get("quantization_config")
-    if quantized:
-        raise InputError(
-            f"{source}: the weights are quantised by {quantized.get('quant_method')!r}; expected "
-            "the folder of the model in 16 or 32 bits, which can be quantised while it is read"
-        )
-    supported = {**_SUPPORTED, "attention_bias": ARCHITECTURES[model_type][0]}
-    for name, value in supported.items():
-        if entries.get(name, value) != value:
-            raise InputError(
-                f"{source}: {name} is {entries[name]!r}; this model computes with {value!r} alone"
-            )
+    check_unquantized(entries, source)
+    has_biases, _ = ARCHITECTURES[model_type]
+    check_supported(entries, {**_SUPPORTED, "attention_bias": has_biases}, source)
     rope_theta, rope_scaling = _rope(entries, source)
     given = {
-        **_without_none(entries),
+        **without_none(entries),
         "rope_theta": rope_theta,
         "sliding_window": entries.get("sliding_window") if model_type == "mistral" else None,
         "num_key_value_heads": entries.get("num_key_value_heads")
-        or _entry(entries, "num_attention_heads", int, source),
+        or entry(entries, "num_attention_heads", int, source),
         "head_dim": entries.get("head_dim") or _head_dim(entries, source),
     }
     numbers = {
-        field.name: _entry(given, field.name, field.type, source)
+        field.name: entry(given, field.name, field.type, source)
         for field in fields(LlamaConfig)
         if field.name in given or field.name in _REQUIRED
         if not field.name.startswith("rope_") or field.name == "rope_theta"
@@ -187,13 +166,9 @@ _REQUIRED = (
 )
 
 
-def _without_none(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entries.items() if value is not None}
-
-
 def _head_dim(entries: Mapping[str, Any], source: str) -> int:
     width, heads = (
-        _entry(entries, name, int, source) for name in ("hidden_size", "num_attention_heads")
+        entry(entries, name, int, source) for name in ("hidden_size", "num_attention_heads")
     )
     if width % heads:
         raise InputError(
@@ -216,38 +191,14 @@ def _rope(entries: Mapping[str, Any], source: str) -> tuple[float, Llama3Scaling
         )
     return float(theta), Llama3Scaling(
         **{
-            field.name: _entry(own, field.name, field.type, source)
+            field.name: entry(own, field.name, field.type, source)
             for field in fields(Llama3Scaling)
         }
     )
 
 
-def _entry(entries: Mapping[str, Any], name: str, expected: Any, source: str) -> Any:
-    """Returns the entry; raises unless it has the type of its field."""
-    if name not in entries:
-        raise InputError(f"{source}: {name} is missing; expected the settings of a language model")
-    value = entries[name]
-    # JSON has one type of number, so 1 may stand for 1.0; but true is not 1.
-    allowed = expected | int if expected is float else expected
-    if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
-        raise InputError(f"{source}: {name} is {value!r}, expected {_TYPE_NAMES[expected]}")
-    return value
-
-
-_TYPE_NAMES = {
-    int: "a whole number",
-    int | None: "a whole number",
-    float: "a number",
-    str: "a name",
-    bool: "true or false",
-}
-
-
 def _check_consistent(config: LlamaConfig, source: str) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type in (int, int | None, float) and value is not None and value <= 0:
-            raise InputError(f"{source}: {field.name} is {value}, expected more than 0")
+    check_positive(config, source)
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(
             f"{source}: num_attention_heads {config.num_attention_heads} is not a multiple of "

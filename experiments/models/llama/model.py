@@ -4,47 +4,30 @@ The layers are one stack that is scanned over. Every kernel is the transpose of 
 Hugging Face's model, with an axis for heads and one for the dimensions of a head.
 """
 
+from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from experiments.models.llama.attention import (
+from experiments.models.attention import (
     Heads,
     Places,
+    Scoring,
     Tokens,
     attention,
-    rotary_angles,
-    rotated,
+    in_read_order,
+    in_segment_so_far,
 )
-from experiments.models.llama.cache import Cache
+from experiments.models.cache import Cache, looked_at
+from experiments.models.layers import GatedFeedForward, Hidden, Logits, RMSNorm, stack_of
 from experiments.models.llama.config import LlamaConfig
-from experiments.models.llama.recomputing import computed_again
+from experiments.models.llama.rotary import rotary_angles, rotated
 
-Hidden = Float[Array, "batch length width"]
 Angles = Float[Array, "batch length half"]
-Logits = Float[Array, "batch length vocabulary"]
-
-
-class RMSNorm(nn.Module):
-    """Numbers over their root mean square, times a scale, computed in float32."""
-
-    epsilon: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*shape width"]) -> Float[Array, "*shape width"]:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-
-        @computed_again
-        def normalised(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            mean = jnp.square(wide).mean(axis=-1, keepdims=True)
-            over_root = wide * jax.lax.rsqrt(mean + self.epsilon)
-            return over_root.astype(x.dtype) * scale.astype(x.dtype)
-
-        return normalised(x, scale)
+# What a layer hands on to the next one.
+Carried = tuple[Hidden, Cache | None]
 
 
 class Attention(nn.Module):
@@ -61,7 +44,7 @@ class Attention(nn.Module):
         angles: Angles,
         number: Array,
         cache: Cache | None,
-    ) -> tuple[Hidden, Cache | None]:
+    ) -> Carried:
         config = self.config
         shared = config.num_key_value_heads
         query = self._heads("query", config.num_attention_heads, hidden)
@@ -69,20 +52,22 @@ class Attention(nn.Module):
         if config.has_head_norms:
             query = RMSNorm(config.rms_norm_eps, name="query_norm")(query)
             key = RMSNorm(config.rms_norm_eps, name="key_norm")(key)
-        query, key = rotated(query, angles), rotated(key, angles)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        keys_at, in_order = places, True
-        if cache is not None:
-            cache = cache.with_layer(number, key, value)
-            if not cache.is_empty:
-                key, value = cache.layer(number)
-                keys_at, in_order = cache.places, False
-        window = config.sliding_window
-        seen = attention(query, key, value, places, keys_at, window, in_order=in_order)
+        pair = in_read_order(rotated(key, angles)), in_read_order(value)
+        looked = looked_at(pair, places, number, cache)
+        seen = attention(
+            rotated(query, angles),
+            looked.pair,
+            places,
+            looked.places,
+            Scoring(
+                partial(in_segment_so_far, window=config.sliding_window), config.head_dim**-0.5
+            ),
+            in_order=looked.in_order,
+        )
         out = nn.DenseGeneral(
             config.hidden_size, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out"
         )
-        return out(seen), cache
+        return out(seen), looked.cache
 
     def _heads(self, name: str, count: int, hidden: Hidden) -> Heads:
         return nn.DenseGeneral(
@@ -93,27 +78,6 @@ class Attention(nn.Module):
         )(hidden)
 
 
-class FeedForward(nn.Module):
-    """A gated feed-forward layer: down(silu(gate x) · up x) (Shazeer, GLU Variants, 2020)."""
-
-    config: LlamaConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: Hidden) -> Hidden:
-        gate, up = (
-            nn.Dense(self.config.intermediate_size, use_bias=False, dtype=self.dtype, name=name)
-            for name in ("gate", "up")
-        )
-        down = nn.Dense(self.config.hidden_size, use_bias=False, dtype=self.dtype, name="down")
-
-        @computed_again
-        def gated(gate: Array, up: Array) -> Array:
-            return nn.silu(gate) * up
-
-        return down(gated(gate(hidden), up(hidden)))
-
-
 class Layer(nn.Module):
     """Attention and a feed-forward layer, each of a normalised input and added to it."""
 
@@ -122,20 +86,16 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        carried: tuple[Hidden, Cache | None],
-        number: Array,
-        places: Places,
-        angles: Angles,
-    ) -> tuple[tuple[Hidden, Cache | None], None]:
+        self, carried: Carried, number: Array, places: Places, angles: Angles
+    ) -> tuple[Carried, None]:
         hidden, cache = carried
-        epsilon = self.config.rms_norm_eps
-        attend = Attention(self.config, self.dtype, name="attention")
-        normalised = RMSNorm(epsilon, name="attention_norm")(hidden)
+        config = self.config
+        attend = Attention(config, self.dtype, name="attention")
+        normalised = RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
         seen, cache = attend(normalised, places, angles, number, cache)
         hidden = hidden + seen
-        feed_forward = FeedForward(self.config, self.dtype, name="mlp")
-        hidden = hidden + feed_forward(RMSNorm(epsilon, name="mlp_norm")(hidden))
+        feed_forward = GatedFeedForward(config.intermediate_size, nn.silu, self.dtype, name="mlp")
+        hidden = hidden + feed_forward(RMSNorm(config.rms_norm_eps, name="mlp_norm")(hidden))
         return (hidden, cache), None
 
 
@@ -156,13 +116,7 @@ class Llama(nn.Module):
         """Makes the layers."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
-        stack: Any = nn.scan(
-            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=config.num_hidden_layers,
-        )
+        stack = stack_of(Layer, config.num_hidden_layers, shared=2, remat=self.remat)
         self.layers = stack(config, self.dtype)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -186,7 +140,7 @@ class Llama(nn.Module):
           segments: which of several texts in a row it belongs to, from 1 on, and 0 for padding;
             one text unless given.
         """
-        return self._run(tokens, positions, segments, None)[0]
+        return self._run(tokens, Places.of(tokens, positions, segments), None)[0]
 
     def with_cache(
         self,
@@ -200,31 +154,54 @@ class Llama(nn.Module):
         Args:
           tokens: the tokens; with those in the cache no more than its capacity.
           cache: the keys and values of those before.
-          positions: as for `hidden_states`; unless given, they follow the number of those before.
+          positions: as for `hidden_states`; unless given, they follow those in the cache.
           segments: as for `hidden_states`.
         """
         if positions is None:
-            positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, longer = self._run(tokens, positions, segments, cache)
+            positions = cache.following_positions(tokens)
+        places = Places.of(tokens, positions, segments)
+        hidden, longer = self._run(tokens, places, cache.with_places(places))
         assert longer is not None
-        return hidden, longer
+        return hidden, longer.longer(places)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
 
-    def _run(
-        self, tokens: Tokens, positions: Tokens | None, segments: Tokens | None, cache: Cache | None
-    ) -> tuple[Hidden, Cache | None]:
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        places = Places(positions, jnp.ones_like(tokens) if segments is None else segments)
-        angles = rotary_angles(self.config, positions)
-        if cache is not None:
-            cache = cache.with_places(places)
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
+        """Returns a cache with room for so many tokens of each row."""
+        config = self.config
+        return Cache.empty(
+            layers=config.num_hidden_layers,
+            batch=batch,
+            capacity=capacity,
+            heads=config.num_key_value_heads,
+            dim=config.head_dim,
+            dtype=self.dtype,
+        )
+
+    def read_prompts(
+        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        """Returns the logits of the token after each prompt; see `generation.Writing`."""
+        batch, width = tokens.shape
+        is_prompt = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
+        hidden, cache = self.with_cache(
+            tokens, self.empty_cache(batch, width + new_tokens), segments=is_prompt
+        )
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        return self.logits(last)[:, 0], cache.with_following(lengths)
+
+    def read_token(
+        self, token: Int[Array, "batch"], cache: Cache
+    ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
+        """Returns the logits of what follows one more token; see `generation.Writing`."""
+        hidden, cache = self.with_cache(token[:, None], cache)
+        return self.logits(hidden)[:, 0], cache
+
+    def _run(self, tokens: Tokens, places: Places, cache: Cache | None) -> Carried:
+        angles = rotary_angles(self.config, places.positions)
         numbers = jnp.arange(self.config.num_hidden_layers)
         carried = self.embed(tokens), cache
         (hidden, cache), _ = self.layers(carried, numbers, places, angles)
-        if cache is not None:
-            cache = cache.longer(tokens.shape[1])
         return self.norm(hidden), cache

@@ -1,9 +1,9 @@
-"""What the parameters are called in Hugging Face's folders and in GGUF files."""
+"""What the parameters are called in GGUF files."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.models.llama.config import LlamaConfig
+from experiments.models.names import huggingface_rules
 from lora_jax.exchange import peft
 
 # The name in a GGUF file of each module of Hugging Face's model.
@@ -23,11 +23,6 @@ _GGUF_NAMES = {
     "model.layers.{layer}.mlp.up_proj": "blk.{layer}.ffn_up",
     "model.layers.{layer}.mlp.down_proj": "blk.{layer}.ffn_down",
 }
-
-
-def huggingface_rules(config: LlamaConfig) -> Sequence[peft.Rule]:
-    """Returns the rules for Hugging Face's names."""
-    return peft.ready_rules(config.model_type, "lora_jax", tied=config.tie_word_embeddings)
 
 
 def gguf_rules(config: LlamaConfig) -> list[peft.Rule]:

@@ -125,7 +125,33 @@ _FLAX_BERT = {
     "head": "cls.predictions.decoder.weight",
     "head_bias": "cls.predictions.bias",
 }
-_T5 = {"embedding": "shared.weight", "head": "lm_head.weight"}
+
+# A layer is sublayers by number: attention, in the decoder attention to the encoder, feed-forward.
+_T5_ATTENTION = "{stack}.block.{layer}.layer.0"
+_T5_CROSS_ATTENTION = "decoder.block.{layer}.layer.1"
+_T5_MLPS = {"encoder": "encoder.block.{layer}.layer.1", "decoder": "decoder.block.{layer}.layer.2"}
+_T5 = {
+    "embedding": "shared.weight",
+    "relative_bias": "{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "attention_norm": f"{_T5_ATTENTION}.layer_norm.weight",
+    "query": f"{_T5_ATTENTION}.SelfAttention.q.weight",
+    "key": f"{_T5_ATTENTION}.SelfAttention.k.weight",
+    "value": f"{_T5_ATTENTION}.SelfAttention.v.weight",
+    "attention_out": f"{_T5_ATTENTION}.SelfAttention.o.weight",
+    "cross_norm": f"{_T5_CROSS_ATTENTION}.layer_norm.weight",
+    "cross_query": f"{_T5_CROSS_ATTENTION}.EncDecAttention.q.weight",
+    "cross_key": f"{_T5_CROSS_ATTENTION}.EncDecAttention.k.weight",
+    "cross_value": f"{_T5_CROSS_ATTENTION}.EncDecAttention.v.weight",
+    "cross_out": f"{_T5_CROSS_ATTENTION}.EncDecAttention.o.weight",
+    **{f"{stack}_mlp_norm": f"{mlp}.layer_norm.weight" for stack, mlp in _T5_MLPS.items()},
+    # One matrix leads into the layer, or the two of a gated one.
+    **{f"{stack}_hidden": f"{mlp}.DenseReluDense.wi.weight" for stack, mlp in _T5_MLPS.items()},
+    **{f"{stack}_gate": f"{mlp}.DenseReluDense.wi_0.weight" for stack, mlp in _T5_MLPS.items()},
+    **{f"{stack}_up": f"{mlp}.DenseReluDense.wi_1.weight" for stack, mlp in _T5_MLPS.items()},
+    **{f"{stack}_down": f"{mlp}.DenseReluDense.wo.weight" for stack, mlp in _T5_MLPS.items()},
+    "norm": "{stack}.final_layer_norm.weight",
+    "head": "lm_head.weight",
+}
 
 NAMES: Mapping[str, Mapping[str, str]] = {
     "llama": _DECODER | _SAME_MODULES,
@@ -144,6 +170,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
 
 _STACKED_HEADS: Axes = ("batch", "in", "out", "out")
 _STACKED_BIAS: Axes = ("batch", "out", "out")
+_STACKED_OUT: Axes = ("batch", "in", "in", "out")
 _LORA_JAX_DECODER = {
     "embedding": Leaf("embed/embedding", kind="embedding"),
     "attention_norm": Leaf("layers/attention_norm/scale"),
@@ -155,7 +182,7 @@ _LORA_JAX_DECODER = {
     "key_norm": Leaf("layers/attention/key_norm/scale"),
     "value": Leaf("layers/attention/value/kernel", _STACKED_HEADS),
     "value_bias": Leaf("layers/attention/value/bias", _STACKED_BIAS),
-    "attention_out": Leaf("layers/attention/out/kernel", ("batch", "in", "in", "out")),
+    "attention_out": Leaf("layers/attention/out/kernel", _STACKED_OUT),
     "mlp_norm": Leaf("layers/mlp_norm/scale"),
     "gate": Leaf("layers/mlp/gate/kernel"),
     "up": Leaf("layers/mlp/up/kernel"),
@@ -194,6 +221,29 @@ _LORA_JAX_BERT = {
     },
     "classifier.weight": Leaf("classifier/kernel"),
     "classifier.bias": Leaf("classifier/bias"),
+}
+_T5_STACK = "{stack:encoder|decoder}"
+_LORA_JAX_T5 = {
+    "embedding": Leaf("embed/embedding", kind="embedding"),
+    "relative_bias": Leaf(f"{_T5_STACK}/relative_bias/embedding", kind="embedding"),
+    "attention_norm": Leaf(f"{_T5_STACK}/layers/attention_norm/scale"),
+    "query": Leaf(f"{_T5_STACK}/layers/attention/query/kernel", _STACKED_HEADS),
+    "key": Leaf(f"{_T5_STACK}/layers/attention/key/kernel", _STACKED_HEADS),
+    "value": Leaf(f"{_T5_STACK}/layers/attention/value/kernel", _STACKED_HEADS),
+    "attention_out": Leaf(f"{_T5_STACK}/layers/attention/out/kernel", _STACKED_OUT),
+    "cross_norm": Leaf("decoder/layers/cross_attention_norm/scale"),
+    "cross_query": Leaf("decoder/layers/cross_attention/query/kernel", _STACKED_HEADS),
+    "cross_key": Leaf("decoder/layers/cross_attention/key/kernel", _STACKED_HEADS),
+    "cross_value": Leaf("decoder/layers/cross_attention/value/kernel", _STACKED_HEADS),
+    "cross_out": Leaf("decoder/layers/cross_attention/out/kernel", _STACKED_OUT),
+    **{f"{stack}_mlp_norm": Leaf(f"{stack}/layers/mlp_norm/scale") for stack in _T5_MLPS},
+    **{
+        f"{stack}_{name}": Leaf(f"{stack}/layers/mlp/{name}/kernel")
+        for stack in _T5_MLPS
+        for name in ("hidden", "gate", "up", "down")
+    },
+    "norm": Leaf(f"{_T5_STACK}/norm/scale"),
+    "head": Leaf("head/kernel"),
 }
 
 # --- the Flax classes of transformers 4 ----------------------------------------------------------
@@ -286,6 +336,7 @@ TREES: Mapping[tuple[str, str], Tree] = {
     ("qwen2", "lora_jax"): Tree(_LORA_JAX_DECODER),
     ("qwen3", "lora_jax"): Tree(_LORA_JAX_DECODER),
     ("bert", "lora_jax"): Tree(_LORA_JAX_BERT, _UNTIED_ALONE),
+    ("t5", "lora_jax"): Tree(_LORA_JAX_T5, _TIED_FIRST, is_shared=True),
     ("llama", "flax"): Tree(_FLAX_DECODER, _UNTIED_ALONE),
     ("mistral", "flax"): Tree(_FLAX_DECODER, _UNTIED_ALONE),
     ("gemma", "flax"): Tree(_FLAX_DECODER, _TIED_FIRST),

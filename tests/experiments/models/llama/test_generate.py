@@ -9,18 +9,19 @@ import pytest
 
 import lora_jax
 from benchmarks.programs import Cost
-from experiments.models.llama import Llama, Sampling, generate
+from experiments.models.generation import Sampling, generate
+from experiments.models.llama import Llama
 from tests import tiny_llama
 from tests.trained import as_if_trained
 
 NEW = 6
 
 
-def written(apply, params, model, prompts, end_ids=(VOCABULARY := tiny_llama.VOCABULARY,)):
+def written(apply, params, prompts, end_ids=(VOCABULARY := tiny_llama.VOCABULARY,)):
     lengths = jnp.array([len(each) for each in prompts])
     width = max(map(len, prompts))
     tokens = jnp.asarray([[*each, *[0] * (width - len(each))] for each in prompts])
-    run = functools.partial(generate, apply, model=model, new_tokens=NEW, end_ids=end_ids)
+    run = functools.partial(generate, apply, new_tokens=NEW, end_ids=end_ids)
     return np.asarray(jax.jit(run)(params, tokens=tokens, lengths=lengths))
 
 
@@ -39,7 +40,7 @@ def without_cache(model, params, prompt):
 def test_a_batch_is_its_prompts_one_by_one_without_a_cache(model_type):
     model, params = Llama(tiny_llama.config(model_type)), tiny_llama.params(model_type)
     prompts = [list(map(int, tiny_llama.tokens(1, n, seed=n)[0])) for n in (5, 9)]
-    found = written(model.apply, params, model, prompts)
+    found = written(model.apply, params, prompts)
     expected = [without_cache(model, params, prompt) for prompt in prompts]
     assert found.tolist() == expected
 
@@ -54,9 +55,7 @@ def test_there_is_one_cache():
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def temporaries(new_tokens):
-        run = functools.partial(
-            generate, model.apply, model=model, new_tokens=new_tokens, end_ids=(0,)
-        )
+        run = functools.partial(generate, model.apply, new_tokens=new_tokens, end_ids=(0,))
         compiled = jax.jit(run).lower(params, tokens=tokens, lengths=lengths).compile()
         return Cost.of(compiled).temporary_bytes
 
@@ -70,9 +69,9 @@ def test_there_is_one_cache():
 def test_an_answer_ends():
     model, params = Llama(tiny_llama.config("llama")), tiny_llama.params("llama")
     prompts = [list(map(int, tiny_llama.tokens(1, 5)[0]))]
-    free = written(model.apply, params, model, prompts)[0].tolist()
+    free = written(model.apply, params, prompts)[0].tolist()
     place = next(n for n in range(1, NEW) if free[n] not in free[:n])
-    ended = written(model.apply, params, model, prompts, end_ids=(free[place],))[0].tolist()
+    ended = written(model.apply, params, prompts, end_ids=(free[place],))[0].tolist()
     assert ended == free[: place + 1] + [free[place]] * (NEW - place - 1)
 
 
@@ -86,9 +85,9 @@ def test_adapted_is_merged():
         wrapped,
     )
     prompts = [list(map(int, tiny_llama.tokens(1, 5)[0]))]
-    base = written(model.apply, params, model, prompts)
-    adapted = written(lora_jax.adapt(model.apply), trained, model, prompts)
-    merged = written(model.apply, lora_jax.merge(trained), model, prompts)
+    base = written(model.apply, params, prompts)
+    adapted = written(lora_jax.adapt(model.apply), trained, prompts)
+    merged = written(model.apply, lora_jax.merge(trained), prompts)
     np.testing.assert_array_equal(adapted, merged)
     assert (adapted != base).any()
 
@@ -101,7 +100,7 @@ def test_each_prompt_has_its_own_adapter():
         as_if_trained(lora_jax.wrap(params, "mlp", rank=2, axes=axes), seed) for seed in (1, 2)
     ]
     prompts = [list(map(int, tiny_llama.tokens(1, 5, seed=n)[0])) for n in range(3)]
-    run = functools.partial(generate, model.apply, model=model, new_tokens=NEW, end_ids=(300,))
+    run = functools.partial(generate, model.apply, new_tokens=NEW, end_ids=(300,))
     bank, ids = lora_jax.serving.bank(adapters), jnp.array([1, -1, 0])
     served = jax.jit(
         lora_jax.serving.adapt(lambda params, tokens: run(params, tokens=tokens, lengths=LENGTHS))
@@ -109,7 +108,7 @@ def test_each_prompt_has_its_own_adapter():
     found = np.asarray(served(bank, ids, jnp.asarray(prompts)))
     trees = [adapters[1], params, adapters[0]]
     expected = [
-        written(lora_jax.adapt(model.apply), tree, model, [prompt])[0]
+        written(lora_jax.adapt(model.apply), tree, [prompt])[0]
         for tree, prompt in zip(trees, prompts, strict=True)
     ]
     np.testing.assert_array_equal(found, expected)
@@ -119,40 +118,12 @@ def test_each_prompt_has_its_own_adapter():
 LENGTHS = jnp.array([5])
 
 
-# --- drawing ---------------------------------------------------------------------------------
-
-
-SHARES = np.array([0.5, 0.3, 0.15, 0.05])
-
-
-def frequencies(sampling, count=4000):
-    logits = jnp.log(jnp.broadcast_to(jnp.asarray(SHARES[[2, 0, 3, 1]]), (count, 4)))
-    drawn = jax.jit(sampling.drawn)(logits, jax.random.key(0))
-    return np.bincount(np.asarray(drawn), minlength=4)[[1, 3, 0, 2]] / count
-
-
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        (Sampling(temperature=1.0), SHARES),
-        (Sampling(temperature=0.5), SHARES**2 / np.sum(SHARES**2)),
-        (Sampling(temperature=1.0, top_p=0.9), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
-        (Sampling(temperature=1.0, top_p=0.5), [1, 0, 0, 0]),
-        (Sampling(temperature=1.0, top_p=0.01), [1, 0, 0, 0]),
-        (Sampling(), [1, 0, 0, 0]),
-    ],
-)
-def test_tokens_are_drawn_with_their_probabilities(sampling, expected):
-    np.testing.assert_allclose(frequencies(sampling), expected, atol=0.025)
-
-
 def test_drawing_needs_a_key_and_repeats_with_it():
     model, params = Llama(tiny_llama.config("llama")), tiny_llama.params("llama")
     tokens = jnp.asarray(tiny_llama.tokens(3, 5))
     run = functools.partial(
         generate,
         model.apply,
-        model=model,
         tokens=tokens,
         lengths=jnp.array([5, 5, 5]),
         new_tokens=NEW,

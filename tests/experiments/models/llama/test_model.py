@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.programs import Cost
-from experiments.models.llama import Cache, Llama, attention
+from experiments.models import attention
+from experiments.models.llama import Llama
 from tests import tiny_llama
 from tests.agreement import assert_agree
 
@@ -121,7 +122,7 @@ def test_a_cache_gives_the_same_token_by_token(model_type):
     tokens = tiny_llama.tokens(2, 12)
     settings = tiny_llama.config(model_type)
     variables = {"params": tiny_llama.params(model_type)}
-    cache = Cache.empty(settings, 2, 16, jnp.float32)
+    cache = Llama(settings).empty_cache(2, 16)
     apply = applied(model_type)
     hidden, cache = apply(variables, tokens[:, :9], cache, method=Llama.with_cache)
     pieces = [hidden]

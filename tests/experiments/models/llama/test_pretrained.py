@@ -11,8 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax
 from experiments.common.errors import InputError
-from experiments.models.llama import LanguageModel, Llama, gguf_rules, pretrained
-from experiments.models.llama.config import config_of, entries_of, read_config
+from experiments.models import pretrained
+from experiments.models.llama import Llama, gguf_rules
+from experiments.models.llama.config import config_of, entries_of
+from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import gguf as exchange_gguf
 from lora_jax.exchange import peft
 from lora_jax.quantization import QuantizedWeight
@@ -131,7 +133,7 @@ def dequantized(leaf):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', expected one of llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mistral, qwen2"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantised by 'gptq'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model computes with 'silu' alone"),
         ({"vocab_size": ...}, "vocab_size is missing"),
@@ -150,7 +152,7 @@ def test_settings_that_the_model_does_not_compute(tmp_path, changes, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({name: each for name, each in entries.items() if each is not ...}))
     with pytest.raises(InputError, match=message):
-        read_config(path)
+        LanguageModel.read(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -165,7 +167,7 @@ def test_settings_become_entries_and_settings_again(model_type):
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="config.json is not"):
-        read_config(tmp_path / "config.json")
+        LanguageModel.read(tmp_path)
 
 
 def changed(folder, change):
@@ -210,7 +212,7 @@ def test_folders_and_files_that_hold_no_model(tmp_path, folder):
     with pytest.raises(InputError, match="is damaged or is not a GGUF file"):
         LanguageModel.read(tmp_path / "text.gguf")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"neither model.safetensors nor"):
+    with pytest.raises(InputError, match=r"holds none of .model.safetensors"):
         LanguageModel.read(folder).params()
 
 

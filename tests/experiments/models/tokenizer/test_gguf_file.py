@@ -1,39 +1,18 @@
-"""Tokenizers of folders and of GGUF files, and chat templates."""
+"""Tokenizers in the metadata of GGUF files."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 
 from experiments.common.errors import InputError
-from experiments.models.llama import tokenizer as own
-from experiments.models.llama.tokenizer import tokenizer_of_folder, tokenizer_of_gguf
-from tests.tiny_tokenizer import SPECIAL, TEMPLATE, trained
+from experiments.models.tokenizer import gguf_file, tokenizer_of_folder, tokenizer_of_gguf
+from tests.tiny_tokenizer import SPECIAL, TEMPLATE, TEXTS, trained, write_folder
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 MESSAGES = [{"role": "user", "content": "Hello, world"}]
-TEXTS = [
-    "Hello, world! 12345 it's\n\n  next\tline",
-    "ñandú 漢字 🙂",
-    "def f(x):\n    return x+1\n",
-    "one <|user|> two",
-]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    tokenizer, *_ = trained()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    settings = {
-        "chat_template": TEMPLATE,
-        "eos_token": "<|end|>",
-        "bos_token": {"content": "<|begin|>"},
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tmp_path
 
 
 def metadata(**changes):
@@ -51,20 +30,9 @@ def metadata(**changes):
     }
 
 
-def test_texts_and_back(folder):
-    tokenizer = tokenizer_of_folder(folder)
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in TEXTS[:3]:
-        found = tokenizer.encoded(text)
-        np.testing.assert_array_equal(found, theirs.encode(text).ids)
-        assert tokenizer.decoded(found) == text
-    assert tokenizer.decoded(tokenizer.encoded(TEXTS[3])) == "one  two"
-    assert tokenizer.end_ids == (0,)
-    assert tokenizer.largest_id == len(trained()[1]) - 1
-
-
-def test_a_gguf_file_has_the_same_tokenizer(folder, tmp_path):
-    of_folder, of_file = tokenizer_of_folder(folder), tokenizer_of_gguf(tmp_path, metadata())
+def test_a_gguf_file_has_the_same_tokenizer(tmp_path):
+    write_folder(tmp_path)
+    of_folder, of_file = tokenizer_of_folder(tmp_path), tokenizer_of_gguf(tmp_path, metadata())
     for text in TEXTS:
         np.testing.assert_array_equal(of_folder.encoded(text), of_file.encoded(text))
     for messages in (MESSAGES, MESSAGES * 3):
@@ -84,30 +52,17 @@ def test_a_gguf_file_has_the_same_tokenizer(folder, tmp_path):
 )
 def test_how_texts_are_cut_into_words(words, text, expected):
     _, tokens, merges = trained()
-    cut = own._byte_level(tokens, merges, words).pre_tokenizer.pre_tokenize_str(text)
+    cut = gguf_file._byte_level(tokens, merges, words).pre_tokenizer.pre_tokenize_str(text)
     found = [text[start:stop] for _, (start, stop) in cut]
     assert found == expected
 
 
-def test_the_first_token_of_a_text(folder, tmp_path):
-    assert tokenizer_of_folder(folder).encoded("a").size == 1
+def test_the_first_token_of_a_text(tmp_path):
+    assert tokenizer_of_gguf(tmp_path, metadata()).encoded("a").size == 1
     beginning = tokenizer_of_gguf(tmp_path, metadata(**{"tokenizer.ggml.add_bos_token": True}))
     assert beginning.encoded("a")[0] == 1
     # A template writes it itself.
     assert beginning.encoded_conversation(MESSAGES)[0] != 1
-
-
-def test_templates(folder):
-    tokenizer = tokenizer_of_folder(folder)
-    text = tokenizer.conversation(MESSAGES)
-    assert text == "<|user|>Hello, world<|end|><|assistant|>"
-    assert tokenizer.conversation(MESSAGES, answers=False) == "<|user|>Hello, world<|end|>"
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('only one message') }}")
-    with pytest.raises(InputError, match="refuses the messages .only one message"):
-        tokenizer_of_folder(folder).conversation(MESSAGES)
-    (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
-    with pytest.raises(InputError, match="refuses the messages"):
-        tokenizer_of_folder(folder).conversation(MESSAGES)
 
 
 PIECES = [
@@ -199,7 +154,7 @@ def test_tokenizers_that_are_not_read(tmp_path, changes, message):
         tokenizer_of_gguf(tmp_path, metadata(**changes))
 
 
-def test_what_is_missing(folder, tmp_path):
+def test_what_is_missing(tmp_path):
     found = metadata()
     del found["tokenizer.ggml.merges"], found["tokenizer.chat_template"]
     with pytest.raises(InputError, match=r"has no tokenizer.ggml.merges"):
@@ -207,12 +162,3 @@ def test_what_is_missing(folder, tmp_path):
     found = metadata(**{"tokenizer.chat_template": None})
     with pytest.raises(InputError, match="has no chat template"):
         tokenizer_of_gguf(tmp_path, found).conversation(MESSAGES)
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
-        tokenizer_of_folder(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="is damaged or is not a tokenizer's file"):
-        tokenizer_of_folder(folder)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"has no tokenizer.json"):
-        tokenizer_of_folder(folder)
