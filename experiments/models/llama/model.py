@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from experiments.models.llama.attention import (
@@ -125,11 +126,17 @@ class FeedForward(nn.Module):
         return down(nn.silu(gate(hidden)) * up(hidden))
 
 
+def cut_along(hidden: Hidden, cut: PartitionSpec | None) -> Hidden:
+    """Returns hidden states cut over the mesh at hand, or as they are without a cut."""
+    return hidden if cut is None else jax.lax.with_sharding_constraint(hidden, cut)
+
+
 class Layer(nn.Module):
     """Attention and a feed-forward layer, each of a normalised input and added to it."""
 
     config: LlamaConfig
     dtype: Any
+    cut: PartitionSpec | None
 
     @nn.compact
     def __call__(
@@ -146,10 +153,10 @@ class Layer(nn.Module):
         normalised = RMSNorm(epsilon, name="attention_norm")(hidden)
         in_cache = None if cached is None or start is None else (*cached, start)
         seen, pair = attend(normalised, places, angles, keys_at, in_cache)
-        hidden = hidden + seen
+        hidden = cut_along(hidden + seen, self.cut)
         feed_forward = FeedForward(self.config, self.dtype, name="mlp")
         hidden = hidden + feed_forward(RMSNorm(epsilon, name="mlp_norm")(hidden))
-        return hidden, None if cached is None else pair
+        return cut_along(hidden, self.cut), None if cached is None else pair
 
 
 class Llama(nn.Module):
@@ -159,11 +166,14 @@ class Llama(nn.Module):
       config: the settings.
       dtype: the dtype of its products and activations; parameters are cast to it.
       remat: whether the backward pass computes each layer again instead of keeping what is inside.
+      cut: how hidden states between layers are cut over the mesh at hand, along batch, length and
+        width; unless given, the compiler decides.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    cut: PartitionSpec | None = None
 
     def setup(self) -> None:
         """Makes the layers."""
@@ -176,7 +186,7 @@ class Llama(nn.Module):
             in_axes=(0, *[nn.broadcast] * 4),
             length=config.num_hidden_layers,
         )
-        self.layers = stack(config, self.dtype)
+        self.layers = stack(config, self.dtype, self.cut)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype)
@@ -225,6 +235,18 @@ class Llama(nn.Module):
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
 
+    @classmethod
+    def shapes(cls, config: LlamaConfig, dtype: Any) -> Any:
+        """Returns the shapes of the parameters, all of one dtype."""
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        shapes = jax.eval_shape(cls(config).init, jax.random.key(0), tokens)["params"]
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+    @property
+    def _cut_of_rows(self) -> PartitionSpec | None:
+        """That of the last hidden states, of which any may be asked for: along the batch alone."""
+        return None if self.cut is None else PartitionSpec(self.cut[0])
+
     def _run(
         self, tokens: Tokens, positions: Tokens | None, segments: Tokens | None, cache: Cache | None
     ) -> tuple[Hidden, Cache | None]:
@@ -233,8 +255,9 @@ class Llama(nn.Module):
         places = Places(positions, jnp.ones_like(tokens) if segments is None else segments)
         angles = rotary_angles(self.config, positions)
         if cache is None:
-            hidden, _ = self.layers(self.embed(tokens), None, places, angles, places, None)
-            return self.norm(hidden), None
+            embedded = cut_along(self.embed(tokens), self.cut)
+            hidden, _ = self.layers(embedded, None, places, angles, places, None)
+            return cut_along(self.norm(hidden), self._cut_of_rows), None
         start = cache.length
 
         def extended(old: Tokens, new: Tokens) -> Tokens:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from experiments.common.errors import InputError, as_input_error
@@ -89,9 +88,7 @@ class LanguageModel:
 
     def shapes(self, dtype: Any = jnp.float32) -> Any:
         """Returns the shapes of its parameters."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(Llama(self.config).init, jax.random.key(0), tokens)["params"]
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        return Llama.shapes(self.config, dtype)
 
     def params(
         self, shapes: Any | None = None, *, as_stored: bool = False, convert: Convert | None = None
