@@ -109,7 +109,10 @@ MACHINES = {
             "h100",
             "cuda",
             80 * GIB,
-            {8: "1x1x8", 16: "1x2x8", 64: "1x8x8", 256: "1x32x8"},
+            {
+                **{count: f"1x1x{count}" for count in (1, 2, 4, 8)},
+                **{8 * hosts: f"1x{hosts}x8" for hosts in (2, 4, 8, 16, 32)},
+            },
             _CUDA,
             _H100,
         ),

@@ -93,7 +93,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
                 model=model,
                 kind=kind,
                 machine=machine,
-                devices=options.devices or (_CPU_DEVICES if machine == CPU else tensor),
+                devices=options.devices or (_CPU_DEVICES if machine == CPU else 0),
                 tensor=tensor,
                 length=options.length,
                 examples=options.examples,

@@ -106,15 +106,16 @@ def smallest_plan(task: Task) -> tuple[Task, Plan] | None:
     """Returns the plan for the smallest slice of the machine on which the step fits, if one does.
 
     Args:
-      task: the task; its number of devices is the least that is tried.
+      task: the task, whose number of devices does not matter; fewer devices than share an example
+        elsewhere share it all.
 
     Raises:
       InputError: the compiler of the machine is missing.
     """
     machine = MACHINES[task.machine]
     for count in sorted(machine.topologies):
-        sized = dataclasses.replace(task, devices=count)
-        if count < task.devices or count % task.tensor or _held_bytes(sized) > machine.memory:
+        sized = dataclasses.replace(task, devices=count, tensor=min(task.tensor, count))
+        if count % sized.tensor or _held_bytes(sized) > machine.memory:
             continue
         try:
             plan = plan_of(sized)
@@ -135,8 +136,8 @@ def plan_of(task: Task) -> Plan:
       jax.errors.JaxRuntimeError: the compiler finds no room for the step on a device.
     """
     devices = on_mesh(task)
+    step, arguments = program(task, devices)
     with devices.in_use():
-        step, arguments = program(task, devices)
         start = time.perf_counter()
         # The study's own programs keep adapters and state, so that a step can be interrupted.
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
@@ -228,9 +229,7 @@ def _batch_shapes(task: Task, devices: Devices) -> Batch:
 
 def _held_bytes(task: Task) -> int:
     """Returns the bytes that a device surely holds of a step: less than that does not fit."""
-    devices = on_mesh(task)
-    with devices.in_use():
-        _, (trained, state, frozen, _) = program(task, devices)
+    _, (trained, state, frozen, _) = program(task, on_mesh(task))
     read = 0 if task.kind == FULL else device_bytes(frozen)
     # Gradients are held all at once: they are clipped by their norm.
     return 2 * device_bytes(trained) + device_bytes(state) + read + _carried_bytes(task)
