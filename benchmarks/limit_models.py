@@ -10,7 +10,7 @@ from jax import Array
 
 from benchmarks.limit_study import smollm2
 from benchmarks.llama_layers import (
-    SIZES,
+    LLAMA_8B,
     TARGETS,
     Params,
     Sizes,
@@ -81,7 +81,7 @@ FEED_FORWARD = Model(
 _SMALL = Sizes(layers=4, embed=576, hidden=1_536, heads=9, kv_heads=3)
 SMALL = llama(_SMALL, examples=8, length=512, dtype=jnp.float32, remat=False)
 LARGE = llama(
-    dataclasses.replace(SIZES["8b"], layers=2),
+    dataclasses.replace(LLAMA_8B, layers=2),
     examples=2,
     length=4_096,
     dtype=jnp.bfloat16,

@@ -53,7 +53,7 @@ def language_model(name: str, config: LlamaConfig, batch: Batch, *, remat: bool)
     return Model(
         name=name,
         description=f"{config.num_hidden_layers} layers, embed {config.hidden_size}, "
-        f"{rows} × {length} tokens, loss at {len(batch.places)} places, float32",
+        f"{rows} × {length} tokens, loss at {batch.places.size} places, float32",
         apply=apply,
         params=jax.eval_shape(network.init, jax.random.key(0), tokens)["params"],
         inputs=floats(rows, length, config.hidden_size),

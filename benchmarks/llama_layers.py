@@ -19,17 +19,13 @@ _QUERIES = 512
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model.
-
-    Source: Grattafiori et al., The Llama 3 Herd of Models, 2024, table 3.
-    """
+    """The sizes of layers."""
 
     layers: int
     embed: int
     hidden: int
     heads: int
     kv_heads: int = 8
-    vocabulary: int = 128_256
 
     @property
     def head_dim(self) -> int:
@@ -37,11 +33,8 @@ class Sizes:
         return self.embed // self.heads
 
 
-SIZES = {
-    "8b": Sizes(layers=32, embed=4_096, hidden=14_336, heads=32),
-    "70b": Sizes(layers=80, embed=8_192, hidden=28_672, heads=64),
-    "405b": Sizes(layers=126, embed=16_384, hidden=53_248, heads=128),
-}
+# Source: Grattafiori et al., The Llama 3 Herd of Models, 2024, table 3.
+LLAMA_8B = Sizes(layers=32, embed=4_096, hidden=14_336, heads=32)
 
 
 def layer_shapes(sizes: Sizes, dtype: Any) -> Params:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -72,6 +73,12 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+
+def _slices(generation: str, *shapes: str) -> Mapping[int, str]:
+    """Returns the slices of a generation of TPUs, by their number of chips."""
+    return {math.prod(map(int, shape.split("x"))): f"{generation}:{shape}" for shape in shapes}
+
+
 _LIBTPU = ("libtpu",)
 _CUDA = ("jax-cuda12-plugin", "jax-cuda12-pjrt")
 MACHINES = {
@@ -81,28 +88,31 @@ MACHINES = {
             "tpu-v5e",
             "tpu",
             16 * GIB,
-            {4: "v5e:2x2", 8: "v5e:2x4", 64: "v5e:8x8", 256: "v5e:16x16"},
+            _slices("v5e", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
             _LIBTPU,
         ),
         Machine(
             "tpu-v5p",
             "tpu",
             95 * GIB,
-            {4: "v5p:2x2x1", 8: "v5p:2x2x2", 64: "v5p:4x4x4", 256: "v5p:8x8x4"},
+            _slices("v5p", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
             _LIBTPU,
         ),
         Machine(
             "tpu-v6e",
             "tpu",
             32 * GIB,
-            {4: "v6e:2x2", 8: "v6e:2x4", 64: "v6e:8x8", 256: "v6e:16x16"},
+            _slices("v6e", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
             _LIBTPU,
         ),
         Machine(
             "h100",
             "cuda",
             80 * GIB,
-            {8: "1x1x8", 16: "1x2x8", 64: "1x8x8", 256: "1x32x8"},
+            {
+                **{count: f"1x1x{count}" for count in (1, 2, 4, 8)},
+                **{8 * hosts: f"1x{hosts}x8" for hosts in (2, 4, 8, 16, 32)},
+            },
             _CUDA,
             _H100,
         ),

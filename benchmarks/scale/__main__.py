@@ -1,16 +1,15 @@
-"""What a LoRA step of a large model needs on each device, without a device.
+"""What a training step of a large language model needs on each device, without a device.
 
-Llama-3-shaped models of 8, 70 and 405 billion parameters are compiled for accelerators that need
-not be there, from shapes alone: no weight is made. For each model, machine and number of devices
-the tables show the memory of one device by kind, the operations for each token, what the devices
-send each other, and whether it fits: with LoRA on a bfloat16 base, with LoRA on an nf4 base, and
-for full fine-tuning. TPUs need libtpu, H100s JAX's CUDA plugin; a message says how to install it
-where it is missing. CPU devices, the fallback, hold bfloat16 in float32 too: read their numbers as
-an upper bound.
+The step of the study on language models is compiled for accelerators that need not be there, with
+the settings of Llama 3.1 and Qwen 3 and from shapes alone: no weight is made. For each model and
+machine the tables show the smallest slice that the step fits, or what it needs on --devices:
+the memory of one device by kind, the operations for each token, and what the devices send each
+other, with LoRA on a bfloat16 base, with LoRA on an nf4 base, and for full fine-tuning. TPUs need
+libtpu, H100s JAX's CUDA plugin; a message says how to install it where it is missing. CPU devices,
+the fallback, hold bfloat16 in float32 too: read their numbers as an upper bound.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,65 +17,83 @@ from typing import Any
 
 import jax
 
-from benchmarks.llama_layers import SIZES
-from benchmarks.machines import CPU, GIB, MACHINES
+from benchmarks.machines import CPU, MACHINES
+from benchmarks.scale.models import MODELS, TENSOR
 from benchmarks.scale.picture import save_picture
-from benchmarks.scale.plans import KINDS, Plan, Task, plan_of
+from benchmarks.scale.plans import KINDS, Task, plan_of, smallest_plan
+from benchmarks.scale.report import Row, read_rows, show, show_as_markdown, write_rows
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code
-from experiments.common.files import write_json
 from experiments.common.options import Parser, positive_int
 
-# The number of devices, and how many share an example, where the command does not say.
-_DEVICES = {"8b": (8, 1), "70b": (64, 4), "405b": (256, 8)}
-
-Row = tuple[Task, Plan]
+# Virtual devices have no memory of their own, of which to ask for the fewest that suffice.
+_CPU_DEVICES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compiles, prints the table, and returns the exit code."""
-    return exit_code(lambda: _run(_parser().parse_args(argv)))
+    """Compiles, prints the tables, and returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return exit_code(lambda: _run(_parser().parse_args(arguments), arguments))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    console = Console()
+    if options.read:
+        show_as_markdown([row for path in options.read for row in read_rows(path)])
+        return
     tasks = _tasks(options)
     # Compilers of accelerators do not need one, and JAX must not look for it.
     jax.config.update("jax_platforms", "cpu")
     if any(task.machine == CPU for task in tasks):
         jax.config.update("jax_num_cpu_devices", max(task.devices for task in tasks))
-    console, rows = Console(), []
+    rows: list[Row] = []
     try:
         with console.progress("Compiling", len(tasks)) as progress:
             for task in tasks:
-                progress.show(f"{task.model} {task.kind} for {task.devices} {task.machine}")
-                rows.append((task, plan_of(task)))
+                progress.show(f"{task.model} {task.kind} for {task.machine}")
+                row = _row(task, options)
+                if row is None:
+                    console.note(f"{task.model} {task.kind} fits no slice of {task.machine} here")
+                else:
+                    rows.append(row)
+                    _write(rows, options, arguments)
                 progress.advance()
     finally:
         # What was compiled before an interruption or an error is not lost.
         if rows:
-            _report(rows, options, console)
+            show(rows, console)
+
+
+def _row(task: Task, options: argparse.Namespace) -> Row | None:
+    if options.devices or task.machine == CPU:
+        return task, plan_of(task)
+    return smallest_plan(task)
+
+
+def _write(rows: Sequence[Row], options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    if options.json:
+        write_rows(options.json, rows, " ".join(["python -m benchmarks.scale", *arguments]))
+    if options.picture:
+        save_picture(options.picture, rows)
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
     tasks = []
-    for model in options.model or ["8b"]:
-        devices, tensor = _DEVICES[model]
-        devices = options.devices or devices
-        tensor = options.tensor or tensor
-        if devices % tensor:
-            raise InputError(f"--tensor {tensor} does not divide {devices} devices")
-        if SIZES[model].kv_heads % tensor:
+    for model in options.model or ["llama-3.1-8b"]:
+        tensor = options.tensor or TENSOR[model]
+        if options.devices and options.devices % tensor:
+            raise InputError(f"--tensor {tensor} does not divide {options.devices} devices")
+        shared = MODELS[model].num_key_value_heads
+        if shared % tensor:
             raise InputError(
-                f"--tensor {tensor} does not divide the {SIZES[model].kv_heads} heads of keys of "
-                f"{model}"
+                f"--tensor {tensor} does not divide the {shared} heads of keys of {model}"
             )
         tasks += [
             Task(
                 model=model,
-                sizes=SIZES[model],
                 kind=kind,
                 machine=machine,
-                devices=devices,
+                devices=options.devices or (_CPU_DEVICES if machine == CPU else 0),
                 tensor=tensor,
                 length=options.length,
                 examples=options.examples,
@@ -88,84 +105,13 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-# --- report ------------------------------------------------------------------------------------
-
-
-def _report(rows: Sequence[Row], options: argparse.Namespace, console: Console) -> None:
-    task = rows[0][0]
-    console.rule(
-        f"memory of one device in GiB; rank {task.rank}, examples of {task.length:,} tokens"
-    )
-    console.table(
-        [
-            "model",
-            "devices",
-            "step",
-            "base",
-            "trained",
-            "optimiser",
-            "activations",
-            "temporaries",
-            "total",
-            "fits",
-        ],
-        [_memory_cells(task, plan) for task, plan in rows],
-    )
-    console.rule("work")
-    console.table(
-        ["model", "devices", "step", "examples", "TFLOP/token", "moved by a device", "compiled in"],
-        [_work_cells(task, plan) for task, plan in rows],
-    )
-    if options.json:
-        write_json(options.json, [_as_json(task, plan) for task, plan in rows])
-    if options.picture:
-        save_picture(options.picture, rows)
-
-
-def _memory_cells(task: Task, plan: Plan) -> list[str]:
-    kinds = (plan.base, plan.trained, plan.optimizer, plan.activations, plan.temporaries)
-    fits = plan.fits(task.machine)
-    return [
-        *_names(task),
-        *(f"{kind / GIB:.2f}" for kind in kinds),
-        f"{plan.total / GIB:.1f}",
-        "" if fits is None else "yes" if fits else "no",
-    ]
-
-
-def _work_cells(task: Task, plan: Plan) -> list[str]:
-    moved = [
-        f"{traffic.count:,} {kind} {traffic.bytes / GIB:.1f} GiB"
-        for kind, traffic in sorted(plan.traffic.items())
-        if traffic.bytes > GIB / 20
-    ]
-    return [
-        *_names(task),
-        f"{task.batch}",
-        f"{plan.flops_per_token / 1e12:.4f}",
-        "\n".join(moved) or "nothing",
-        f"{plan.compile_seconds:.0f} s",
-    ]
-
-
-def _names(task: Task) -> list[str]:
-    return [task.model, f"{task.devices} {task.machine}", task.kind]
-
-
-def _as_json(task: Task, plan: Plan) -> dict[str, Any]:
-    return {
-        **{name: getattr(task, name) for name in ("model", "kind", "machine", "devices", "tensor")},
-        **{name: getattr(task, name) for name in ("batch", "length", "rank")},
-        **dataclasses.asdict(plan),
-        "total": plan.total,
-        "fits": plan.fits(task.machine),
-    }
-
-
 def _parser() -> Any:
     parser = Parser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument(
-        "--model", action="append", choices=list(SIZES), help="a model (repeatable; default: 8b)"
+        "--model",
+        action="append",
+        choices=list(MODELS),
+        help="a model (repeatable; default: llama-3.1-8b)",
     )
     parser.add_argument(
         "--machine",
@@ -177,13 +123,16 @@ def _parser() -> Any:
         "--kind", action="append", choices=KINDS, help="a kind of step (repeatable; default: all)"
     )
     parser.add_argument(
-        "--devices", type=positive_int, metavar="N", help="default: 8, 64 and 256 by model"
+        "--devices",
+        type=positive_int,
+        metavar="N",
+        help="default: the smallest slice of the machine that the step fits; 8 of a CPU",
     )
     parser.add_argument(
         "--tensor",
         type=positive_int,
         metavar="N",
-        help="how many devices share an example; default: 1, 4 and 8 by model",
+        help="how many devices share an example; default: 1, 4 and 8 by the size of the model",
     )
     parser.add_argument("--length", type=positive_int, default=4_096, help="tokens of an example")
     parser.add_argument(
@@ -192,6 +141,14 @@ def _parser() -> Any:
     parser.add_argument("--rank", type=positive_int, default=16, help="of the adapters")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory as a PNG")
+    parser.add_argument(
+        "--from",
+        dest="read",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="compile nothing: print what --json wrote as tables in Markdown (repeatable)",
+    )
     return parser
 
 

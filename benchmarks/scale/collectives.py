@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Iterator
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -15,6 +16,7 @@ _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"\b[su]32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\]")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _BITS = re.compile(r"\d+")
 
 
@@ -37,7 +39,9 @@ def collectives(text: str) -> dict[str, Traffic]:
     """
     computations, entry = _parsed(text)
     found: dict[str, Traffic] = collections.defaultdict(Traffic)
-    _add(computations, entry, 1, found)
+    for kind, size, times in _counted_once(_runs(computations, entry, 1)):
+        found[kind].count += times
+        found[kind].bytes += times * size
     return dict(found)
 
 
@@ -55,18 +59,33 @@ def _parsed(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _add(
-    computations: dict[str, list[str]], name: str, times: int, found: dict[str, Traffic]
-) -> None:
+def _runs(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
+    """Yields the instructions of a computation that are collectives, and how often each runs."""
     for line in computations.get(name, ()):
-        collective = _COLLECTIVE.search(line)
-        if collective:
-            traffic = found[collective[1]]
-            traffic.count += times
-            result = line[: collective.start()].partition(" = ")[2]
-            traffic.bytes += times * _result_bytes(result, is_started=bool(collective[2]))
+        if _COLLECTIVE.search(line):
+            yield line, times
         for each in _called(line):
-            _add(computations, each, times * _trips(computations, line), found)
+            yield from _runs(computations, each, times * _trips(computations, line))
+
+
+def _counted_once(runs: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int, int]]:
+    """Yields the kind of each collective, its bytes, and how often it runs.
+
+    A TPU takes a collective forward beside other work, in several fusions of which each holds the
+    instruction, some within a loop: they have a chain and a channel in common, and are one.
+    """
+    in_chains: dict[str, tuple[str, int, int]] = {}
+    for line, times in runs:
+        collective = _COLLECTIVE.search(line)
+        assert collective is not None
+        result = line[: collective.start()].partition(" = ")[2]
+        size = _result_bytes(result, is_started=bool(collective[2]))
+        channel = _CHANNEL.search(line)
+        if channel is None or "chain_id=" not in line:
+            yield collective[1], size, times
+        elif channel[1] not in in_chains or times < in_chains[channel[1]][2]:
+            in_chains[channel[1]] = collective[1], size, times
+    yield from in_chains.values()
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int:

@@ -13,11 +13,11 @@ from experiments.models.llama import Llama
 
 Apply = Callable[..., Any]
 
-# So many places have their logits in memory at a time: 96 MB with a vocabulary of 49,152.
+# So many places of a group have their logits in memory at a time: 96 MB for 49,152 tokens.
 CHUNK = 512
 
 
-def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "learned"]:
+def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "groups learned"]:
     """Returns the cross-entropy of each token that a batch learns, and 0 where there is none.
 
     The logits of a chunk of places are computed, used and forgotten, and computed again in the
@@ -32,23 +32,26 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "l
     hidden = apply(
         variables, batch.tokens, batch.positions, batch.segments, method=Llama.hidden_states
     )
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    groups, count = batch.places.shape
+    of_groups = hidden.reshape(groups, -1, hidden.shape[-1])
 
     @jax.checkpoint
-    def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, "chunk"]:
+    def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, "groups chunk"]:
         places, targets, weights = chunk
-        logits = apply(variables, rows[places][None], method=Llama.logits)[0]
+        learned = jnp.take_along_axis(of_groups, places[..., None], axis=1)
+        logits = apply(variables, learned, method=Llama.logits)
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), targets
         )
         return losses * weights
 
-    count = len(batch.places)
     size = min(CHUNK, count)
     missing = -count % size
 
     def in_chunks(array: Array) -> Array:
-        return jnp.pad(jnp.asarray(array), (0, missing)).reshape(-1, size)
+        filled = jnp.pad(jnp.asarray(array), ((0, 0), (0, missing)))
+        return jnp.moveaxis(filled.reshape(groups, -1, size), 1, 0)
 
     chunks = jax.tree.map(in_chunks, (batch.places, batch.targets, batch.weights))
-    return jax.lax.map(of_chunk, chunks).reshape(-1)[:count]
+    losses = jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1)
+    return losses.reshape(groups, -1)[:, :count]

@@ -19,6 +19,8 @@ from experiments.common.errors import InputError
 from experiments.llm.packing import Batch
 
 AXES = ("data", "fsdp", "tensor")
+# What rows are cut over.
+_ROWS = ("data", "fsdp")
 
 # How each kind of weight is cut, by the end of its path; layers are not cut.
 _CUTS: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
@@ -76,6 +78,20 @@ class Devices:
         shape = tuple(sizes.get(name, 1) for name in AXES)
         return cls(jax.make_mesh(shape, AXES, axis_types=types))
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups the rows of a batch are cut."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in _ROWS)
+
+    @property
+    def hidden_cut(self) -> PartitionSpec | None:
+        """How hidden states (rows, length, width) are cut: along rows, and tokens over `tensor`.
+
+        Without it the compiler may follow the weights, cut the width over `fsdp` and compute all
+        rows on every device.
+        """
+        return None if self.mesh is None else PartitionSpec(_ROWS, "tensor")
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Makes the mesh that of the programs that are traced inside."""
@@ -84,13 +100,10 @@ class Devices:
 
     def check_rows(self, rows: int) -> None:
         """Raises an `InputError` unless rows can be cut over the mesh."""
-        if self.mesh is None:
-            return
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if rows % parts:
+        if rows % self.groups:
             raise InputError(
-                f"--batch-size is {rows}, which data and fsdp of --mesh cut into {parts} parts; "
-                "pass a multiple of that"
+                f"--batch-size is {rows}, which data and fsdp of --mesh cut into {self.groups} "
+                "parts; pass a multiple of that"
             )
 
     def placed_shapes(self, shapes: Any) -> Any:
@@ -100,19 +113,16 @@ class Devices:
         return jax.tree_util.tree_map_with_path(self._placed, shapes)
 
     def placed_batch(self, batch: Batch) -> Batch:
-        """Returns a batch, or several that are stacked, with its rows cut."""
+        """Returns a batch, or several that are stacked, with its rows and groups cut."""
         if self.mesh is None:
             return batch
-        rows = (None,) * (batch.tokens.ndim - 2) + (("data", "fsdp"),)
-        cut = NamedSharding(self.mesh, PartitionSpec(*rows))
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        of_rows = {"tokens", "positions", "segments"}
-        return Batch(
-            **{
-                name: jax.device_put(array, cut if name in of_rows else whole)
-                for name, array in batch._asdict().items()
-            }
-        )
+        return Batch(*jax.device_put(tuple(batch), self.batch_sharding(batch)))
+
+    def batch_sharding(self, batch: Batch) -> NamedSharding:
+        """Returns how each array of a batch, or of several that are stacked, is cut on the mesh."""
+        assert self.mesh is not None
+        stacked = (None,) * (batch.tokens.ndim - 2)
+        return NamedSharding(self.mesh, PartitionSpec(*stacked, _ROWS))
 
     def _placed(self, path: Any, shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         assert self.mesh is not None

@@ -76,7 +76,7 @@ class Preferences(Objective):
     def count(self, batch: Batch) -> Any:
         """Returns the number of pairs."""
         owners = jnp.where(jnp.asarray(batch.weights) > 0, batch.owners, -1)
-        return (owners.max(axis=-1) + 1).sum() / 2
+        return (owners.max(axis=(-2, -1)) + 1).sum() / 2
 
     def sums(self, apply: Apply, wrapped: Any, base: Any, batch: Batch) -> Sums:
         """Returns the sums of the losses, and of how often the better answer gains more."""
@@ -84,9 +84,10 @@ class Preferences(Objective):
         own = losses_at_places(lora_jax.adapt(apply), wrapped, batch)
         gains = jax.lax.stop_gradient(reference) - own
         # An example learns at a place at least, so that there are no more examples than places.
-        most = len(batch.places) + len(batch.places) % 2
-        gain_of = jax.ops.segment_sum(gains, batch.owners, num_segments=most)
-        learned = jax.ops.segment_sum(batch.weights, batch.owners, num_segments=most)
+        most = batch.places.size + batch.places.size % 2
+        owners = batch.owners.reshape(-1)
+        gain_of = jax.ops.segment_sum(gains.reshape(-1), owners, num_segments=most)
+        learned = jax.ops.segment_sum(batch.weights.reshape(-1), owners, num_segments=most)
         chosen, rejected = gain_of.reshape(-1, 2).T
         is_pair = learned.reshape(-1, 2).min(axis=1) > 0
         margins = self.beta * (chosen - rejected)

@@ -1,6 +1,8 @@
 """Rows of tokens: several examples in a row, none of which sees another.
 
-What a batch learns is said by places: the loss is computed there and nowhere else.
+What a batch learns is said by places: the loss is computed there and nowhere else. Rows that are on
+one device, or on devices that share them, are a group; each group has its own places, so that no
+device asks another for them.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ class Batch(NamedTuple):
       tokens: the tokens of each row; 0 where a row is filled up.
       positions: the place of each token in its example.
       segments: which example of the row it belongs to, from 1 on; 0 where a row is filled up.
-      places: places in the flattened rows, after which a token is learned.
+      places: places in the flattened rows of each group, after which a token is learned.
       targets: the tokens that are learned there.
       weights: 1, or 0 where there are fewer places than `places` has room for.
       owners: which example of the batch, by its number among them, learns there.
@@ -33,10 +35,10 @@ class Batch(NamedTuple):
     tokens: Int[np.ndarray, "rows length"]
     positions: Int[np.ndarray, "rows length"]
     segments: Int[np.ndarray, "rows length"]
-    places: Int[np.ndarray, "learned"]
-    targets: Int[np.ndarray, "learned"]
-    weights: Float[np.ndarray, "learned"]
-    owners: Int[np.ndarray, "learned"]
+    places: Int[np.ndarray, "groups learned"]
+    targets: Int[np.ndarray, "groups learned"]
+    weights: Float[np.ndarray, "groups learned"]
+    owners: Int[np.ndarray, "groups learned"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ def learned_count(examples: Sequence[TokenizedExample], rows: Sequence[Row]) -> 
 
 
 def batch_of(
-    examples: Sequence[TokenizedExample], rows: Sequence[Row], *, length: int, room: int
+    examples: Sequence[TokenizedExample],
+    rows: Sequence[Row],
+    *,
+    length: int,
+    room: int,
+    groups: int = 1,
 ) -> Batch:
     """Returns rows as a batch.
 
@@ -83,14 +90,18 @@ def batch_of(
       examples: all examples.
       rows: the rows of this batch.
       length: the number of tokens of a row.
-      room: the number of places, at least `learned_count(examples, rows)`.
+      room: the number of places of a group, at least `learned_count` of its rows.
+      groups: into how many groups the rows are divided, in their order; they are a multiple.
     """
     shape = (len(rows), length)
     tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    places: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
+    places, targets, weights, owners = (
+        np.zeros((groups, room), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)
+    )
+    rows_of_group = len(rows) // groups
+    used, owner = [0] * groups, 0
     for row_number, row in enumerate(rows):
+        group, row_of_group = divmod(row_number, rows_of_group)
         start = 0
         for segment, number in enumerate(row.numbers, start=1):
             example = examples[number]
@@ -99,28 +110,18 @@ def batch_of(
             positions[row_number, part] = np.arange(len(example))
             segments[row_number, part] = segment
             learned = np.flatnonzero(example.learned[1:])
-            places.append((row_number * length + start + learned).astype(np.int32))
-            targets.append(example.tokens[1:][learned])
-            owners.append(np.full(len(learned), len(owners), np.int32))
+            own = slice(used[group], used[group] + len(learned))
+            if own.stop > room:
+                raise ValueError(
+                    f"`room` is {room}; expected at least {own.stop}, what is learned."
+                )
+            places[group, own] = row_of_group * length + start + learned
+            targets[group, own] = example.tokens[1:][learned]
+            weights[group, own] = 1
+            owners[group, own] = owner
+            used[group], owner = own.stop, owner + 1
             start += len(example)
-    return Batch(
-        tokens,
-        positions,
-        segments,
-        _filled(np.concatenate([*places, _NONE]), room),
-        _filled(np.concatenate([*targets, _NONE]), room),
-        _filled(np.ones(sum(map(len, places)), np.float32), room),
-        _filled(np.concatenate([*owners, _NONE]), room),
-    )
-
-
-_NONE = np.zeros(0, np.int32)
-
-
-def _filled(array: np.ndarray, room: int) -> np.ndarray:
-    if len(array) > room:
-        raise ValueError(f"`room` is {room}; expected at least {len(array)}, what is learned.")
-    return np.pad(array, (0, room - len(array)))
+    return Batch(tokens, positions, segments, places, targets, weights, owners)
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class TrainingSteps:
         accumulate: int = 1,
         together: int = 1,
         pack: bool = True,
+        groups: int = 1,
     ) -> None:
         """Plans the steps.
 
@@ -167,9 +169,10 @@ class TrainingSteps:
           accumulate: the batches of a step.
           together: how many examples, one after the other, are in one row whatever happens.
           pack: whether a row has several examples.
+          groups: into how many groups the rows of a batch are divided.
         """
         self._examples, self._rows, self._accumulate = tuple(examples), rows, accumulate
-        self._together = together
+        self._together, self._groups = together, groups
         self._steps = [
             step
             for epoch in range(epochs)
@@ -177,7 +180,11 @@ class TrainingSteps:
         ]
         self._room: dict[int, int] = {}
         for step in self._steps:
-            most = max(learned_count(self._examples, batch) for batch in step.batches)
+            most = max(
+                learned_count(self._examples, group)
+                for batch in step.batches
+                for group in _divided(batch, rows // groups)
+            )
             self._room[step.length] = max(most, self._room.get(step.length, 1))
 
     def __len__(self) -> int:
@@ -192,6 +199,7 @@ class TrainingSteps:
                 [*batch, *[Row(())] * (self._rows - len(batch))],
                 length=step.length,
                 room=self._room[step.length],
+                groups=self._groups,
             )
             for batch in step.batches
         ]

@@ -32,7 +32,7 @@ def train_once(options: Options, run: Run) -> None:
 def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     chosen, out = options.what_learns, options.output.out
     model = LanguageModel.read(chosen.model)
-    task = language_task(model, options.data, options.training, dtype=chosen.dtype)
+    task = language_task(model, options.data, options.training, dtype=chosen.dtype, devices=devices)
     describe(task, run.console)
     params = loaded_params(model, chosen, devices, run.console)
     packed = not options.data.no_packing

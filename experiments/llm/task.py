@@ -1,10 +1,11 @@
 """What is to be learned: a model, and examples as its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,7 +24,7 @@ from experiments.llm.examples import (
 )
 from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
-from experiments.models.llama import Llama
+from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import LanguageModel
 from experiments.models.tokenizer import ChatTokenizer
@@ -56,7 +57,12 @@ class LanguageTask:
 
 
 def language_task(
-    model: LanguageModel, options: DataOptions, training: TrainingOptions, *, dtype: str
+    model: LanguageModel,
+    options: DataOptions,
+    training: TrainingOptions,
+    *,
+    dtype: str,
+    devices: Devices,
 ) -> LanguageTask:
     """Returns the task, with the examples that the seed draws.
 
@@ -81,7 +87,12 @@ def language_task(
     return LanguageTask(
         name=options.data if options.data == DIALOGSUM else Path(options.data).stem,
         model=model,
-        network=Llama(model.config, dtype=jnp.dtype(dtype), remat=not training.no_remat),
+        network=Llama(
+            model.config,
+            dtype=jnp.dtype(dtype),
+            remat=not training.no_remat,
+            cut=devices.hidden_cut,
+        ),
         tokenizer=tokenizer,
         max_length=options.max_length,
         train=train,
@@ -148,23 +159,35 @@ def loaded_params(
             f"--quantize as-stored, and {model.path} is a folder whose weights are not quantised; "
             "pass int8 or nf4"
         )
-    axes = peft.preview(shapes, names=huggingface_rules(model.config)).axes
-
-    def in_format(path: str, leaf: Any) -> Any:
-        is_kept = options.quantize in ("none", "as-stored")
-        if is_kept or "in" not in axes[path] or "batch" not in axes[path]:
-            return leaf
-        return lora_jax.quantize(
-            {"leaf": leaf}, "leaf", format=options.quantize, axes={"leaf": axes[path]}
-        )["leaf"]
-
-    with console.progress("Reading weights", len(axes)) as progress:
+    convert = quantized_as(options.quantize, model.config, shapes)
+    with console.progress("Reading weights", len(jax.tree.leaves(shapes))) as progress:
 
         def read(path: str, leaf: Any) -> Any:
             progress.advance()
-            return in_format(path, leaf)
+            return convert(path, leaf)
 
         return model.params(shapes, as_stored=as_stored, convert=read)
+
+
+def quantized_as(chosen: str, config: LlamaConfig, shapes: Any) -> Callable[[str, Any], Any]:
+    """Returns a function of the path and the value of a leaf that quantises the layers' matrices.
+
+    Args:
+      chosen: a format, or one of `none` and `as-stored`, which keep every leaf as it is.
+      config: the settings of the model.
+      shapes: the shapes of its parameters.
+    """
+    axes = peft.preview(shapes, names=huggingface_rules(config)).axes
+
+    def convert(path: str, leaf: Any) -> Any:
+        is_kept = chosen in ("none", "as-stored")
+        if is_kept or "in" not in axes[path] or "batch" not in axes[path]:
+            return leaf
+        return lora_jax.quantize({"leaf": leaf}, "leaf", format=chosen, axes={"leaf": axes[path]})[
+            "leaf"
+        ]
+
+    return convert
 
 
 def describe(task: LanguageTask, console: Console) -> None:

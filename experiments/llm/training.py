@@ -54,6 +54,7 @@ class Training(ResumableTraining):
             accumulate=training.accumulate,
             together=training.chosen_objective.together,
             pack=packed,
+            groups=devices.groups,
         )
         rates = warmed_up(training.greatest_learning_rate, warmup=training.warmup, steps=self.total)
         tx = clipped_adamw(rates, weight_decay=training.weight_decay)
@@ -145,6 +146,7 @@ class Examination:
             seed=0,
             together=self._objective.together,
             pack=packed,
+            groups=devices.groups,
         )
         objective, apply = self._objective, task.network.apply
         self._sums = jax.jit(functools.partial(objective.sums, apply))

@@ -29,8 +29,10 @@ from benchmarks.quantized_programs import (
     transformer,
     wrapped_params,
 )
+from benchmarks.scale import models, plans
 from experiments.common.errors import InputError
 from experiments.models.bert import BertClassifier, BertConfig
+from tests import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimised", "promoted_ranks", "promotion_of_optax")
 
@@ -56,11 +58,17 @@ def promotion_of_optax():
 
 
 @pytest.fixture(params=["tpu-v5p", "h100"])
-def device(request):
+def machine(request):
     try:
-        return devices_of(request.param, 8)[0]
+        devices_of(request.param, 8)
     except InputError as error:
         pytest.skip(str(error))
+    return request.param
+
+
+@pytest.fixture
+def device(machine):
+    return devices_of(machine, 8)[0]
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
@@ -144,3 +152,13 @@ def test_quantised_layers_need_a_few_dequantised_layers_more(name, device):
     layer = largest_matrix_bytes(wrapped_params(SCANNED, name))
     assert quantised.arguments < 0.5 * dense.arguments
     assert quantised.temporary <= dense.temporary + 3 * layer
+
+
+def test_a_device_works_on_its_own_examples_alone(machine, monkeypatch):
+    """With twice the examples on twice the devices, the study's step on language needs no more."""
+    monkeypatch.setitem(models.MODELS, "small", tiny_llama.config("qwen3"))
+    half, whole = (
+        plans.plan_of(plans.Task("small", plans.LORA, machine, devices, tensor=1, length=256))
+        for devices in (8, 16)
+    )
+    assert whole.temporaries <= 1.1 * half.temporaries

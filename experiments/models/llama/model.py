@@ -7,8 +7,10 @@ Hugging Face's model, with an axis for heads and one for the dimensions of a hea
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from experiments.models.attention import (
@@ -78,11 +80,17 @@ class Attention(nn.Module):
         )(hidden)
 
 
+def cut_along(hidden: Hidden, cut: PartitionSpec | None) -> Hidden:
+    """Returns hidden states cut over the mesh at hand, or as they are without a cut."""
+    return hidden if cut is None else jax.lax.with_sharding_constraint(hidden, cut)
+
+
 class Layer(nn.Module):
     """Attention and a feed-forward layer, each of a normalised input and added to it."""
 
     config: LlamaConfig
     dtype: Any
+    cut: PartitionSpec | None
 
     @nn.compact
     def __call__(
@@ -93,10 +101,10 @@ class Layer(nn.Module):
         attend = Attention(config, self.dtype, name="attention")
         normalised = RMSNorm(config.rms_norm_eps, name="attention_norm")(hidden)
         seen, cache = attend(normalised, places, angles, number, cache)
-        hidden = hidden + seen
+        hidden = cut_along(hidden + seen, self.cut)
         feed_forward = GatedFeedForward(config.intermediate_size, nn.silu, self.dtype, name="mlp")
         hidden = hidden + feed_forward(RMSNorm(config.rms_norm_eps, name="mlp_norm")(hidden))
-        return (hidden, cache), None
+        return (cut_along(hidden, self.cut), cache), None
 
 
 class Llama(nn.Module):
@@ -106,18 +114,21 @@ class Llama(nn.Module):
       config: the settings.
       dtype: the dtype of its products and activations; parameters are cast to it.
       remat: whether the backward pass computes each layer again instead of keeping what is inside.
+      cut: how hidden states between layers are cut over the mesh at hand, along batch, length and
+        width; unless given, the compiler decides.
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    cut: PartitionSpec | None = None
 
     def setup(self) -> None:
         """Makes the layers."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
         stack = stack_of(Layer, config.num_hidden_layers, shared=2, remat=self.remat)
-        self.layers = stack(config, self.dtype)
+        self.layers = stack(config, self.dtype, self.cut)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype)
@@ -168,6 +179,13 @@ class Llama(nn.Module):
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
 
+    @classmethod
+    def shapes(cls, config: LlamaConfig, dtype: Any) -> Any:
+        """Returns the shapes of the parameters, all of one dtype."""
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        shapes = jax.eval_shape(cls(config).init, jax.random.key(0), tokens)["params"]
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a cache with room for so many tokens of each row."""
         config = self.config
@@ -199,9 +217,14 @@ class Llama(nn.Module):
         hidden, cache = self.with_cache(token[:, None], cache)
         return self.logits(hidden)[:, 0], cache
 
+    @property
+    def _cut_of_rows(self) -> PartitionSpec | None:
+        """That of the last hidden states, of which any may be asked for: along the batch alone."""
+        return None if self.cut is None else PartitionSpec(self.cut[0])
+
     def _run(self, tokens: Tokens, places: Places, cache: Cache | None) -> Carried:
         angles = rotary_angles(self.config, places.positions)
         numbers = jnp.arange(self.config.num_hidden_layers)
-        carried = self.embed(tokens), cache
+        carried = cut_along(self.embed(tokens), self.cut), cache
         (hidden, cache), _ = self.layers(carried, numbers, places, angles)
-        return self.norm(hidden), cache
+        return cut_along(self.norm(hidden), self._cut_of_rows), cache

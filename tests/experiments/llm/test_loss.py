@@ -36,10 +36,10 @@ def examples():
     )
 
 
-def batch(*rows, length=16):
+def batch(*rows, length=16, groups=1):
     found = [Row(row) for row in rows]
     room = learned_count(examples(), found) + 3
-    return batch_of(examples(), found, length=length, room=room)
+    return batch_of(examples(), found, length=length, room=room, groups=groups)
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -59,17 +59,19 @@ def test_packed_is_unpacked(model_type):
     assert_agree(packed, single, tolerance=1e-4)
 
 
-def test_the_loss_is_that_of_all_logits(monkeypatch):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_loss_is_that_of_all_logits(monkeypatch, groups):
     monkeypatch.setattr(loss_module, "CHUNK", 7)
     params, apply = tiny_llama.params("qwen2"), Llama(tiny_llama.config("qwen2")).apply
-    rows = batch((0, 1), (3, 2))
+    rows = batch((0, 1), (3, 2), groups=groups)
     total = jax.jit(lambda params: losses_at_places(apply, params, rows).sum())(params)
     logits = jax.jit(apply)({"params": params}, rows.tokens, rows.positions, rows.segments)
-    logits = np.asarray(logits, np.float64).reshape(-1, tiny_llama.VOCABULARY)
+    logits = np.asarray(logits, np.float64).reshape(groups, -1, tiny_llama.VOCABULARY)
     expected = 0.0
-    for place, target, weight in zip(rows.places, rows.targets, rows.weights, strict=True):
-        row = logits[place] - logits[place].max()
-        expected += weight * (np.log(np.exp(row).sum()) - row[target])
+    for group, place in np.argwhere(rows.weights):
+        row = logits[group, rows.places[group, place]]
+        row = row - row.max()
+        expected += np.log(np.exp(row).sum()) - row[rows.targets[group, place]]
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 

@@ -33,13 +33,42 @@ def test_what_a_batch_says():
     assert batch.segments.tolist()[:2] == [[1] * 5 + [2] * 4 + [0], [1] * 3 + [0] * 7]
     assert not batch.segments[2].any()
     # After each of these places a token is learned; the first of an example never is.
-    assert batch.places.tolist() == [1, 2, 3, 5, 6, 7, 11, 0, 0]
-    assert batch.targets.tolist() == [12, 13, 14, 21, 22, 23, 32, 0, 0]
-    assert batch.weights.tolist() == [1] * 7 + [0] * 2
+    assert batch.places.tolist() == [[1, 2, 3, 5, 6, 7, 11, 0, 0]]
+    assert batch.targets.tolist() == [[12, 13, 14, 21, 22, 23, 32, 0, 0]]
+    assert batch.weights.tolist() == [[1] * 7 + [0] * 2]
+    assert batch.owners.tolist() == [[0] * 3 + [1] * 3 + [2] + [0] * 2]
     flat = batch.tokens.reshape(-1)
-    assert (flat[batch.places[:7] + 1] == batch.targets[:7]).all()
-    with pytest.raises(ValueError, match="`room` is 3; expected at least 7"):
+    assert (flat[batch.places[0, :7] + 1] == batch.targets[0, :7]).all()
+    with pytest.raises(ValueError, match="`room` is 3; expected at least 6"):
         batch_of(examples, [Row((0, 1)), Row((2,))], length=10, room=3)
+
+
+def test_each_group_of_rows_has_its_own_places():
+    examples = [example(5, 10), example(4, 20, prompt=0), example(3, 30), example(6, 40)]
+    rows = [Row((0,)), Row((2,)), Row((1,)), Row((3,))]
+    whole = batch_of(examples, rows, length=8, room=14)
+    halves = batch_of(examples, rows, length=8, room=7, groups=2)
+    np.testing.assert_array_equal(halves.tokens, whole.tokens)
+    assert halves.places.tolist() == [[1, 2, 3, 9, 0, 0, 0], [0, 1, 2, 9, 10, 11, 12]]
+    assert halves.owners.tolist() == [[0, 0, 0, 1, 0, 0, 0], [2, 2, 2, 3, 3, 3, 3]]
+    learned = halves.weights > 0
+    tokens = halves.tokens.reshape(2, -1)
+    after = np.take_along_axis(tokens, halves.places + 1, axis=1)
+    assert (after == halves.targets)[learned].all()
+    assert halves.targets[learned].tolist() == whole.targets[whole.weights > 0].tolist()
+    with pytest.raises(ValueError, match="`room` is 6; expected at least 7"):
+        batch_of(examples, rows, length=8, room=6, groups=2)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_groups_have_the_places_of_all_rows(pack):
+    options = {"rows": 4, "length": 32, "epochs": 1, "seed": 0, "pack": pack}
+    whole, halves = (TrainingSteps(random_examples(), groups=n, **options) for n in (1, 2))
+    for one, two in zip(whole, halves, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        found = [step.targets[step.weights > 0] for step in (one, two)]
+        np.testing.assert_array_equal(*found)
+        assert two.places.shape[1] == 2
 
 
 def random_examples(count=50, longest=30):

@@ -1,0 +1,149 @@
+"""Plans as tables on the terminal, as JSON, and as the tables of the documentation."""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machines import GIB, MACHINES
+from benchmarks.scale.collectives import Traffic
+from benchmarks.scale.plans import Plan, Task
+from experiments.common.console import Console
+from experiments.common.files import write_json
+
+Row = tuple[Task, Plan]
+
+_MEMORY = ("base", "trained", "optimizer", "activations", "temporaries")
+# Whose versions decide the numbers.
+_COMPILERS = ("jax", "libtpu", "jax-cuda12-plugin")
+# What less of is not worth a word.
+_LITTLE = GIB / 20
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Shows the memory of a device by kind, and the work."""
+    task = rows[0][0]
+    console.rule(
+        f"memory of one device in GiB; rank {task.rank}, examples of {task.length:,} tokens"
+    )
+    console.table(
+        ["model", "devices", "step", *_MEMORY, "total", "fits"],
+        [_memory_cells(task, plan) for task, plan in rows],
+    )
+    console.rule("work")
+    console.table(
+        ["model", "devices", "step", "examples", "TFLOP/token", "moved by a device", "compiled in"],
+        [_work_cells(task, plan) for task, plan in rows],
+    )
+
+
+def _memory_cells(task: Task, plan: Plan) -> list[str]:
+    fits = plan.fits(task.machine)
+    return [
+        *_names(task),
+        *(f"{getattr(plan, kind) / GIB:.2f}" for kind in _MEMORY),
+        f"{plan.total / GIB:.1f}",
+        "" if fits is None else "yes" if fits else "no",
+    ]
+
+
+def _work_cells(task: Task, plan: Plan) -> list[str]:
+    return [
+        *_names(task),
+        f"{task.batch}",
+        _tera(plan),
+        "\n".join(_moved(plan)) or "nothing",
+        f"{plan.compile_seconds:.0f} s",
+    ]
+
+
+def _names(task: Task) -> list[str]:
+    return [task.model, f"{task.devices} {task.machine}", task.kind]
+
+
+def _moved(plan: Plan) -> list[str]:
+    return [
+        f"{traffic.count:,} {kind} {traffic.bytes / GIB:.1f} GiB"
+        for kind, traffic in sorted(plan.traffic.items())
+        if traffic.bytes > _LITTLE
+    ]
+
+
+def _tera(plan: Plan) -> str:
+    return f"{plan.flops_per_token / 1e12:.3f}"
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: Sequence[Row], command: str) -> None:
+    """Writes all numbers, with the command and the versions that they come from."""
+    plans = [
+        {**dataclasses.asdict(task), "batch": task.batch}
+        | {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits(task.machine)}
+        for task, plan in rows
+    ]
+    write_json(path, {"command": command, "versions": _versions(), "plans": plans})
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Returns what `write_rows` wrote."""
+    return [(_task(entries), _plan(entries)) for entries in json.loads(path.read_text())["plans"]]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _COMPILERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _task(entries: Mapping[str, Any]) -> Task:
+    return Task(**{field.name: entries[field.name] for field in dataclasses.fields(Task)})
+
+
+def _plan(entries: Mapping[str, Any]) -> Plan:
+    values = {field.name: entries[field.name] for field in dataclasses.fields(Plan)}
+    values["traffic"] = {kind: Traffic(**each) for kind, each in values["traffic"].items()}
+    return Plan(**values)
+
+
+# --- the documentation's tables ----------------------------------------------------------------
+
+
+def show_as_markdown(rows: Sequence[Row]) -> None:
+    """Prints the slices with their memory and operations, and then what devices send each other."""
+    machines = [name for name in MACHINES if any(task.machine == name for task, _ in rows)]
+    found = {(task.model, task.kind, task.machine): (task, plan) for task, plan in rows}
+    steps = list(dict.fromkeys((task.model, task.kind) for task, _ in rows))
+    sizes = [f"{name}, {MACHINES[name].memory / GIB:.0f} GiB" for name in machines]
+    _print_table(
+        ["model", "step", "TFLOP/token", *sizes],
+        [_slice_cells(step, [found.get((*step, name)) for name in machines]) for step in steps],
+    )
+    print()
+    _print_table(["model", "step", "chips", "a chip receives in a step"], map(_sent_cells, rows))
+
+
+def _slice_cells(step: tuple[str, str], of_machines: Sequence[Row | None]) -> list[str]:
+    slices = [
+        "none" if row is None else f"{row[0].devices} × {row[1].total / GIB:.1f} GiB"
+        for row in of_machines
+    ]
+    plan = next(row[1] for row in of_machines if row is not None)
+    return [*step, _tera(plan), *slices]
+
+
+def _sent_cells(row: Row) -> list[str]:
+    task, plan = row
+    return [task.model, task.kind, f"{task.devices} {task.machine}", ", ".join(_moved(plan))]
+
+
+def _print_table(columns: Sequence[str], rows: Any) -> None:
+    for cells in [columns, ["---"] * len(columns), *rows]:
+        print(f"| {' | '.join(cells)} |")
