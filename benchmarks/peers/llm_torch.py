@@ -67,7 +67,7 @@ class Peft(TorchTraining):
         ).last_hidden_state
         count = int(batch["weights"].sum())
         places, targets = (
-            torch.from_numpy(batch[name][:count]).long() for name in ("places", "targets")
+            torch.from_numpy(batch[name][0, :count]).long() for name in ("places", "targets")
         )
         logits = model.lm_head(hidden.flatten(0, 1)[places])
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
