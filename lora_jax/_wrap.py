@@ -17,11 +17,17 @@ from lora_jax._node_shardings import node_shardings
 from lora_jax._nodes import map_nodes
 from lora_jax._partition import Partition, is_abstract, placed_shapes
 from lora_jax._paths import listed, map_with_paths
-from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
+from lora_jax._row_weight import check_rows, row_weight
+from lora_jax._selection import (
+    SelectedWeight,
+    check_not_wrapped,
+    selected_weights,
+    trained_leaves,
+)
 from lora_jax._settings import Settings, check_rank_fits
 from lora_jax._shapes import Axes, Layers, largest_rank
 from lora_jax._targets import Targets
-from lora_jax._weight import FullWeight, LoRAWeight
+from lora_jax._weight import FullWeight, LoRAWeight, is_node
 from lora_jax.init._registry import AnyInitializer
 from lora_jax.quantization._programs import leaf_shardings
 from lora_jax.quantization._weight import AnyWeight, is_quantized
@@ -39,6 +45,7 @@ def wrap(
     rslora: bool = False,
     dora: bool = False,
     layers: Sequence[SupportsIndex] | np.ndarray | None = None,
+    rows: Sequence[SupportsIndex] | np.ndarray | None = None,
     freeze: str | Sequence[str] = (),
     dtype: Any = None,
     exclude: Targets | None = None,
@@ -112,28 +119,44 @@ def wrap(
         init=init,
         dora=dora,
         layers=layers,
+        rows=rows,
         freeze=freeze,
         dtype=dtype,
     )
     # A tree of shapes is wrapped where no device can compute a key.
     if key is not None or not is_abstract(params):
         key = jax.random.key(0) if key is None else _checked_key(key)
-    adapted = selected_weights(params, targets, exclude=exclude, axes=axes)
+    adapted = selected_weights(
+        params, targets, exclude=exclude, axes=axes, may_be_wrapped=_may_add_rows(targets, rows)
+    )
+    settings = {
+        path: defaults.overridden(path, weight.selection.overrides)
+        for path, weight in adapted.items()
+    }
+    if train is not None or any(each.rows is None for each in settings.values()):
+        check_not_wrapped(params)
     trained = trained_leaves(params, train, adapted)
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
             return FullWeight(base=leaf, value=_trainable_copy(leaf))
         if path in adapted:
-            weight = adapted[path]
-            settings = defaults.overridden(path, weight.selection.overrides)
-            rank = _fitting_rank(path, weight, settings.rank)
-            settings = dataclasses.replace(settings, rank=rank)
+            weight, own = adapted[path], settings[path]
+            if own.rows is None:
+                own = dataclasses.replace(own, rank=_fitting_rank(path, weight, own.rank))
+            else:
+                check_rows(path, leaf, weight.axes, own)
             wrapped = _abstract_weight if is_abstract(leaf) else _wrapped_weight
-            return wrapped(path, leaf, weight.axes, settings, key)
+            return wrapped(path, leaf, weight.axes, own, key)
         return leaf
 
-    return map_with_paths(node, params)
+    return map_with_paths(node, params, is_node)
+
+
+def _may_add_rows(targets: Targets, rows: Any) -> bool:
+    """Says whether single rows are adapted, which may be those of a weight with an adapter."""
+    overrides = targets.values() if isinstance(targets, Mapping) else ()
+    return rows is not None or any("rows" in each for each in overrides)
 
 
 def _trainable_copy(leaf: Any) -> Any:
@@ -172,6 +195,8 @@ def unwrap(wrapped: Any) -> Any:
 def _wrapped_weight(
     path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
 ) -> LoRAWeight:
+    if settings.rows is not None:
+        return row_weight(leaf, axes, settings.rows, settings.dtype)
     key = jax.random.key(0) if key is None else key
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))

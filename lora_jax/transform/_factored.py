@@ -12,7 +12,7 @@ from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._product import sharding_of
-from lora_jax.transform._terms import Factor, Term, without_windows
+from lora_jax.transform._terms import Factor, Rows, Term, without_windows
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +78,11 @@ class Factored:
     def is_weight(self) -> bool:
         """Whether this is more than an array."""
         return bool(self.terms) or self.gain is not None or is_deferred(self.base)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a term changes single rows."""
+        return any(isinstance(window, Rows) for term in self.terms for window in term.window)
 
     @property
     def held_by_gain(self) -> frozenset[int]:

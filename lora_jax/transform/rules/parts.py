@@ -19,8 +19,8 @@ from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Interpreter
 from lora_jax.transform._roles import of_weights_alone
-from lora_jax.transform._terms import Factor, Term
-from lora_jax.transform.rules._moves import Windows, moved, with_base
+from lora_jax.transform._terms import Factor, Range, Term, Windows
+from lora_jax.transform.rules._moves import moved, with_base
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -121,8 +121,7 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
     for value in inputs:
         size = value.shape[axis]
         for term in terms_of(value) if size else ():
-            inner = term.window[axis] or (0, size)
-            window = (start + inner[0], start + inner[1])
+            window = (term.window[axis] or Range(0, size)).shifted(start)
             windows = (*term.window[:axis], window, *term.window[axis + 1 :])
             terms.append(dataclasses.replace(term, window=windows))
         start += size
@@ -138,7 +137,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
         term.rearranged(
             jnp.expand_dims(term.lora_A, axis),
             jnp.expand_dims(term.lora_B, axis),
-            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
+            (*term.window[:axis], Range(place, place + 1), *term.window[axis:]),
         )
         for place, value in enumerate(inputs)
         for term in terms_of(value)
@@ -167,9 +166,7 @@ def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
     def widened(windows: Windows) -> Windows:
         return tuple(
-            window
-            if lo == hi == 0
-            else (lo + (window or (0, size))[0], lo + (window or (0, size))[1])
+            window if lo == hi == 0 else (window or Range(0, size)).shifted(lo)
             for window, (lo, hi, _), size in zip(windows, config, value.shape, strict=True)
         )
 
