@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from lora_jax._partition import Partition, base_sharding, cut_as
 from lora_jax._shapes import Places, Size, aligned
 
 
@@ -76,17 +77,41 @@ class Rows:
 
     def taken(self, array: Array, axis: int) -> Array:
         """Returns the part of an array that is in the window."""
-        return jnp.take(array, self.places, axis=axis, mode="fill", fill_value=0)
+
+        def take(array: Array, places: Array) -> Array:
+            return jnp.take(array, places, axis=axis, mode="fill", fill_value=0)
+
+        return cut_as(_sharding_but(array, axis, self.width), take, array, self.places)
 
     def spread(self, block: Array, axis: int, size: Size) -> Array:
         """Returns an array of `size` places with a block in the window and zeros around it."""
         shape = (*block.shape[:axis], size, *block.shape[axis + 1 :])
-        return self.added(jnp.zeros(shape, block.dtype), block, axis)
+
+        def spread(block: Array, places: Array) -> Array:
+            return _added(jnp.zeros(shape, block.dtype), block, places, axis)
+
+        return cut_as(_sharding_but(block, axis, size), spread, block, self.places)
 
     def added(self, total: Array, block: Array, axis: int) -> Array:
         """Returns an array plus a block in the window: no second array of its size is made."""
-        index = (*(slice(None),) * axis, self.places)
-        return total.at[index].add(block, mode="drop")
+        add = functools.partial(_added, axis=axis)
+        return cut_as(base_sharding(total), add, total, block, self.places)
+
+
+def _added(total: Array, block: Array, places: Array, axis: int) -> Array:
+    index = (*(slice(None),) * axis, places)
+    return total.at[index].add(block, mode="drop")
+
+
+def _sharding_but(array: Array, axis: int, size: Size) -> NamedSharding | None:
+    """Returns how an array is cut that has another, uncut axis of `size` places."""
+    partition = Partition.of(array)
+    if partition is None:
+        return None
+    shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
+    return partition.sharding(
+        shape, [None if place == axis else place for place in range(len(shape))]
+    )
 
 
 Window = Range | Rows

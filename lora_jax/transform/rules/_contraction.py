@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._compat import Equation
@@ -28,7 +29,14 @@ from lora_jax.transform._product import (
     sharding_of,
     without_unit_axes,
 )
-from lora_jax.transform._terms import Term, Window, Windows, block_shape, without_windows
+from lora_jax.transform._terms import (
+    Rows,
+    Term,
+    Window,
+    Windows,
+    block_shape,
+    without_windows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +147,7 @@ class Contraction:
             scale=math.prod(scales[1:], start=scales[0]),
             precision=self.equation.params["precision"],
             preferred_element_type=product_dtype(self.equation, dtype),
-            sharding=sharding_of(result),
+            sharding=self._block_sharding(windows, result),
         )
         return self._whole_block(joined, windows, result)
 
@@ -184,6 +192,17 @@ class Contraction:
             for label, size in size_of.items()
             if label not in held and label not in self.output
         )
+
+    def _block_sharding(
+        self, windows: Mapping[int, Window], result: Array
+    ) -> NamedSharding | None:
+        """Returns how a block is cut over explicit mesh axes: as the result, but for single rows."""
+        sharding = sharding_of(result)
+        if sharding is None:
+            return None
+        cuts = zip(self.output, sharding.spec, strict=False)
+        spec = [None if isinstance(windows.get(label), Rows) else cut for label, cut in cuts]
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
     def _whole_block(
         self, joined: Labelled, windows: Mapping[int, Window], result: Array
