@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -71,8 +72,14 @@ class Factored:
         )
 
     def with_aligned(self) -> "Factored":
-        """Returns the same value with factors that the trace at hand has aligned."""
-        return self.map_factors(Factor.with_aligned)
+        """Returns the same value with factors that the trace at hand has aligned.
+
+        A constant scale may come as an array of NumPy, from a function with its own derivative.
+        """
+        terms = tuple(
+            dataclasses.replace(term, scale=jnp.asarray(term.scale)) for term in self.terms
+        )
+        return dataclasses.replace(self, terms=terms).map_factors(Factor.with_aligned)
 
     @property
     def is_weight(self) -> bool:

@@ -60,7 +60,7 @@ class Rows:
       places: the places, of shape (width,).
     """
 
-    places: Array
+    places: Array | Any
 
     @property
     def width(self) -> Size:

@@ -9,12 +9,11 @@ from jaxtyping import Array
 
 from lora_jax._compat import Equation, Primitive, is_tracer, primitives
 from lora_jax._dtypes import common_dtype
-from lora_jax._shapes import Size
 from lora_jax.transform._bases import computed_with_bases, moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Evaluation, Interpreter
 from lora_jax.transform._roles import of_weights_alone
-from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform._terms import Term
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -89,7 +88,7 @@ def _rescaled(
     """Returns the value times or over an array that each term absorbs, into scale or one factor."""
     if value.ndim < jnp.ndim(other):  # one number of a weight, times an array
         return None
-    terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
+    terms = [_rescaled_term(term, other, operation) for term in value.terms]
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
@@ -98,7 +97,6 @@ def _rescaled(
 
 def _rescaled_term(
     term: Term,
-    shape: tuple[Size, ...],
     other: Any,
     operation: Callable[[Array, Array], Array],
 ) -> Term | None:
@@ -107,7 +105,9 @@ def _rescaled_term(
         scale = _in_common_dtype(operation, term.scale, array)
         alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
         return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
-    term = without_windows(term, shape)
+    for axis, window in enumerate(term.window):
+        if window is not None and array.shape[axis] != 1:
+            array = window.taken(array, axis)
     held = {axis for axis, size in enumerate(array.shape) if size != 1}
 
     def absorbed(factor: Array) -> Array:
