@@ -13,6 +13,7 @@ from lora_jax._nodes import NodeIndex, check_plain
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
+from lora_jax._weight import AdapterNode
 from lora_jax.quantization._weight import AnyWeight, format_of, is_quantized
 
 
@@ -21,12 +22,12 @@ class SelectedWeight:
     """A weight that is to be adapted.
 
     Attributes:
-      leaf: the weight.
+      leaf: the weight, or a node that `wrap` made of it.
       axes: the role of each of its axes.
       selection: how it was selected.
     """
 
-    leaf: AnyWeight
+    leaf: AnyWeight | AdapterNode
     axes: Axes
     selection: Selection
 

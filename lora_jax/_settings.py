@@ -170,10 +170,9 @@ class Settings:
         meaningless = [name for name in _OF_LOW_RANK if name in overrides]
         if overrides.get("rows") is not None and meaningless:
             raise ValueError(
-                f"`targets` overrides {listed(meaningless)} beside 'rows' for '{path}'; rows change "
-                "by a row of lora_B each, whose scale is 1. A low-rank adapter of the same weight "
-                "is a call of its own: wrap(wrap(params, ...), "
-                f"{{'{path}': dict(rows=...)}})."
+                f"`targets` overrides {listed(meaningless)} beside 'rows' for '{path}'; rows have "
+                "none of these, and a scale of 1. A low-rank adapter of the same weight is a call "
+                f"of its own: wrap(wrap(params, ...), {{'{path}': dict(rows=...)}})."
             )
         checked: dict[str, Any] = {
             name: checks[name](f"`{name}` of '{path}'", value) for name, value in overrides.items()

@@ -6,7 +6,6 @@ from typing import Any, TypeGuard
 import jax
 from jaxtyping import Array, Float, Inexact, Int
 
-from lora_jax._row_selection import RowSelection
 from lora_jax._serialization import exportable, introduce_to_flax
 from lora_jax._shapes import Axes, Layers
 from lora_jax.quantization._weight import is_quantized
@@ -96,7 +95,7 @@ class LoRAWeight(_NodeWithFactors):
     """
 
     base: Any
-    lora_A: Float[Array, "..."] | RowSelection | Any
+    lora_A: Float[Array, "..."] | Any
     lora_B: Float[Array, "..."] | Any
     scale: Float[Array, ""] | Any
     axes: Axes = dataclasses.field(metadata={"static": True})

@@ -62,7 +62,7 @@ def wrap(
       targets: what to adapt: a regular expression that matches whole path segments anywhere in a
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
         `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
-        `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `freeze` and `dtype`
+        `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `rows`, `freeze` and `dtype`
         (`{"query": dict(rank=16)}`). A matched module means its floating-point weights of
         two or more axes, not its biases; a bias is recognised by its name and by the weights beside
         it, or by `axes=infer_axes(...)`. `"all-linear"`, with `axes=infer_axes(...)`, means every
@@ -85,6 +85,12 @@ def wrap(
       layers: which indices of a weight's first batch axis to adapt, such as `range(4, 8)` for
         layers 4 to 7 of a scan stack; all by default. No parameters are allocated for the other
         layers.
+      rows: the numbers of single rows to train in place of low-rank factors, such as those of new
+        tokens in an embedding table: `{"embed": dict(rows=[50257, 50258])}`. They are along the
+        weight's one `"in"` axis, of two axes. `lora_A` is a `RowSelection` then, which is frozen,
+        and `lora_B` the change of each row, zero at the start, with a scale of 1: `rank`, `alpha`,
+        `rslora` and `init` have no effect. A call with `rows` alone also takes a wrapped tree, and
+        puts them on top of the adapter that a weight may have.
       freeze: which of `"lora_A"`, `"lora_B"` and `"magnitude"` not to train; their gradients are
         not computed.
       dtype: the factors' dtype; by default float32, or the weight's dtype where that is wider.
@@ -193,7 +199,11 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def _wrapped_weight(
-    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    settings: Settings,
+    key: PRNGKeyArray | None,
 ) -> LoRAWeight:
     if settings.rows is not None:
         return row_weight(leaf, axes, settings.rows, settings.dtype)
@@ -221,7 +231,11 @@ def _wrapped_weight(
 
 
 def _abstract_weight(
-    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    settings: Settings,
+    key: PRNGKeyArray | None,
 ) -> LoRAWeight:
     """Returns the same as `_wrapped_weight` of a weight without numbers, cut as the weight is."""
     # Without its sharding: tracing would need the mesh as its context.

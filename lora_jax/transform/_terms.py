@@ -304,9 +304,7 @@ class Term:
         is_product = self.lora_A.size != 1 and self.lora_B.size != 1
         return 2 * self.rank * is_product + 1
 
-    def moved(
-        self, lora_A: Array, lora_B: Array, window: Windows | None = None
-    ) -> "Term":
+    def moved(self, lora_A: Array, lora_B: Array, window: Windows | None = None) -> "Term":
         """Returns the term with other aligned factors, and another window if one is given."""
         return dataclasses.replace(
             self,
@@ -315,9 +313,7 @@ class Term:
             window=self.window if window is None else window,
         )
 
-    def rearranged(
-        self, lora_A: Array, lora_B: Array, window: Windows | None = None
-    ) -> "Term":
+    def rearranged(self, lora_A: Array, lora_B: Array, window: Windows | None = None) -> "Term":
         """Returns the same as `moved` where the factors' elements are only rearranged."""
         return dataclasses.replace(
             self,

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -193,10 +192,8 @@ class Contraction:
             if label not in held and label not in self.output
         )
 
-    def _block_sharding(
-        self, windows: Mapping[int, Window], result: Array
-    ) -> NamedSharding | None:
-        """Returns how a block is cut over explicit mesh axes: as the result, but for single rows."""
+    def _block_sharding(self, windows: Mapping[int, Window], result: Array) -> NamedSharding | None:
+        """Returns how a block is cut over explicit mesh axes: as the result, single rows not."""
         sharding = sharding_of(result)
         if sharding is None:
             return None
@@ -204,9 +201,7 @@ class Contraction:
         spec = [None if isinstance(windows.get(label), Rows) else cut for label, cut in cuts]
         return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
-    def _whole_block(
-        self, joined: Labelled, windows: Mapping[int, Window], result: Array
-    ) -> Array:
+    def _whole_block(self, joined: Labelled, windows: Mapping[int, Window], result: Array) -> Array:
         """Returns a product broadcast to the windows of `result`, and cast to its dtype."""
         absent = [axis for axis, label in enumerate(self.output) if label not in joined.labels]
         shape = [
@@ -232,9 +227,7 @@ def _taken(array: AnyArray, labels: Labels, windows: Mapping[int, Window]) -> Ar
     return array
 
 
-def _windows_of_labels(
-    terms: Sequence[Term | None], labels: Sequence[Labels]
-) -> dict[int, Window]:
+def _windows_of_labels(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, Window]:
     """Returns, for each label that a term's window restricts, that window."""
     return {
         label: window
