@@ -193,7 +193,7 @@ class Contraction:
         )
 
     def _block_sharding(self, windows: Mapping[int, Window], result: Array) -> NamedSharding | None:
-        """Returns how a block is cut over explicit mesh axes: as the result, single rows not."""
+        """Returns how a block is cut over explicit mesh axes: as the result, and not along rows."""
         sharding = sharding_of(result)
         if sharding is None:
             return None
