@@ -139,7 +139,8 @@ def test_weights_that_have_no_rows() -> None:
 
 class TestTwoCalls:
     def test_put_rows_on_top(self) -> None:
-        below, above = wrapped_params("embed|query"), beside_low_rank()
+        below = wrapped_params("embed|query")
+        above = lora_jax.wrap(below, {"embed": {"rows": ROWS}})
         assert_identical(above["query"], below["query"])
         assert above["embed"]["table"].base is below["embed"]["table"]
         trained = as_if_trained(above)
