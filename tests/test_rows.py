@@ -263,6 +263,27 @@ def test_a_table_within_a_loop() -> None:
     assert_agree(actual, generated(lora_jax.merge(wrapped), IDS[0]))
 
 
+def test_a_loss_over_parts_of_the_vocabulary() -> None:
+    wrapped = as_if_trained(wrapped_params())
+
+    def logits(params: Any, ids: jax.Array) -> jax.Array:
+        table = params["embed"]["table"]
+        hidden = jnp.tanh(table[ids])
+
+        def part(_: None, start: jax.Array) -> tuple[None, jax.Array]:
+            return None, hidden @ jax.lax.dynamic_slice_in_dim(table, start, 12).T
+
+        parts = jax.lax.scan(part, None, jnp.array([0, 12, 24, 36]))[1]
+        return jnp.concatenate([*parts, hidden @ table[10:35].T, hidden @ table[::-2].T], axis=-1)
+
+    parted = lora_jax.adapt(logits, on_materialize="error")
+    halves = lora_jax.split(wrapped)
+    expected = jax.value_and_grad(loss(lambda tree, ids: logits(lora_jax.merge(tree), ids)))
+    assert_agree(jax.jit(jax.value_and_grad(loss(parted)))(*halves), expected(*halves))
+    uses = [use for each in lora_jax.explain(logits, wrapped, IDS).targets for use in each.uses]
+    assert [use.how for use in uses] == ["factored"] * 3 + ["dense"]
+
+
 def test_dropout_drops_whole_lookups() -> None:
     wrapped = as_if_trained(wrapped_params())
     table, change = PARAMS["embed"]["table"], wrapped["embed"]["table"].lora_B

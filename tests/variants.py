@@ -38,7 +38,7 @@ _OF_TABLES = tuple(
 
 
 _BUILT = frozenset({"merged", "dense"})
-_CUT = ("concatenated_then_sliced_and_transposed", "reshaped", "shard_map", "sliced")
+_CUT = ("concatenated_then_sliced_and_transposed", "reshaped", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -51,6 +51,10 @@ class Range:
         return jnp.pad(block, padding)
 
 
+# A place that no axis has, also where another axis is joined in front of it.
+_BEYOND = 2**30
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -70,6 +74,18 @@ class Rows:
     def shifted(self, distance: Size) -> "Rows":
         """Returns the window on an axis that begins so many places earlier."""
         return Rows(self.places + distance)
+
+    def within(self, start: Any, width: Size, size: Size) -> "Rows":
+        """Returns the window on a part of an axis of `size` places.
+
+        Args:
+          start: the first place of the part; as JAX has it, moved to where the part fits.
+          width: how many places the part has.
+          size: how many the axis has.
+        """
+        first = jnp.clip(start, 0, size - width).astype(self.places.dtype)
+        places = self.places - first
+        return Rows(jnp.where((places >= 0) & (places < width), places, _BEYOND))
 
     def mirrored(self, size: Size) -> "Rows":
         """Returns the window on the reversed axis of `size` places."""
