@@ -284,6 +284,19 @@ def test_a_loss_over_parts_of_the_vocabulary() -> None:
     assert [use.how for use in uses] == ["factored"] * 3 + ["dense"]
 
 
+@pytest.mark.usefixtures("promoted_ranks")
+@pytest.mark.parametrize("row", [30, 4], ids=["adapted", "another"])
+@pytest.mark.parametrize("op", [jnp.add, jnp.subtract, jnp.multiply, jnp.divide])
+def test_one_row_beside_an_array(op: Any, row: int) -> None:
+    wrapped, array = as_if_trained(wrapped_params()), 2 + random(5, 6, seed=2) ** 2
+
+    def fn(params: Any, x: jax.Array) -> jax.Array:
+        return x @ op(params["embed"]["table"][row : row + 1], array)
+
+    actual = lora_jax.adapt(fn, on_materialize="ignore")(wrapped, random(3, 5))
+    assert_agree(actual, fn(lora_jax.merge(wrapped), random(3, 5)))
+
+
 def test_dropout_drops_whole_lookups() -> None:
     wrapped = as_if_trained(wrapped_params())
     table, change = PARAMS["embed"]["table"], wrapped["embed"]["table"].lora_B
