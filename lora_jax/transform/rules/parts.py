@@ -18,6 +18,7 @@ from lora_jax._shapes import Size
 from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Interpreter
+from lora_jax.transform._product import sharding_of
 from lora_jax.transform._roles import of_weights_alone
 from lora_jax.transform._terms import Factor, Range, Rows, Term, Windows, without_windows
 from lora_jax.transform.rules._moves import with_base
@@ -237,6 +238,7 @@ def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size
     dtype = common_dtype(*(array.dtype for array in known))
     shapes = [[size if i != axis else 1 for i, size in enumerate(array.shape)] for array in known]
     common = list(jnp.broadcast_shapes(*shapes))
+    sharding = next(filter(None, map(sharding_of, known)), None)
     parts = [
         jnp.broadcast_to(
             jnp.ones((), dtype) if gain is None else gain.aligned.astype(dtype),
@@ -244,6 +246,8 @@ def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size
         )
         for gain, size in zip(gains, sizes, strict=True)
     ]
+    if sharding is not None:
+        parts = [jax.sharding.reshard(part, sharding) for part in parts]
     return Factor.of_aligned(jnp.concatenate(parts, axis))
 
 
