@@ -17,6 +17,7 @@ from lora_jax._quantize import quantize as quantize
 from lora_jax._requantize import RequantizationError as RequantizationError
 from lora_jax._requantize import RequantizationWarning as RequantizationWarning
 from lora_jax._requantize import requantization_errors as requantization_errors
+from lora_jax._row_selection import RowSelection as RowSelection
 from lora_jax._summary import ParameterCounts as ParameterCounts
 from lora_jax._summary import count_parameters as count_parameters
 from lora_jax._summary import summary as summary

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from lora_jax._dtypes import common_dtype, epsilon, smallest
 from lora_jax._matrices import by_matrix, stack_ndim, with_quantized_layers
 from lora_jax._partition import base_sharding, cut_as, feature_sharding
+from lora_jax._row_selection import RowSelection
 from lora_jax._shapes import (
     AnyArray,
     Axes,
@@ -19,6 +20,7 @@ from lora_jax._shapes import (
     aligned,
     magnitude_places,
     positions,
+    row_places,
     taken_layers,
     with_layers,
 )
@@ -40,7 +42,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def lora_weight(
     original: AnyWeight | LoRAWeight,
-    lora_A: Array,
+    lora_A: Array | RowSelection,
     lora_B: Array,
     scale: Array,
     axes: Axes,
@@ -219,7 +221,7 @@ def _dense(weight: LoRAWeight) -> Array:
 
 def value_of_part(
     part: AnyArray,
-    lora_A: Array,
+    lora_A: Array | RowSelection,
     lora_B: Array,
     scale: Array,
     magnitude: Array | None,
@@ -257,8 +259,15 @@ def without_change(merged: Array, weight: LoRAWeight) -> Array:
     return cut_as(base_sharding(merged), computed, merged, adapter)
 
 
-def _with_change(part: AnyArray, lora_A: Array, lora_B: Array, scale: Array, axes: Axes) -> Array:
+def _with_change(
+    part: AnyArray, lora_A: Array | RowSelection, lora_B: Array, scale: Array, axes: Axes
+) -> Array:
     """Returns part + scale · A · B in at least float32."""
+    if isinstance(lora_A, RowSelection):
+        wide = common_dtype(part.dtype, lora_B.dtype, jnp.float32)
+        change = aligned(scale.astype(wide) * lora_B.astype(wide), row_places(axes)).squeeze(-1)
+        index = tuple(lora_A.rows if role == "in" else slice(None) for role in axes)
+        return jnp.asarray(part).astype(wide).at[index].add(change, mode="drop")
     wide = common_dtype(part.dtype, lora_A.dtype, jnp.float32)
     change = low_rank(lora_A.astype(wide), lora_B.astype(wide), axes)
     return jnp.asarray(part).astype(wide) + scale.astype(wide) * change
@@ -279,7 +288,7 @@ def requantized_value(weight: LoRAWeight) -> QuantizedWeight:
 def _requantized_value(weight: LoRAWeight, *, stack: int) -> QuantizedWeight:
     base, axes, layers = weight.base, weight.axes, weight.layers
 
-    def of_part(part: Array, lora_A: Array, lora_B: Array, magnitude: Any) -> QuantizedWeight:
+    def of_part(part: Array, lora_A: Any, lora_B: Array, magnitude: Any) -> QuantizedWeight:
         value = value_of_part(part, lora_A, lora_B, weight.scale, magnitude, axes)
         return requantized(value, base, at_once=not stack)
 

@@ -12,6 +12,7 @@ from lora_jax._partition import (
     feature_sharding,
     uncut,
 )
+from lora_jax._row_selection import RowSelection
 from lora_jax._weight import (
     FullWeight,
     LoRABank,
@@ -37,6 +38,8 @@ def node_shardings(node: Any) -> Any:
         return FullWeight(base=base, value=base_sharding(weight) or weight.sharding)
     arrays = _shardings_beside(node, weight)
     held = {name: sharding for name, sharding in arrays.items() if getattr(node, name) is not None}
+    if isinstance(node.lora_A, RowSelection):
+        held["lora_A"] = dataclasses.replace(node.lora_A, rows=held["scale"])
     return dataclasses.replace(node, base=base, **held)
 
 

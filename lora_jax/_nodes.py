@@ -167,10 +167,10 @@ def check_single(path: str, node: LoRAWeight | LoRABank) -> None:
             f"'{path}' holds {node.capacity} adapters; expected one. serving.adapt(fn) computes "
             "with them all, and serving.select(bank, id) gives one of them."
         )
-    expected = node.axes.count("batch") + node.axes.count("in") + 1
-    if node.lora_A.ndim != expected:
+    expected = node.axes.count("batch") + node.axes.count("out") + 1
+    if node.lora_B.ndim != expected:
         raise ValueError(
-            f"'{path}' has a lora_A of shape {node.lora_A.shape} with the axes {node.axes}; "
+            f"'{path}' has a lora_B of shape {node.lora_B.shape} with the axes {node.axes}; "
             f"expected {expected} axes, as one adapter has. serving.bank([...]) holds several "
             "adapters, and jax.vmap maps a function over an axis of them."
         )

@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from lora_jax._axes import InferredAxes, axes_of, check_axes
 from lora_jax._dtypes import is_narrow_float
 from lora_jax._leaf_kinds import Neighbourhood, floating_obstacle, weight_obstacle
-from lora_jax._nodes import check_plain
+from lora_jax._nodes import NodeIndex, check_plain
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import Axes
 from lora_jax._targets import Selection, Targets, check_no_overrides, select
+from lora_jax._weight import AdapterNode
 from lora_jax.quantization._weight import AnyWeight, format_of, is_quantized
 
 
@@ -19,12 +22,12 @@ class SelectedWeight:
     """A weight that is to be adapted.
 
     Attributes:
-      leaf: the weight.
+      leaf: the weight, or a node that `wrap` made of it.
       axes: the role of each of its axes.
       selection: how it was selected.
     """
 
-    leaf: AnyWeight
+    leaf: AnyWeight | AdapterNode
     axes: Axes
     selection: Selection
 
@@ -35,20 +38,32 @@ def selected_weights(
     *,
     exclude: Targets | None = None,
     axes: Mapping[str, Sequence[str]] | None = None,
+    may_be_wrapped: bool = False,
 ) -> dict[str, SelectedWeight]:
     """Returns the weights to adapt by path.
+
+    Args:
+      params: the parameters.
+      targets: what to adapt.
+      exclude: what of it not to adapt.
+      axes: the roles of the weights' axes.
+      may_be_wrapped: whether `params` may hold nodes that `wrap` made; each is a weight then.
 
     Raises:
       ValueError: `params` is wrapped already; `targets`, `exclude` or `axes` does not fit; or a
         selected leaf may be a bias, or a part of a quantised weight.
     """
-    check_not_wrapped(params)
-    check_axes(axes, params)
+    if not may_be_wrapped:
+        check_not_wrapped(params)
+    index = NodeIndex.of(params)
+    plain = index.mapped(lambda _, node: jax.ShapeDtypeStruct(node.shape, node.dtype))
+    check_axes(axes, plain)
     inferred = axes if isinstance(axes, InferredAxes) else None
-    leaves = dict(leaves_with_paths(params))
+    leaves = dict(leaves_with_paths(plain))
+    weights = dict(index.tree.items())
     return {
-        path: SelectedWeight(leaves[path], axes_of(path, leaves[path], axes), selection)
-        for path, selection in _selected(params, leaves, targets, exclude, inferred).items()
+        path: SelectedWeight(weights[path], axes_of(path, leaves[path], axes), selection)
+        for path, selection in _selected(plain, leaves, targets, exclude, inferred).items()
     }
 
 
@@ -127,7 +142,7 @@ def check_not_wrapped(params: Any) -> None:
     check_plain(
         params,
         "wrap(unwrap(params), ...) starts anew, wrap(merge(params), ...) adapts the merged "
-        "weights.",
+        "weights, and wrap(params, {...: dict(rows=...)}) adds rows.",
         ValueError,
     )
 

@@ -1,5 +1,6 @@
 """The settings that `wrap` takes for each target, with their defaults and checks."""
 
+import collections
 import dataclasses
 import math
 import operator
@@ -15,6 +16,9 @@ from lora_jax._shapes import Axes, largest_rank
 from lora_jax._weight import FACTORS
 from lora_jax.init import initializer
 from lora_jax.init._registry import AnyInitializer
+
+# What a low-rank adapter alone is made by.
+_OF_LOW_RANK = ("rank", "alpha", "rslora", "init")
 
 # A check of a setting: takes its name in errors and the given value, returns the value to use.
 Checked = Callable[[str, Any], Any]
@@ -95,6 +99,24 @@ def _checked_layers(subject: str, layers: Any) -> tuple[int, ...] | None:
     return tuple(sorted(places))
 
 
+def _checked_rows(subject: str, rows: Any) -> tuple[int, ...] | None:
+    """Returns the numbers of rows in the order given."""
+    if rows is None:
+        return None
+    is_sequence = isinstance(rows, Sequence | np.ndarray) and not isinstance(rows, str)
+    if not is_sequence or not all(map(_is_place, rows)):
+        raise TypeError(f"{subject} is {rows!r}; expected whole numbers, such as [50257, 50258].")
+    numbers = tuple(map(operator.index, rows))
+    if not numbers or min(numbers) < 0:
+        raise ValueError(
+            f"{subject} is {rows!r}; expected the number of at least one row, counted from 0."
+        )
+    repeated = [str(row) for row, count in collections.Counter(numbers).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{subject} names {listed(repeated)} more than once; expected each once.")
+    return numbers
+
+
 def _is_place(layer: Any) -> bool:
     return hasattr(layer, "__index__") and not isinstance(layer, bool | np.bool_)
 
@@ -126,6 +148,7 @@ class Settings:
     init: AnyInitializer = dataclasses.field(metadata={"checked": _checked_init})
     dora: bool = dataclasses.field(metadata={"checked": _checked_flag})
     layers: tuple[int, ...] | None = dataclasses.field(metadata={"checked": _checked_layers})
+    rows: tuple[int, ...] | None = dataclasses.field(metadata={"checked": _checked_rows})
     freeze: tuple[str, ...] = dataclasses.field(metadata={"checked": checked_freeze})
     dtype: Any = dataclasses.field(metadata={"checked": _checked_dtype})
 
@@ -144,6 +167,13 @@ class Settings:
                     f"`targets` overrides {name!r} for '{path}'; expected one of "
                     f"{listed(tuple(checks), 20)}."
                 )
+        meaningless = [name for name in _OF_LOW_RANK if name in overrides]
+        if overrides.get("rows") is not None and meaningless:
+            raise ValueError(
+                f"`targets` overrides {listed(meaningless)} beside 'rows' for '{path}'; rows have "
+                "none of these, and a scale of 1. A low-rank adapter of the same weight is a call "
+                f"of its own: wrap(wrap(params, ...), {{'{path}': dict(rows=...)}})."
+            )
         checked: dict[str, Any] = {
             name: checks[name](f"`{name}` of '{path}'", value) for name, value in overrides.items()
         }

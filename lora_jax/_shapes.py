@@ -35,6 +35,14 @@ def factor_places(axes: Axes) -> tuple[Places, Places]:
     return _places(A_axes, axes), _places(B_axes, axes)
 
 
+def row_places(axes: Axes) -> Places:
+    """Returns where the lora_B of single rows holds each axis: the rank's place is the input's."""
+    *places, rank = factor_places(axes)[1]
+    (row_axis,) = positions(axes, "in")
+    places[row_axis] = rank
+    return (*places, None)
+
+
 def magnitude_places(axes: Axes) -> Places:
     """Returns where a magnitude holds each axis of the weight; it does not depend on the rank."""
     return _places(positions(axes, "batch", "out"), axes)

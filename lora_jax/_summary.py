@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
+from lora_jax._row_selection import rows_text, selects_rows
 from lora_jax._shapes import largest_rank
 from lora_jax._tables import table
 from lora_jax._train import split
@@ -144,8 +145,9 @@ def _notes(node: LoRAWeight | LoRABank) -> str:
         notes.append("base changed")
     if node.layers is not None:
         notes.append(f"layers {_ranges(node.layers)}")
-    if node.frozen:
-        notes.append(f"{' and '.join(node.frozen)} frozen")
+    frozen = [name for name in node.frozen if name != "lora_A" or not selects_rows(node)]
+    if frozen:
+        notes.append(f"{' and '.join(frozen)} frozen")
     return ", ".join(notes)
 
 
@@ -191,12 +193,14 @@ def _row(path: str, node: AdapterNode) -> tuple[str, ...]:
         _rank_text(node),
         _scale_text(node.scale),
         _notes(node),
-        str(node.lora_A.dtype),
+        str(node.lora_B.dtype),
         f"{_size(split(dataclasses.replace(node, base=None))[0]):,}",
     )
 
 
 def _rank_text(node: LoRAWeight | LoRABank) -> str:
+    if selects_rows(node):
+        return rows_text(node.rank)
     is_whole = node.rank == largest_rank(node.shape, node.axes)
     return f"{node.rank} (whole side)" if is_whole else str(node.rank)
 

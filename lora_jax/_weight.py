@@ -28,6 +28,11 @@ class _Node:
         return self.base.shape
 
     @property
+    def ndim(self) -> int:
+        """The number of axes of the weight."""
+        return len(self.shape)
+
+    @property
     def dtype(self) -> Any:
         """The dtype of the weight."""
         return self.base.dtype
@@ -53,7 +58,8 @@ class LoRAWeight(_NodeWithFactors):
     It represents $W + s \cdot A B$, where every axis of $W$ is an input axis, an output axis or a
     batch axis: `lora_A` holds the batch axes, the input axes and the rank; `lora_B` the batch axes,
     the rank and the output axes, each in the order in which $W$ has them. For a two-axis kernel
-    that is `lora_A` (in, r) and `lora_B` (r, out).
+    that is `lora_A` (in, r) and `lora_B` (r, out). Where the adapter changes single rows, `lora_A`
+    is a `RowSelection`, which says which ones, and `lora_B` holds a row for each of them.
 
     With `magnitude` (DoRA) it represents $m \circ (W + s A B) / \lVert W + s A B \rVert$, with one
     norm and one $m$ for each output feature.
@@ -61,7 +67,7 @@ class LoRAWeight(_NodeWithFactors):
     Attributes:
       base: the frozen weight $W$: an array, or another `LoRAWeight`, so that a weight can have
         several adapters on top of each other.
-      lora_A: $A$, of shape (\*batch, \*in, r).
+      lora_A: $A$, of shape (\*batch, \*in, r), or a `RowSelection`.
       lora_B: $B$, of shape (\*batch, r, \*out).
       scale: $s$, a scalar array, so that its value can change without recompiling.
       axes: for each axis of `base`, its role: `"in"`, `"out"` or `"batch"`.

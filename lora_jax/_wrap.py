@@ -17,11 +17,17 @@ from lora_jax._node_shardings import node_shardings
 from lora_jax._nodes import map_nodes
 from lora_jax._partition import Partition, is_abstract, placed_shapes
 from lora_jax._paths import listed, map_with_paths
-from lora_jax._selection import SelectedWeight, selected_weights, trained_leaves
+from lora_jax._row_weight import check_rows, row_weight
+from lora_jax._selection import (
+    SelectedWeight,
+    check_not_wrapped,
+    selected_weights,
+    trained_leaves,
+)
 from lora_jax._settings import Settings, check_rank_fits
 from lora_jax._shapes import Axes, Layers, largest_rank
 from lora_jax._targets import Targets
-from lora_jax._weight import FullWeight, LoRAWeight
+from lora_jax._weight import FullWeight, LoRAWeight, is_node
 from lora_jax.init._registry import AnyInitializer
 from lora_jax.quantization._programs import leaf_shardings
 from lora_jax.quantization._weight import AnyWeight, is_quantized
@@ -39,6 +45,7 @@ def wrap(
     rslora: bool = False,
     dora: bool = False,
     layers: Sequence[SupportsIndex] | np.ndarray | None = None,
+    rows: Sequence[SupportsIndex] | np.ndarray | None = None,
     freeze: str | Sequence[str] = (),
     dtype: Any = None,
     exclude: Targets | None = None,
@@ -55,7 +62,7 @@ def wrap(
       targets: what to adapt: a regular expression that matches whole path segments anywhere in a
         path (`"query"` matches `layer_0/query/kernel`), a sequence of them, a function
         `(path, leaf) -> bool`, or a mapping from expression to overrides of any of the settings
-        `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `freeze` and `dtype`
+        `rank`, `alpha`, `rslora`, `init`, `dora`, `layers`, `rows`, `freeze` and `dtype`
         (`{"query": dict(rank=16)}`). A matched module means its floating-point weights of
         two or more axes, not its biases; a bias is recognised by its name and by the weights beside
         it, or by `axes=infer_axes(...)`. `"all-linear"`, with `axes=infer_axes(...)`, means every
@@ -78,6 +85,12 @@ def wrap(
       layers: which indices of a weight's first batch axis to adapt, such as `range(4, 8)` for
         layers 4 to 7 of a scan stack; all by default. No parameters are allocated for the other
         layers.
+      rows: the numbers of single rows to train in place of low-rank factors, such as those of new
+        tokens in an embedding table: `{"embed": dict(rows=[50257, 50258])}`. They are along the
+        weight's one `"in"` axis, of two axes. `lora_A` is a `RowSelection` then, which is frozen,
+        and `lora_B` the change of each row, zero at the start, with a scale of 1: `rank`, `alpha`,
+        `rslora` and `init` have no effect. A call with `rows` alone also takes a wrapped tree, and
+        puts them on top of the adapter that a weight may have.
       freeze: which of `"lora_A"`, `"lora_B"` and `"magnitude"` not to train; their gradients are
         not computed.
       dtype: the factors' dtype; by default float32, or the weight's dtype where that is wider.
@@ -112,28 +125,44 @@ def wrap(
         init=init,
         dora=dora,
         layers=layers,
+        rows=rows,
         freeze=freeze,
         dtype=dtype,
     )
     # A tree of shapes is wrapped where no device can compute a key.
     if key is not None or not is_abstract(params):
         key = jax.random.key(0) if key is None else _checked_key(key)
-    adapted = selected_weights(params, targets, exclude=exclude, axes=axes)
+    adapted = selected_weights(
+        params, targets, exclude=exclude, axes=axes, may_be_wrapped=_may_add_rows(targets, rows)
+    )
+    settings = {
+        path: defaults.overridden(path, weight.selection.overrides)
+        for path, weight in adapted.items()
+    }
+    if train is not None or any(each.rows is None for each in settings.values()):
+        check_not_wrapped(params)
     trained = trained_leaves(params, train, adapted)
 
     def node(path: str, leaf: Any) -> Any:
         if path in trained:
             return FullWeight(base=leaf, value=_trainable_copy(leaf))
         if path in adapted:
-            weight = adapted[path]
-            settings = defaults.overridden(path, weight.selection.overrides)
-            rank = _fitting_rank(path, weight, settings.rank)
-            settings = dataclasses.replace(settings, rank=rank)
+            weight, own = adapted[path], settings[path]
+            if own.rows is None:
+                own = dataclasses.replace(own, rank=_fitting_rank(path, weight, own.rank))
+            else:
+                check_rows(path, leaf, weight.axes, own)
             wrapped = _abstract_weight if is_abstract(leaf) else _wrapped_weight
-            return wrapped(path, leaf, weight.axes, settings, key)
+            return wrapped(path, leaf, weight.axes, own, key)
         return leaf
 
-    return map_with_paths(node, params)
+    return map_with_paths(node, params, is_node)
+
+
+def _may_add_rows(targets: Targets, rows: Any) -> bool:
+    """Says whether single rows are adapted, which may be those of a weight with an adapter."""
+    overrides = targets.values() if isinstance(targets, Mapping) else ()
+    return rows is not None or any("rows" in each for each in overrides)
 
 
 def _trainable_copy(leaf: Any) -> Any:
@@ -170,8 +199,14 @@ def unwrap(wrapped: Any) -> Any:
 
 
 def _wrapped_weight(
-    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    settings: Settings,
+    key: PRNGKeyArray | None,
 ) -> LoRAWeight:
+    if settings.rows is not None:
+        return row_weight(leaf, axes, settings.rows, settings.dtype)
     key = jax.random.key(0) if key is None else key
     layers = _fitting_layers(path, leaf, axes, settings.layers)
     dtype = jnp.dtype(settings.dtype or common_dtype(leaf.dtype, jnp.float32))
@@ -196,7 +231,11 @@ def _wrapped_weight(
 
 
 def _abstract_weight(
-    path: str, leaf: AnyWeight, axes: Axes, settings: Settings, key: PRNGKeyArray | None
+    path: str,
+    leaf: Any,
+    axes: Axes,
+    settings: Settings,
+    key: PRNGKeyArray | None,
 ) -> LoRAWeight:
     """Returns the same as `_wrapped_weight` of a weight without numbers, cut as the weight is."""
     # Without its sharding: tracing would need the mesh as its context.

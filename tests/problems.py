@@ -77,10 +77,16 @@ def output_and_gradient(fn: Callable[..., jax.Array]) -> Callable[..., Any]:
         return jnp.sum(jnp.sin(output)), output
 
     def both(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params, x)
-        return output, gradient
+        differentiated = jax.value_and_grad(loss, has_aux=True, allow_int=True)
+        (_, output), gradient = differentiated(params, x)
+        return output, jax.tree.map(_number_like, gradient, params)
 
     return both
+
+
+def _number_like(gradient: Any, leaf: Any) -> Any:
+    """Returns a gradient; where whole numbers have none, zeros of their own dtype."""
+    return jnp.zeros_like(leaf) if gradient.dtype == jax.dtypes.float0 else gradient
 
 
 def output_alone(fn: Callable[..., jax.Array]) -> Callable[..., Any]:

@@ -85,14 +85,14 @@ def test_adapted_is_dense(case: Case, variant: Variant) -> None:
                 assert not np.any(jax.tree.leaves(getattr(node, name)))
 
 
-@pairs("lora", "dora", kinds_of_use=True)
+@pairs("lora", "dora", "rows", kinds_of_use=True)
 def test_adapted_is_dense_without_jit(case: Case, variant: Variant) -> None:
     problem = problem_of(case, variant)
     adapted = computed(case, lora_jax.adapt(case.fn))
     assert_dense(problem, problem.trained, adapted(problem.trained, problem.xs[0]), 0)
 
 
-@pairs("lora", kinds_of_use=True)
+@pairs("lora", "rows", kinds_of_use=True)
 def test_adapted_is_dense_scanned_and_rematerialised(case: Case, variant: Variant) -> None:
     problem = problem_of(case, variant)
     adapted = computed(case, jax.checkpoint(jax.jit(lora_jax.adapt(case.fn))))
@@ -100,7 +100,7 @@ def test_adapted_is_dense_scanned_and_rematerialised(case: Case, variant: Varian
     assert_dense(problem, problem.trained, scanned(problem.trained, problem.xs))
 
 
-@pairs("lora", "dora", kinds_of_use=True)
+@pairs("lora", "dora", "rows", kinds_of_use=True)
 def test_a_batch_of_adapters_is_a_loop(case: Case, variant: Variant) -> None:
     """Law 7: a batch over stacked adapters, base unbatched, gives what each of them does."""
     problem = problem_of(case, variant)
@@ -125,7 +125,7 @@ def test_nothing_changes_at_initialisation(case: Case, variant: Variant) -> None
     assert_agree(outputs, expected, tolerance=variant.tolerance)
 
 
-@pairs("lora")
+@pairs("lora", "rows")
 def test_nothing_changes_at_initialisation_bit_for_bit(case: Case, variant: Variant) -> None:
     """Law 1: where lora_B is zero, compiled or not, as far as XLA rounds the base's work alike."""
     problem = problem_of(case, variant)
@@ -148,7 +148,7 @@ def test_unwrap_gives_back_what_was_wrapped(case: Case, variant: Variant) -> Non
             assert_agree(weight, problem.params[name])
 
 
-@pairs("lora", "dora")
+@pairs("lora", "dora", "rows")
 def test_how_it_is_computed(case: Case, variant: Variant) -> None:
     """Each use is factored, dense by choice or materialised, as the case says."""
     problem = problem_of(case, variant)

@@ -26,6 +26,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora on frozen": ({"freeze": "lora_A"}, {}),
     "lora on pissa": ({"init": "pissa"}, {}),
     "another rank and scale": ({"rank": 3, "alpha": 5.0}, {"rank": 1}),
+    "rows on lora": ({}, {"rows": [4, 1]}),
+    "rows on dora": ({"dora": True}, {"rows": [4, 1]}),
+    "rows on pissa": ({"init": "pissa"}, {"rows": [4, 1]}),
+    "rows on rows": ({"rows": [1, 5]}, {"rows": [4, 1]}),
+    "lora on rows": ({"rows": [4, 1]}, {}),
+    "dora on rows": ({"rows": [4, 1]}, {"dora": True}),
 }
 PARAMS = {"W": random(6, 4), "b": random(4, seed=1)}
 X = random(5, 6, seed=2)
@@ -54,7 +60,10 @@ def dense(weight: Any) -> Any:
     """Returns what a weight stands for, by the formula."""
     if not isinstance(weight, lora_jax.LoRAWeight):
         return weight
-    value = dense(weight.base) + weight.scale * weight.lora_A @ weight.lora_B
+    lora_A = weight.lora_A
+    if isinstance(lora_A, lora_jax.RowSelection):
+        lora_A = lora_A.one_hot()
+    value = dense(weight.base) + weight.scale * lora_A @ weight.lora_B
     if weight.magnitude is None:
         return value
     norm = jax.lax.stop_gradient(jnp.linalg.norm(value, axis=0))
@@ -86,15 +95,17 @@ class TestEveryKind:
     def test_all_levels_train_but_what_is_frozen(self, kind: str) -> None:
         weight = lora_jax.labels(wrapped_of(kind))["W"]
         assert weight.base.base == weight.base.scale == weight.scale == "frozen"
-        assert weight.lora_A == "lora_A"
-        assert weight.base.lora_A == ("frozen" if kind == "lora on frozen" else "lora_A")
+        outer, inner = (set(jax.tree.leaves(each.lora_A)) for each in (weight, weight.base))
+        assert outer == {"frozen" if kind.startswith("rows") else "lora_A"}
+        assert inner == {"frozen" if kind.endswith(("frozen", "on rows")) else "lora_A"}
+        assert weight.lora_B == weight.base.lora_B == "lora_B"
 
     def test_merge_and_unmerge(self, kind: str) -> None:
         wrapped = wrapped_of(kind)
         merged = lora_jax.merge(wrapped)
         assert_agree(merged["W"], dense(wrapped["W"]))
         if "dora" in kind:
-            place = "W/base" if kind == "lora on dora" else "W"
+            place = "W/base" if kind in ("lora on dora", "rows on dora") else "W"
             with pytest.raises(ValueError, match=f"'{place}' has a magnitude"):
                 lora_jax.unmerge(merged, wrapped)
         else:

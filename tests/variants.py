@@ -29,6 +29,18 @@ _WITH_BATCH_AXIS = (
 )
 
 
+_OF_TABLES = tuple(
+    case.name
+    for case in CASES
+    if not case.axes
+    and all(len(shape) == 2 for name, shape in case.shapes.items() if name.startswith("W"))
+)
+
+
+_BUILT = frozenset({"merged", "dense"})
+_CUT = ("concatenated_then_sliced_and_transposed", "reshaped", "shard_map")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Variant:
     """A kind of adapter: how it is wrapped, what it is tested on, and what holds to the bit.
@@ -92,6 +104,17 @@ VARIANTS = (
     Variant("mica", {"init": "mica"}, KINDS_OF_USE),
     Variant("orthogonal", {"init": "orthogonal"}, KINDS_OF_USE),
     Variant("lora_A frozen", {"freeze": "lora_A"}, KINDS_OF_USE),
+    Variant(
+        "rows",
+        {"rows": (3, 0)},
+        _OF_TABLES,
+        # Built, the weight would be a copy for the sake of two rows; but where rows are cut, they
+        # are an array of the weight's size already.
+        builds={
+            **{case.name: frozenset({"factored"}) for case in CASES if case.how & _BUILT},
+            **dict.fromkeys(_CUT, frozenset({"dense"})),
+        },
+    ),
     Variant("some layers", {"layers": (0, 2)}, _WITH_BATCH_AXIS),
     Variant(
         "some layers, dora",

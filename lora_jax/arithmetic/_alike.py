@@ -15,6 +15,7 @@ from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._finite import not_finite
 from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
+from lora_jax._row_selection import selects_rows
 from lora_jax._shapes import (
     Layers,
     factor_places,
@@ -46,10 +47,17 @@ def checked_adapters(adapters: Any) -> list[NodeIndex]:
 
 
 def check_adapter(name: str, index: NodeIndex) -> None:
-    """Raises unless a tree has one finite adapter for each of its targets."""
+    """Raises unless a tree has one finite low-rank adapter for each of its targets."""
     index.check_single()
     if not index.weights:
         raise ValueError(f"{name} has no adapters; expected what wrap(params, targets) returned.")
+    of_rows = [path for path, node in index.weights.items() if selects_rows(node)]
+    if of_rows:
+        raise ValueError(
+            f"{name} adapts single rows of {listed(of_rows)}; expected low-rank adapters, which "
+            "differ in numbers alone. merge(wrapped, targets=...) puts the rows into the weight, "
+            "which all adapters then share."
+        )
     found = not_finite(
         (f"{path}/{each}", getattr(node, each))
         for path, node in index.weights.items()

@@ -98,7 +98,7 @@ def blend(
     Raises:
       ValueError: the adapters differ in base, structure, targets or axes, an option does not belong
         to the method, the factors of `"linear"` and its like differ in rank, or an adapter has a
-        magnitude (DoRA).
+        magnitude (DoRA) or is of single rows.
       TypeError: `adapters` is not a list, or an option has the wrong type.
 
     Source: Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023; Yu et al.,

@@ -15,6 +15,7 @@ from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import compile_expression, listed, nearest_paths
+from lora_jax._row_selection import selects_rows
 from lora_jax._settings import check_rank_fits, checked_rank
 from lora_jax._shapes import Axes, factor_shapes, layers_shape, side_size
 from lora_jax._weight import LoRABank, LoRAWeight, has_factors, innermost_base, is_bank
@@ -43,7 +44,8 @@ def resize(
       wrapped: what `wrap` returned, trained or not; or a bank of adapters, each of which is
         resized. A weight that is the base of another has the path of that one and `/base`.
       rank: the new rank, or a mapping from expression to rank, as in `targets`; adapters that no
-        expression matches keep theirs.
+        expression matches keep theirs. Adapters of single rows have no rank: one number means all
+        the others.
       key: a random key for new columns; `jax.random.key(0)` unless given.
 
     Returns:
@@ -63,7 +65,13 @@ def resize(
       (6, 3)
     """
     index = NodeIndex.of(wrapped)
-    ranks = _ranks({path: node for path, node in index.levels.items() if has_factors(node)}, rank)
+    is_for_all = not isinstance(rank, Mapping)
+    resizable = {
+        path: node
+        for path, node in index.levels.items()
+        if has_factors(node) and not (is_for_all and selects_rows(node))
+    }
+    ranks = _ranks(resizable, rank)
     key = jax.random.key(0) if key is None else key
 
     def with_new_rank(path: str, node: Any) -> Any:
@@ -186,6 +194,11 @@ def _ranks(
         for path in matched:
             ranks.setdefault(path, new_rank)
     for path, each in ranks.items():
+        if selects_rows(nodes[path]):
+            raise ValueError(
+                f"`rank` is given for '{path}', of which single rows are adapted: they have no "
+                "rank. A mapping leaves them out: arithmetic.resize(..., {'query': 4})."
+            )
         remedy = (
             f" A mapping gives it a rank of its own: arithmetic.resize(..., {{{{'{path}': "
             "{largest}}})."

@@ -15,7 +15,7 @@ from lora_jax._algebra import with_norms
 from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._nodes import NodeIndex, adapter_nodes
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
-from lora_jax._weight import AdapterNode, is_adapter_node, is_bank
+from lora_jax._weight import AdapterNode, has_factors, is_adapter_node, is_bank
 from lora_jax.checkpoint._files import (
     check_files,
     file_checksums,
@@ -25,6 +25,7 @@ from lora_jax.checkpoint._files import (
 )
 from lora_jax.checkpoint._weights import (
     WeightMetadata,
+    leaves_of_arrays,
     placed,
     saved_arrays,
     sharding_of,
@@ -330,7 +331,11 @@ def _properties(weight: WeightMetadata) -> dict[str, Any]:
 
 
 def _restored(path: str, node: AdapterNode, arrays: Mapping[str, Any]) -> AdapterNode:
-    restored = dataclasses.replace(node, **arrays[path])
+    if has_factors(node):
+        leaves = leaves_of_arrays(arrays[path], node.shape, node.axes)
+        restored: AdapterNode = dataclasses.replace(node, **leaves)
+    else:
+        restored = dataclasses.replace(node, **arrays[path])
     if is_adapter_node(node.base):
         restored = dataclasses.replace(restored, base=_restored(f"{path}/base", node.base, arrays))
     # The norms belong to the factors, which have just been replaced.

@@ -13,7 +13,8 @@ from lora_jax._algebra import lora_bank, lora_weight
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import adapter_nodes, check_plain, check_whole
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
-from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, sizes
+from lora_jax._row_selection import RowSelection
+from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, side_size, sizes
 from lora_jax._weight import AdapterNode, FullWeight, is_lora_weight
 
 # What restoring finds in the params or computes from them.
@@ -94,7 +95,8 @@ class WeightMetadata:
         if not weight._is_complete():
             raise ValueError(
                 f"a {weight.kind} of {sorted(arrays)}; expected a LoRAWeight or a LoRABank of "
-                "lora_A, lora_B and scale, or a FullWeight of value"
+                "lora_A, lora_B and scale, a LoRAWeight of rows, lora_B and scale, or a FullWeight "
+                "of value"
             )
         return weight
 
@@ -108,13 +110,16 @@ class WeightMetadata:
             "layers": self.layers,
             "frozen": self.frozen,
         }
+        leaves = leaves_of_arrays(arrays, self.shape, self.axes)
         if self.kind == "LoRABank":
-            return lora_bank(weight, **arrays, **static)
-        return lora_weight(weight, **arrays, **static, encoding=self.encoding)
+            return lora_bank(weight, **leaves, **static)
+        return lora_weight(weight, **leaves, **static, encoding=self.encoding)
 
     def _is_complete(self) -> bool:
         if self.kind == "FullWeight":
             return set(self.arrays) == {"value"}
+        if self.kind == "LoRAWeight" and set(self.arrays) == {"rows", "lora_B", "scale"}:
+            return True
         optional = set(self.arrays) - {"lora_A", "lora_B", "scale"}
         return (
             self.kind in ("LoRABank", "LoRAWeight")
@@ -131,7 +136,19 @@ def saved_arrays(path: str, node: AdapterNode) -> dict[str, Any]:
         for field in dataclasses.fields(node)
         if not field.metadata.get("static") and field.name not in _OF_THE_BASE
     }
+    if isinstance(leaves.get("lora_A"), RowSelection):
+        leaves = {"rows": leaves.pop("lora_A").rows, **leaves}
     return {name: leaf for name, leaf in leaves.items() if leaf is not None}
+
+
+def leaves_of_arrays(
+    arrays: Mapping[str, Any], shape: tuple[int, ...], axes: Axes
+) -> dict[str, Any]:
+    """Returns the leaves of a node from its `saved_arrays`, on a weight of this shape."""
+    leaves = dict(arrays)
+    if "rows" in leaves:
+        leaves["lora_A"] = RowSelection(leaves.pop("rows"), side_size(shape, axes, "in"))
+    return leaves
 
 
 def check_fits(source: Path, metadata: Mapping[str, WeightMetadata], params: PyTree) -> None:
@@ -221,7 +238,7 @@ def _factor_misfit(weight: WeightMetadata) -> str | None:
         return f"it adapts the layers {weight.layers} of a weight with the axes {axes}."
     adapted = layers_shape(weight.shape, axes, weight.layers)
     A_shape, B_shape = factor_shapes(adapted, axes, rank)
-    by_name = {"lora_A": A_shape, "lora_B": B_shape}
+    by_name: dict[str, tuple[int, ...]] = {"lora_A": A_shape, "lora_B": B_shape, "rows": (rank,)}
     if "initial_A" in weight.arrays:
         # `resize` may have changed the adapter's rank since.
         initial_rank = weight.arrays["initial_A"].shape[-1]

@@ -34,6 +34,7 @@ from lora_jax.exchange.peft._files import Tensors, check_finite, safetensors_pac
 from lora_jax.exchange.peft._load import Preview, preview_of, with_adapter
 from lora_jax.exchange.peft._names import PREFIX, GivenAxes, NamedTree, named_tree
 from lora_jax.exchange.peft._rules import Rule
+from lora_jax.exchange.peft._token_rows import exported_rows
 
 # PEFT's key of each part.
 _SUFFIXES = {
@@ -215,7 +216,13 @@ def adapters_to_write(wrapped: PyTree, names: Sequence[Rule]) -> tuple[NamedTree
     tree = named_tree(wrapped, names, None)
     check_complete(wrapped, names)
     adapters = exported_adapters(tree)
-    weights = exported_weights(tree, adapters, {})
+    rows = exported_rows(tree)
+    if rows.numbers:
+        raise CheckpointError(
+            f"`wrapped` changes single rows at {listed(list(rows.paths.values()))}, for which the "
+            "format has no place; leave wrap(..., rows=...) out."
+        )
+    weights = exported_weights(tree, adapters, rows, {})
     if weights.tensors:
         raise CheckpointError(
             f"`wrapped` trains {listed(list(weights.tensors))} in full, for which the format has "

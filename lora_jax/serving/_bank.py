@@ -49,8 +49,9 @@ def bank(adapters: Sequence[Any], *, capacity: int | None = None, rank: int | No
       The bank, for `serving.adapt`, `select` and `activate`.
 
     Raises:
-      ValueError: the adapters differ in base, structure, targets, axes or kind, one of them trains
-        weights in full or holds values that are not finite, or `capacity` or `rank` is too small.
+      ValueError: the adapters differ in base, structure, targets, axes or kind, one of them is of
+        single rows, trains weights in full or holds values that are not finite, or `capacity` or
+        `rank` is too small.
       TypeError: `adapters` is not a list, or `capacity` or `rank` is not an integer.
 
     Source: Sheng et al., S-LoRA: Serving Thousands of Concurrent LoRA Adapters, 2023.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from lora_jax._node_shardings import node_shardings
 from lora_jax._partition import names_of, placed_shapes, uncut
 from lora_jax._paths import PathIndex, listed
+from lora_jax._row_selection import RowSelection
 from lora_jax._weight import AdapterNode, is_adapter_node, is_node
 from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._programs import leaf_shardings
@@ -109,12 +110,16 @@ def _paths_beside(path: str, node: Any) -> list[str]:
 
 def _arrays_beside(node: AdapterNode) -> dict[str, Any]:
     """Returns the arrays of a node without its base, by their names."""
-    return {
+    beside = {
         field.name: getattr(node, field.name)
         for field in dataclasses.fields(node)
-        if field.name != "base"
-        and not field.metadata.get("static")
-        and getattr(node, field.name) is not None
+        if field.name != "base" and not field.metadata.get("static")
+    }
+    # The numbers of single rows are whole on every device, whatever the rules say of a lora_A.
+    return {
+        name: leaf
+        for name, leaf in beside.items()
+        if leaf is not None and not isinstance(leaf, RowSelection)
     }
 
 

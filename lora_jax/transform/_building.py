@@ -63,7 +63,8 @@ def chosen(
     """Returns how an op should use a weight: `"factored"`, `"merged"` or `"dense"`.
 
     Building a half-precision weight would round away the factors' extra precision, so it stays
-    factored.
+    factored. So does a weight of which single rows change: the built one would be a copy of it, for
+    the sake of a few rows.
 
     Args:
       reporter: records the choice.
@@ -76,7 +77,7 @@ def chosen(
       may_merge: whether `merged_product` covers the op.
     """
     ways: list[How] = ["factored"]
-    if may_build and is_as_exact_dense(value):
+    if may_build and is_as_exact_dense(value) and not value.has_rows:
         ways += ["merged", "dense"] if may_merge else ["dense"]
     how = cheapest(ways, base_flops, sum(term_flops), dense_flops(value))
     source = reporter.source_of(equation)

@@ -14,16 +14,16 @@ from lora_jax.transform._bases import array_of
 from lora_jax.transform._deferred import Deferred, is_deferred
 from lora_jax.transform._factored import Factored, multiplied
 from lora_jax.transform._product import product, without_unit_axes
-from lora_jax.transform._terms import Term, block_shape, padded
+from lora_jax.transform._terms import Term, block_shape, plus_block
 
 
 def dense_value(value: Factored) -> Array:
     """Returns gain ∘ (base + Σ terms) in the base's dtype, computed in the widest one."""
     total = array_of(value)
     for term in value.terms:
-        change = _dense_term(term, value.shape, value.dtype)
-        wide = common_dtype(total.dtype, change.dtype)
-        total = total.astype(wide) + change.astype(wide)
+        block = _dense_block(term, value.shape, value.dtype)
+        wide = common_dtype(total.dtype, block.dtype)
+        total = plus_block(total.astype(wide), block.astype(wide), term.window)
     if value.gain is not None:
         total = multiplied(total, value.gain.aligned.squeeze(-1))
     return total.astype(value.dtype)
@@ -64,12 +64,12 @@ def is_as_exact_dense(value: Factored) -> bool:
 def dense_flops(value: Factored) -> Size:
     """Returns the FLOPs of building base + Σ terms."""
     return sum(
-        (2 * term.rank + 1) * math.prod(block_shape(term, value.shape)) for term in value.terms
+        term.building_flops * math.prod(block_shape(term, value.shape)) for term in value.terms
     )
 
 
-def _dense_term(term: Term, shape: tuple[Size, ...], dtype: Any) -> Array:
-    """Returns scale · Σ_r lora_A · lora_B in the weight's shape, in its dtype if that is wider."""
+def _dense_block(term: Term, shape: tuple[Size, ...], dtype: Any) -> Array:
+    """Returns scale · Σ_r lora_A · lora_B in the term's windows, in `dtype` if that is wider."""
     axes = range(len(shape))
     rank_label = len(shape)
     wide = common_dtype(dtype, term.lora_A.dtype, term.lora_B.dtype)
@@ -83,8 +83,4 @@ def _dense_term(term: Term, shape: tuple[Size, ...], dtype: Any) -> Array:
         precision=jax.lax.Precision.HIGHEST,
     )
     absent = [axis for axis in axes if axis not in joined.labels]
-    block = jnp.broadcast_to(jnp.expand_dims(joined.array, absent), block_shape(term, shape))
-    for axis, window in enumerate(term.window):
-        if window is not None:
-            block = padded(block, axis, window, shape[axis])
-    return block
+    return jnp.broadcast_to(jnp.expand_dims(joined.array, absent), block_shape(term, shape))

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax._nodes import levels_of
+from lora_jax._row_selection import rows_text, selects_rows
 from lora_jax._shapes import Axes, Size, layers_shape, side_size
 from lora_jax._tables import table
 from lora_jax._weight import LoRAWeight, innermost_base, is_lora_weight
@@ -26,9 +27,10 @@ class TargetReport:
       path: the weight's path in the arguments.
       shape: the weight's shape.
       axes: the role of each axis.
-      rank: r.
+      rank: r; for an adapter of single rows, how many they are.
       uses: where it is used; empty if the function does nothing with it.
       format: the format of a quantised base, which stands beside the shape; None for an array.
+      selects_rows: whether the adapter changes single rows.
     """
 
     path: str
@@ -37,6 +39,7 @@ class TargetReport:
     rank: int
     uses: tuple[Use, ...]
     format: str | None = None
+    selects_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 rank=node.rank,
                 uses=_with_norm(path, node, _gathered([use for use in uses if use.path == path])),
                 format=format_of(innermost_base(node)),
+                selects_rows=selects_rows(node),
             )
             for path, node in _adapted_weights(arguments)
         )
@@ -179,7 +183,8 @@ def _gathered(uses: Sequence[Use]) -> tuple[Use, ...]:
 
 def _rows(target: TargetReport) -> list[tuple[str, ...]]:
     shape = str(target.shape) if target.format is None else f"{target.shape} {target.format}"
-    described = (target.path, shape, ", ".join(target.axes), str(target.rank))
+    rank = rows_text(target.rank) if target.selects_rows else str(target.rank)
+    described = (target.path, shape, ", ".join(target.axes), rank)
     if not target.uses:
         return [(*described, "nowhere", "", "0", "", "", "", "")]
     return [

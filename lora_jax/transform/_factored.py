@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -12,7 +13,7 @@ from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import Size
 from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._product import sharding_of
-from lora_jax.transform._terms import Factor, Term, without_windows
+from lora_jax.transform._terms import Factor, Rows, Term, without_windows
 
 
 @jax.tree_util.register_dataclass
@@ -71,13 +72,24 @@ class Factored:
         )
 
     def with_aligned(self) -> "Factored":
-        """Returns the same value with factors that the trace at hand has aligned."""
-        return self.map_factors(Factor.with_aligned)
+        """Returns the same value with factors that the trace at hand has aligned.
+
+        A constant scale may come as an array of NumPy, from a function with its own derivative.
+        """
+        terms = tuple(
+            dataclasses.replace(term, scale=jnp.asarray(term.scale)) for term in self.terms
+        )
+        return dataclasses.replace(self, terms=terms).map_factors(Factor.with_aligned)
 
     @property
     def is_weight(self) -> bool:
         """Whether this is more than an array."""
         return bool(self.terms) or self.gain is not None or is_deferred(self.base)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether a term changes single rows."""
+        return any(isinstance(window, Rows) for term in self.terms for window in term.window)
 
     @property
     def held_by_gain(self) -> frozenset[int]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from lora_jax._dtypes import common_dtype
 from lora_jax._shapes import AnyArray, Size
 
 Labels = tuple[int, ...]
@@ -114,11 +115,13 @@ def plan_product(
 ) -> Plan:
     """Returns the cheapest plan for a product of operands with these labels.
 
-    A size that is a symbol, such as the batch of an exported function, is taken for a large one.
+    An operand without labels is a number, which scales the product and is not in the plan. A size
+    that is a symbol, such as the batch of an exported function, is taken for a large one.
     """
-    used = {label for labels in operands for label in labels}
+    arrays = tuple(labels for labels in operands if labels) or tuple(operands[:1])
+    used = {label for labels in arrays for label in labels}
     sizes = tuple(sorted((label, _known_size(size_of[label])) for label in used))
-    order = _cheapest_order(tuple(operands), frozenset(output), sizes)
+    order = _cheapest_order(arrays, frozenset(output), sizes)
     return Plan(order.pairs, order.labels, order.flops(size_of))
 
 
@@ -155,6 +158,7 @@ def product(
       sharding: how an array with the labels of `output` is cut over explicit mesh axes, if it is.
         What a step keeps of these labels is cut so too; its other axes are not cut.
     """
+    operands, scale = _without_numbers(operands, scale)
     size_of = _sizes(operands)
     if plan is None:
         plan = plan_product([operand.labels for operand in operands], output, size_of)
@@ -172,6 +176,22 @@ def product(
             result = _scaled(result, scale)
         waiting.append(result)
     return _in_order(_summed(waiting[0], set(output)), output)
+
+
+def _without_numbers(
+    operands: Sequence[Labelled], scale: Array | None
+) -> tuple[Sequence[Labelled], Array | None]:
+    """Returns the operands of a plan, and a scale that has absorbed those that are numbers."""
+    numbers = [operand.array for operand in operands if not operand.labels]
+    if len(numbers) == len(operands):
+        numbers = numbers[1:]
+    if not numbers:
+        return operands, scale
+    factors = numbers if scale is None else [scale, *numbers]
+    wide = common_dtype(*(factor.dtype for factor in factors))
+    arrays = [operand for operand in operands if operand.labels] or operands[:1]
+    first, *others = (factor.astype(wide) for factor in factors)
+    return arrays, math.prod(others, start=first)
 
 
 def _contract(

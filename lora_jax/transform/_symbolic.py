@@ -4,18 +4,26 @@ import dataclasses
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from lora_jax._algebra import gain
 from lora_jax._nodes import check_base, check_single, levels_of
-from lora_jax._shapes import Places, factor_places, magnitude_places, spread_layers
+from lora_jax._row_selection import RowSelection
+from lora_jax._shapes import (
+    Places,
+    factor_places,
+    magnitude_places,
+    row_places,
+    spread_layers,
+)
 from lora_jax._weight import LoRABank, LoRAWeight, SlotWeight, is_lora_weight
 from lora_jax.quantization._foreign import ForeignWeight
 from lora_jax.quantization._weight import QuantizedWeight, is_quantized
 from lora_jax.transform._building import materialized_value
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._report import Reporter
-from lora_jax.transform._terms import Factor, Slot, Term
+from lora_jax.transform._terms import Factor, Rows, Slot, Term
 
 
 def symbolic_weight(
@@ -76,12 +84,30 @@ def _stopped(base: Any) -> Any:
 
 
 def _term(weight: LoRAWeight, path: str) -> Term:
+    if isinstance(weight.lora_A, RowSelection):
+        return _term_of_rows(weight, weight.lora_A, path)
     A_places, B_places = factor_places(weight.axes)
     return Term(
         factor_A=_factor(weight, weight.lora_A, A_places, slot=_slot(weight, "bank_A")),
         factor_B=_factor(weight, weight.lora_B, B_places, slot=_slot(weight, "bank_B")),
         scale=weight.scale,
         window=(None,) * len(weight.axes),
+        origin=path,
+    )
+
+
+def _term_of_rows(weight: LoRAWeight, selection: RowSelection, path: str) -> Term:
+    """Returns the change of single rows: lora_B in a window of these rows, times the number 1.
+
+    The scale multiplies lora_B, which is smaller than anything that is computed with it.
+    """
+    dtype = weight.lora_B.dtype
+    window = Rows(selection.rows)
+    return Term(
+        factor_A=Factor.of_aligned(jnp.ones((1,) * (len(weight.axes) + 1), dtype)),
+        factor_B=Factor(weight.lora_B * weight.scale.astype(dtype), row_places(weight.axes)),
+        scale=jnp.ones_like(weight.scale),
+        window=tuple(window if role == "in" else None for role in weight.axes),
         origin=path,
     )
 

@@ -7,12 +7,131 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from lora_jax._partition import Partition, base_sharding, cut_as
 from lora_jax._shapes import Places, Size, aligned
 
-Window = tuple[Size, Size]
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A window of neighbouring places of an axis.
+
+    Attributes:
+      start: the first place.
+      stop: the place after the last one.
+    """
+
+    start: Size
+    stop: Size
+
+    @property
+    def width(self) -> Size:
+        """The number of places."""
+        return self.stop - self.start
+
+    def shifted(self, distance: Size) -> "Range":
+        """Returns the window on an axis that begins so many places earlier."""
+        return Range(self.start + distance, self.stop + distance)
+
+    def mirrored(self, size: Size) -> "Range":
+        """Returns the window on the reversed axis of `size` places."""
+        return Range(size - self.stop, size - self.start)
+
+    def taken(self, array: Array, axis: int) -> Array:
+        """Returns the part of an array that is in the window."""
+        return jax.lax.slice_in_dim(array, self.start, self.stop, axis=axis)
+
+    def spread(self, block: Array, axis: int, size: Size) -> Array:
+        """Returns an array of `size` places with a block in the window and zeros around it."""
+        padding = [(0, 0)] * block.ndim
+        padding[axis] = (self.start, size - self.stop)
+        return jnp.pad(block, padding)
+
+
+# A place that no axis has, also where another axis is joined in front of it.
+_BEYOND = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A window of places anywhere on an axis, in any order; those beyond its end hold nothing.
+
+    Attributes:
+      places: the places, of shape (width,).
+    """
+
+    places: Array | Any
+
+    @property
+    def width(self) -> Size:
+        """The number of places."""
+        return self.places.shape[0]
+
+    def shifted(self, distance: Size) -> "Rows":
+        """Returns the window on an axis that begins so many places earlier."""
+        return Rows(self.places + distance)
+
+    def within(self, start: Any, width: Size, size: Size) -> "Rows":
+        """Returns the window on a part of an axis of `size` places.
+
+        Args:
+          start: the first place of the part; as JAX has it, moved to where the part fits.
+          width: how many places the part has.
+          size: how many the axis has.
+        """
+        first = jnp.clip(start, 0, size - width).astype(self.places.dtype)
+        places = self.places - first
+        return Rows(jnp.where((places >= 0) & (places < width), places, _BEYOND))
+
+    def mirrored(self, size: Size) -> "Rows":
+        """Returns the window on the reversed axis of `size` places."""
+        return Rows(size - 1 - self.places[::-1])
+
+    def taken(self, array: Array, axis: int) -> Array:
+        """Returns the part of an array that is in the window."""
+
+        def take(array: Array, places: Array) -> Array:
+            return jnp.take(array, places, axis=axis, mode="fill", fill_value=0)
+
+        return cut_as(_sharding_but(array, axis, self.width), take, array, self.places)
+
+    def spread(self, block: Array, axis: int, size: Size) -> Array:
+        """Returns an array of `size` places with a block in the window and zeros around it."""
+        shape = (*block.shape[:axis], size, *block.shape[axis + 1 :])
+
+        def spread(block: Array, places: Array) -> Array:
+            return _added(jnp.zeros(shape, block.dtype), block, places, axis)
+
+        return cut_as(_sharding_but(block, axis, size), spread, block, self.places)
+
+    def added(self, total: Array, block: Array, axis: int) -> Array:
+        """Returns an array plus a block in the window: no second array of its size is made."""
+        add = functools.partial(_added, axis=axis)
+        return cut_as(base_sharding(total), add, total, block, self.places)
+
+
+def _added(total: Array, block: Array, places: Array, axis: int) -> Array:
+    index = (*(slice(None),) * axis, places)
+    return total.at[index].add(block, mode="drop")
+
+
+def _sharding_but(array: Array, axis: int, size: Size) -> NamedSharding | None:
+    """Returns how an array is cut that has another, uncut axis of `size` places."""
+    partition = Partition.of(array)
+    if partition is None:
+        return None
+    shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
+    return partition.sharding(
+        shape, [None if place == axis else place for place in range(len(shape))]
+    )
+
+
+Window = Range | Rows
+Windows = tuple[Window | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -164,8 +283,9 @@ class Term:
       factor_A: the first factor.
       factor_B: the second factor.
       scale: a scalar.
-      window: for each axis of the weight, the range (start, stop) outside of which the term is
-        zero, or None for the whole axis. Concatenation makes windows.
+      window: for each axis of the weight, the window outside of which the term is zero, or None for
+        the whole axis. Concatenation makes ranges; an adapter of single rows has them as a window.
+        The factors hold the places of the window alone.
       origin: what the term comes from; as text, the path of its weight in the arguments.
       scale_alike_over: mesh axes along which all devices are known to hold the same scale.
     """
@@ -173,7 +293,7 @@ class Term:
     factor_A: Factor
     factor_B: Factor
     scale: Array | Any
-    window: tuple[Window | None, ...] = dataclasses.field(metadata={"static": True})
+    window: Windows
     origin: Hashable = dataclasses.field(metadata={"static": True})
     scale_alike_over: frozenset[str] = dataclasses.field(
         default=frozenset(), metadata={"static": True}
@@ -194,9 +314,13 @@ class Term:
         """The size of the axis that the product of the factors sums over."""
         return self.lora_A.shape[-1]
 
-    def moved(
-        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
-    ) -> "Term":
+    @property
+    def building_flops(self) -> Size:
+        """The FLOPs per element of building the term and adding it to a weight."""
+        is_product = self.lora_A.size != 1 and self.lora_B.size != 1
+        return 2 * self.rank * is_product + 1
+
+    def moved(self, lora_A: Array, lora_B: Array, window: Windows | None = None) -> "Term":
         """Returns the term with other aligned factors, and another window if one is given."""
         return dataclasses.replace(
             self,
@@ -205,9 +329,7 @@ class Term:
             window=self.window if window is None else window,
         )
 
-    def rearranged(
-        self, lora_A: Array, lora_B: Array, window: tuple[Window | None, ...] | None = None
-    ) -> "Term":
+    def rearranged(self, lora_A: Array, lora_B: Array, window: Windows | None = None) -> "Term":
         """Returns the same as `moved` where the factors' elements are only rearranged."""
         return dataclasses.replace(
             self,
@@ -236,15 +358,30 @@ def without_windows(term: Term, shape: tuple[Size, ...]) -> Term:
 def block_shape(term: Term, shape: tuple[Size, ...]) -> tuple[Size, ...]:
     """Returns the shape of the part of a weight of `shape` in which `term` is not zero."""
     return tuple(
-        size if window is None else window[1] - window[0]
+        size if window is None else window.width
         for size, window in zip(shape, term.window, strict=True)
     )
 
 
 def padded(array: Array, axis: int, window: Window, size: Size) -> Array:
     """Returns `array`, which fills `window` of an axis or is constant in it, with zeros around."""
-    width = window[1] - window[0]
-    array = jnp.broadcast_to(array, (*array.shape[:axis], width, *array.shape[axis + 1 :]))
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (window[0], size - window[1])
-    return jnp.pad(array, padding)
+    shape = (*array.shape[:axis], window.width, *array.shape[axis + 1 :])
+    return window.spread(jnp.broadcast_to(array, shape), axis, size)
+
+
+def spread_block(block: Array, windows: Windows, shape: Sequence[Size]) -> Array:
+    """Returns an array of this shape with a block that fills the windows, and zeros around it."""
+    for axis, window in enumerate(windows):
+        if window is not None:
+            block = window.spread(block, axis, shape[axis])
+    return block
+
+
+def plus_block(total: Array, block: Array, windows: Windows) -> Array:
+    """Returns an array plus a block of its dtype that fills the windows of its axes."""
+    axis = next((place for place, each in enumerate(windows) if isinstance(each, Rows)), None)
+    if axis is None:
+        return total + spread_block(block, windows, total.shape)
+    rows, others = windows[axis], (*windows[:axis], None, *windows[axis + 1 :])
+    assert isinstance(rows, Rows)
+    return rows.added(total, spread_block(block, others, total.shape), axis)

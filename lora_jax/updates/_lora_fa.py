@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from lora_jax._row_selection import selects_rows
 from lora_jax._train import TRAINABLE
 from lora_jax.updates._checks import check_fits, check_positive, check_transformation
 from lora_jax.updates._nodes import KnownWeight, Node, map_factors, map_with_weights
@@ -25,7 +26,7 @@ def lora_fa(
     gradient onto the columns of lora_A. `tx` sees neither the gradient nor the value of lora_A:
     it keeps no state for it, and whatever it does, weight decay included, lora_A keeps its bits. So
     put clipping and everything else inside: `lora_fa(optax.chain(...))`. Weights trained in full
-    train with `tx` unchanged.
+    train with `tx` unchanged, and so do single rows, whose gradient is that of the weight already.
 
     The gradient of lora_A is still computed, unless `wrap(..., freeze="lora_A")` says that it isn't
     needed; this also saves the activation memory that the paper aims at.
@@ -62,7 +63,7 @@ def lora_fa(
     inner = on_part(tx, lambda label: label != "lora_A")
 
     def projected(update: Node, weight: KnownWeight) -> Node:
-        if is_absent(update.lora_B):
+        if is_absent(update.lora_B) or selects_rows(update):
             return update
         lora_B = preconditioned(
             update.lora_B,
@@ -91,5 +92,6 @@ def lora_fa(
 
 def _with_zero_A(path: str, update: Node) -> Node:
     del path
-    lora_A = update.lora_A if is_absent(update.lora_A) else -jnp.zeros_like(update.lora_A)
-    return dataclasses.replace(update, lora_A=lora_A)
+    if is_absent(update.lora_A) or selects_rows(update):
+        return update
+    return dataclasses.replace(update, lora_A=-jnp.zeros_like(update.lora_A))

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 from jaxtyping import Array
 
+from lora_jax._row_selection import selects_rows
 from lora_jax.updates._checks import check_fits, check_positive
 from lora_jax.updates._nodes import KnownWeight, Node, map_with_weights
 from lora_jax.updates._parts import is_absent
@@ -22,8 +23,8 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
     the change of their product is, to first order, independent of how the product is split between
     the factors. Placed first in a chain it gives the paper's scaled SGD (before `optax.sgd`) and
     scaled AdamW (before `optax.adamw`); clip the gradient before it. Every matrix of a stacked
-    weight has its own Gram matrices. Weights trained in full pass unchanged, and a frozen factor
-    only preconditions the other one. It has no state.
+    weight has its own Gram matrices. Weights trained in full and single rows pass unchanged, and a
+    frozen factor only preconditions the other one. It has no state.
 
     Args:
       damping: $\delta$, positive. As $\lVert g_A \rVert \le s \lVert B \rVert \lVert
@@ -52,6 +53,8 @@ def riemannian(*, damping: float | Array = 1e-2) -> optax.GradientTransformation
     check_positive("damping", damping)
 
     def natural(update: Node, weight: KnownWeight) -> Node:
+        if selects_rows(update):
+            return update
         lora_A, lora_B, axes = update.lora_A, update.lora_B, update.axes
         if not is_absent(lora_A):
             lora_A = preconditioned(lora_A, weight.leaf("lora_B"), axes, "out", damping=damping)

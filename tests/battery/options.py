@@ -44,6 +44,7 @@ class Option:
       name: its name.
       dora: whether each output feature has a magnitude.
       layers: the places of the batch axis that are adapted.
+      rows: the places of the input axis that are adapted; None for low-rank adapters.
       dtype: that of the weight; `other_dtype` that of the second weight.
       narrow_factors: whether factors, scale and magnitude are of the weight's dtype too.
       zero_feature: whether an output feature of the weight is zero.
@@ -55,6 +56,7 @@ class Option:
     name: str
     dora: bool = False
     layers: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
     dtype: Any = np.float32
     other_dtype: Any = None
     narrow_factors: bool = False
@@ -88,6 +90,11 @@ OPTIONS = [
     Option("shared, two dtypes, dora", calls=SHARED, other_dtype=jnp.bfloat16, dora=True),
     Option("inside a custom rule, then outside", calls=CUSTOM_FIRST),
     Option("outside, then inside a custom rule, dora", calls=CUSTOM_LATER, dora=True),
+    Option("rows", rows=(2, 0)),
+    Option("one row, bfloat16, twice", rows=(3,), dtype=jnp.bfloat16, calls=TWO_USES, twice=True),
+    Option("rows, shared, two dtypes", rows=(2, 0), calls=SHARED, other_dtype=jnp.bfloat16),
+    Option("rows, inside a custom rule, then outside", rows=(0, 3), calls=CUSTOM_FIRST),
+    Option("rows, explicit mesh", rows=(3, 0), mesh="explicit"),
     Option("auto mesh", mesh="auto"),
     Option("explicit mesh", mesh="explicit"),
     Option("explicit mesh, dora", mesh="explicit", dora=True),

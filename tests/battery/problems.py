@@ -92,13 +92,18 @@ def weight_of(
     base = base.astype(dtype)
     if name is not None:
         base = quantized(base, layout, name)
+    lora_A: Any = drawn(*batch, *inputs, rank).astype(factor_dtype)
+    if option.rows is not None:
+        rank = len(option.rows)
+        lora_A = lora_jax.RowSelection(np.asarray(option.rows, np.int32), inputs[0])
     node = lora_jax.LoRAWeight(
         base=base,
-        lora_A=drawn(*batch, *inputs, rank).astype(factor_dtype),
+        lora_A=lora_A,
         lora_B=drawn(*batch, rank, *outputs).astype(factor_dtype),
         scale=np.asarray(ALPHA / rank, factor_dtype),
         axes=layout.axes,
         layers=option.layers,
+        frozen=() if option.rows is None else ("lora_A",),
     )
     if not option.dora:
         return node
@@ -127,6 +132,15 @@ def _dense(base: Any) -> np.ndarray:
     return dequantized(base) if is_quantized else np.asarray(base, np.float64)
 
 
+def _factor_A(node: lora_jax.LoRAWeight) -> np.ndarray:
+    """Returns lora_A as an array; that of rows is the same for each place of a batch axis."""
+    if not isinstance(node.lora_A, lora_jax.RowSelection):
+        return node.lora_A
+    one_hot = np.eye(node.lora_A.size)[:, node.lora_A.rows]
+    batch = [node.shape[axis] for axis, role in enumerate(node.axes) if role == "batch"]
+    return np.broadcast_to(one_hot, (*batch, *one_hot.shape))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense:
     """A weight in float64, and what its gradient is for the adapter that it is made of."""
@@ -144,7 +158,7 @@ class Dense:
             value = dequantized(node)
             return cls(value, value, None, None, None, Layout((), node.shape))
         layout = Layout(node.axes, node.shape)
-        node = dataclasses.replace(node, base=_dense(node.base))
+        node = dataclasses.replace(node, base=_dense(node.base), lora_A=_factor_A(node))
         node = jax.tree.map(lambda x: np.asarray(x, np.float64), node)
         change = np.einsum(f"{_A(layout)},{_B(layout)}->{_W(layout)}", node.lora_A, node.lora_B)
         total = _taken(node.base, node.axes, node.layers) + node.scale * change
@@ -186,10 +200,11 @@ class Dense:
             gradient["magnitude"] = along_features / self.norm
             part = part * self.gain
         scaled = node.scale * part
-        return gradient | {
+        gradient |= {
             "lora_A": np.einsum(f"{_W(layout)},{_B(layout)}->{_A(layout)}", scaled, node.lora_B),
             "lora_B": np.einsum(f"{_W(layout)},{_A(layout)}->{_B(layout)}", scaled, node.lora_A),
         }
+        return {name: each for name, each in gradient.items() if name not in node.frozen}
 
 
 def _W(layout: Layout) -> str:
@@ -240,6 +255,7 @@ def shapes_of(problem: Problem, mesh: jax.sharding.Mesh | None) -> tuple[Any, An
     held = {
         "base": range(last + 1),
         "lora_A": (*batch, *inputs, None),
+        "rows": (None,),
         "lora_B": (*batch, None, *outputs),
         "magnitude": (*batch, *outputs),
         "squared_norm": (*batch, *outputs),

@@ -73,6 +73,7 @@ def is_possible(row: Row) -> bool:
     return (
         len(row.layout.axes) in op.ndims
         and (option.layers is None or "batch" in row.layout.axes)
+        and (option.rows is None or row.layout.axes.count("in") == 1)
         and (op.batchable or ("vmap" not in transform.name and transform.name != "dropout"))
         and (op.forward or (not row.in_custom_rule and transform.name != "jvp"))
         and (transform.name != "symbolic rows" or (op.symbolic and option.mesh is None))

@@ -18,8 +18,12 @@ from lora_jax.exchange.peft._files import safetensors_package
 from lora_jax.exchange.peft._names import PREFIX
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._save import starting_config, written_config
+from lora_jax.exchange.peft._token_rows import TokenRows
 
 _MODULE = "lora_jax.exchange.diffusers"
+# What the format has no place for.
+_NO_ROWS = TokenRows({}, {}, {})
+_NO_WEIGHTS = TrainedWeights({}, (), "none")
 
 
 def save(
@@ -73,7 +77,7 @@ def save(
             "of others, as other_tensors(path) returns them."
         )
     tree, adapters = adapters_to_write(wrapped, names)
-    config = written_config(starting_config(None), adapters, TrainedWeights({}, (), "none"), tree)
+    config = written_config(starting_config(None), adapters, _NO_ROWS, _NO_WEIGHTS, tree)
     if config.get("ensure_weight_tying"):
         raise CheckpointError("`wrapped` adapts a tied weight, for which the format has no name.")
 

@@ -32,6 +32,7 @@ from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._processes import on_host
+from lora_jax._row_selection import selects_rows
 from lora_jax._shapes import sizes
 from lora_jax._weight import FullWeight, LoRAWeight, is_lora_weight
 from lora_jax.exchange.peft._export import adapted_places, check_shapes
@@ -140,6 +141,11 @@ def _check_sayable(tree: NamedTree) -> None:
     for named in tree.leaves:
         if not is_lora_weight(named.leaf):
             continue
+        if selects_rows(named.leaf):
+            raise CheckpointError(
+                f"`wrapped` adapts single rows of '{named.path}', and a LoRA file of GGUF holds "
+                "low-rank adapters only; merge(wrapped, targets=...) puts the rows into the model."
+            )
         if named.leaf.magnitude is not None:
             raise CheckpointError(
                 f"`wrapped` has magnitudes (DoRA) at '{named.path}', which llama.cpp does not "

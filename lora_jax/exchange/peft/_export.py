@@ -13,6 +13,7 @@ from lora_jax._folders import CheckpointError
 from lora_jax._nodes import adapter_nodes, check_whole
 from lora_jax._paths import listed
 from lora_jax._processes import on_host
+from lora_jax._row_selection import selects_rows
 from lora_jax._shapes import factor_shapes, layers_shape
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_bank, is_lora_weight
 from lora_jax.exchange.peft._files import Tensors
@@ -29,6 +30,7 @@ from lora_jax.exchange.peft._names import (
 )
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._tied import parts_of_other
+from lora_jax.exchange.peft._token_rows import TokenRows
 
 # What PEFT adds to `modules_to_save` by itself.
 _HEADS = {
@@ -147,7 +149,7 @@ def exported_adapters(tree: NamedTree) -> Adapters:
     each = tuple(
         adapter
         for named in tree.leaves
-        if is_lora_weight(named.leaf)
+        if is_lora_weight(named.leaf) and not selects_rows(named.leaf)
         for adapter in _adapters_of(named, on_original(named.leaf))
     )
     if not each:
@@ -162,7 +164,7 @@ def exported_adapters(tree: NamedTree) -> Adapters:
 
 
 def exported_weights(
-    tree: NamedTree, adapters: Adapters, config: Mapping[str, Any]
+    tree: NamedTree, adapters: Adapters, rows: TokenRows, config: Mapping[str, Any]
 ) -> TrainedWeights:
     """Returns the weights that train in full.
 
@@ -175,7 +177,7 @@ def exported_weights(
     whole = {_module(name): None for name in trained if not name.endswith(".bias")}
     entries = (*given, *(module for module in whole if not _matches(module, given)))
     saved = _saved_modules(tree, (*entries, *heads))
-    _check_apart(adapters, saved, entries)
+    _check_apart(adapters, rows, saved, entries)
     tensors = {
         f"{PREFIX}{name}": _value(tree, name) for name in tree.by_name if _is_inside(name, saved)
     }
@@ -328,11 +330,14 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _check_apart(adapters: Adapters, saved: tuple[str, ...], entries: tuple[str, ...]) -> None:
-    for adapter in adapters.each:
-        if _is_inside(f"{adapter.module}.", saved):
+def _check_apart(
+    adapters: Adapters, rows: TokenRows, saved: tuple[str, ...], entries: tuple[str, ...]
+) -> None:
+    adapted = [(adapter.module, adapter.named.path) for adapter in adapters.each]
+    for module, path in (*adapted, *rows.paths.items()):
+        if _is_inside(f"{module}.", saved):
             raise CheckpointError(
-                f"`wrapped` adapts '{adapter.named.path}', which is in a module that trains in "
+                f"`wrapped` adapts '{path}', which is in a module that trains in "
                 f"full: `modules_to_save` {list(entries)}. PEFT trains whole modules and adapts "
                 "nothing in them; leave one of the two out of wrap(..., train=...)."
             )

@@ -30,12 +30,14 @@ _NOT_SUPPORTED = {
     "lora_bias": "a bias of lora_B",
     "megatron_config": "layers of Megatron",
     "monteclora_config": "MonteCLoRA, which samples weights",
-    "trainable_token_indices": "rows of an embedding that train",
     "use_bdlora": "BD-LoRA's block-diagonal factors",
     "use_qalora": "QALoRA, which pools the inputs",
     "velora_config": "VeLoRA's compressed activations",
 }
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+# Which tokens have rows of their own: a list for the input embedding, or one for each module.
+ROWS_KEY = "trainable_token_indices"
 
 Tensors = dict[str, np.ndarray]
 
@@ -125,6 +127,14 @@ def check_types(config: Mapping[str, Any], subject: str) -> None:
     version = config.get("peft_version")
     if not isinstance(version, str | None):
         raise CheckpointError(f"{subject} has `peft_version` {version!r}; expected text.")
+    rows = config.get(ROWS_KEY)
+    for numbers in rows.values() if isinstance(rows, dict) else [rows or []]:
+        is_list = isinstance(numbers, list)
+        if not is_list or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+            raise CheckpointError(
+                f"{subject} has `{ROWS_KEY}` {rows!r}; expected a list of whole numbers, or one "
+                "for each module."
+            )
     for key in ("target_parameters", "modules_to_save"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lora_jax._shapes import Axes, factor_shapes, positions, sizes
+from lora_jax._shapes import Axes, AxisRole, factor_shapes, positions, sizes
 from lora_jax.exchange.peft._rules import Kind
 
 # The first version that reads the layout written here.
@@ -190,6 +190,15 @@ class Layout:
         if len(outputs) != 1 or len(inputs) + 1 != len(self.axes) or not inputs:
             return None
         return {0: 0, len(inputs): len(inputs) - 1}.get(outputs[0])
+
+
+def exchanged_for_tokens(kind: Kind, axes: Axes) -> Axes:
+    """Returns the axes of a module's weight as those of its rows, and the other way round.
+
+    Rows are along the inputs, and the tokens of an output layer are its outputs.
+    """
+    other: dict[AxisRole, AxisRole] = {"in": "out", "out": "in", "batch": "batch"}
+    return axes if kind == "embedding" else tuple(other[role] for role in axes)
 
 
 def written_layout(layout: Layout) -> Layout:

@@ -24,6 +24,7 @@ from lora_jax.exchange.peft._names import GivenAxes, NamedLeaf, NamedTree, named
 from lora_jax.exchange.peft._plan import Keys, PlannedLeaf, adapter_layout, planned, planned_scale
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._tied import untellable_tied
+from lora_jax.exchange.peft._token_rows import row_weight_of_file
 
 _HEADER = ("PyTorch name", "shape", "path", "shape", "axes", "in the file")
 
@@ -41,8 +42,9 @@ def load(
 
     The model then computes with $W + \frac{\alpha}{r} B A$ (under rsLoRA $\frac{\alpha}{\sqrt r}$)
     as PEFT does, with the file's own numbers. Weights that were trained in full (`modules_to_save`,
-    `bias`) become `FullWeight` nodes. Only data is read, never a pickle or a class that a config
-    names.
+    `bias`) become `FullWeight` nodes, and weights of which single rows were trained
+    (`trainable_token_indices`) become nodes of these rows. Only data is read, never a pickle or a
+    class that a config names.
 
     Args:
       path: the folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -121,6 +123,9 @@ def with_adapter(
         if path not in plan.leaves:
             return leaf
         found = plan.leaves[path]
+        if "rows" in found.adapted.get((), {}):
+            key = found.adapted[()]["rows"]
+            return row_weight_of_file(config, tensors, found.named, key, frozen)
         if found.adapted:
             return _lora_weight(config, tensors, found, frozen)
         return _full_weight(tensors, found)

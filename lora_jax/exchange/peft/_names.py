@@ -13,15 +13,17 @@ from lora_jax._folders import CheckpointError
 from lora_jax._nodes import NodeIndex
 from lora_jax._paths import listed
 from lora_jax._processes import is_shared, on_host
+from lora_jax._row_selection import selects_rows
 from lora_jax._shapes import Axes, AxisRole, positions
 from lora_jax._weight import is_lora_weight
-from lora_jax.exchange.peft._layout import Layout
+from lora_jax.exchange.peft._layout import Layout, exchanged_for_tokens
 from lora_jax.exchange.peft._rules import Rule
 
-Part = Literal["lora_A", "lora_B", "magnitude", "weight", "base", "unused", "unknown"]
+Part = Literal["lora_A", "lora_B", "magnitude", "rows", "weight", "base", "unused", "unknown"]
 
 PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer"
+_OF_ROWS = ".token_adapter"
 
 _SUFFIXES: dict[str, tuple[Part, bool]] = {
     "lora_A.weight": ("lora_A", False),
@@ -30,6 +32,7 @@ _SUFFIXES: dict[str, tuple[Part, bool]] = {
     "lora_embedding_B": ("lora_B", True),
     "lora_magnitude_vector": ("magnitude", False),
     "lora_magnitude_vector.weight": ("magnitude", False),
+    f"{_OF_ROWS[1:]}.trainable_tokens_delta": ("rows", False),
 }
 _ADAPTED = re.compile(
     rf"(?P<module>.+?)(?P<wrappers>(?:{re.escape(_BASE_LAYER)})*)"
@@ -163,8 +166,9 @@ class Key:
 
     Attributes:
       name: the adapted module, or for a weight the PyTorch parameter.
-      part: a part of an adapter; a `"weight"` that was trained in full; a copy of a `"base"`
-        weight; `"unused"` where PEFT doesn't compute with it; or `"unknown"`.
+      part: a part of an adapter; the `"rows"` of single tokens; a `"weight"` that was trained in
+        full; a copy of a `"base"` weight; `"unused"` where PEFT doesn't compute with it; or
+        `"unknown"`.
       is_embedding: whether an embedding was adapted.
       depth: how many adapters of the module's own parameters are around this one.
     """
@@ -229,7 +233,8 @@ def parsed(key: str) -> Key:
     # With bias="all", PEFT also writes the biases inside of the wrappers of `modules_to_save`.
     if ".original_module." in name:
         return Key(name, "unused")
-    plain = name.replace(_BASE_LAYER, "").replace(".modules_to_save.", ".")
+    plain = name.replace(f"{_OF_ROWS}{_BASE_LAYER}", _BASE_LAYER)
+    plain = plain.replace(_BASE_LAYER, "").replace(".modules_to_save.", ".")
     is_base = plain != name and _BASE_LAYER in name and not name.endswith(".bias")
     return Key(plain, "base" if is_base else "weight")
 
@@ -294,7 +299,8 @@ def _by_name(leaves: Iterable[NamedLeaf]) -> dict[str, tuple[NamedLeaf, Place]]:
 
 def _axes_of(rule: Rule, path: str, leaf: Any, given: GivenAxes) -> Axes | None:
     if is_lora_weight(leaf):
-        return leaf.axes
+        is_of_rows = selects_rows(leaf)
+        return exchanged_for_tokens(rule.kind, leaf.axes) if is_of_rows else leaf.axes
     if rule.axes is not None:
         return tuple(rule.axes)
     roles = given_roles(path, given or {})

@@ -9,10 +9,11 @@ import numpy as np
 
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._weight import is_adapter_node
-from lora_jax.exchange.peft._files import Tensors, is_target_parameter, rank_of, scale_of
+from lora_jax.exchange.peft._files import ROWS_KEY, Tensors, is_target_parameter, rank_of, scale_of
 from lora_jax.exchange.peft._layout import Layout, file_layout
 from lora_jax.exchange.peft._names import Key, NamedLeaf, NamedTree, Place, parsed, taken
 from lora_jax.exchange.peft._tied import tied_in_file
+from lora_jax.exchange.peft._token_rows import is_lookup, row_problems, tied_row_problems
 
 # Looking for the nearest names takes long where there are many.
 _HINTS_AT_MOST = 5
@@ -82,7 +83,7 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
         if it.part == "base":
             bases.append((key, named, place))
             continue
-        if name == named.tied_name:
+        if _is_of_other(it, named, name):
             leaf.other[it.part] = key
         elif it.part == "weight":
             problems += _two_values(tensors, leaf, place, key, name)
@@ -91,6 +92,7 @@ def planned(config: Mapping[str, Any], tensors: Tensors, tree: NamedTree) -> Pla
             leaf.adapted.setdefault(place, {})[it.part] = key
         problems += _kind_problems(key, it, named, is_other=name == named.tied_name)
     problems += _order_problems(config, tree)
+    problems += _missing_rows(config, [it for _, it in sorted_keys])
     for key, named, place in bases:
         problems += _base_problems(key, tensors[key], named, place)
     occupied = {path: leaf for path, leaf in leaves.items() if any(leaf.keys)}
@@ -138,6 +140,19 @@ def _parameter_name(config: Mapping[str, Any], tree: NamedTree, key: Key) -> str
     if key.depth < len(parameters):
         return parameters[-1 - key.depth]
     return f"{key.name}.weight"
+
+
+def _is_of_other(key: Key, named: NamedLeaf, name: str) -> bool:
+    """Says whether a tensor is that of the other parameter, of a leaf that is two.
+
+    Rows are those of the embedding, whatever name the leaf has first: the output layer follows.
+    """
+    return not is_lookup(named, name) if key.part == "rows" else name == named.tied_name
+
+
+def _missing_rows(config: Mapping[str, Any], keys: Iterable[Key]) -> Iterator[str]:
+    if config.get(ROWS_KEY) and all(key.part != "rows" for key in keys):
+        yield f"the config has `{ROWS_KEY}` {config[ROWS_KEY]!r}, and no tensor has these rows."
 
 
 def _without_place(
@@ -236,6 +251,8 @@ def _weight_problems(tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
 
 def _tied_problems(config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf) -> Iterator[str]:
     own = dict(leaf.adapted.get((), {}))
+    if "rows" in {**own, **leaf.other}:
+        return tied_row_problems(tensors, leaf.named, own, leaf.other)
     if () in leaf.weights:
         own["weight"] = leaf.weights[()]
     return tied_in_file(config, tensors, leaf.named, own, leaf.other)
@@ -251,6 +268,9 @@ def _adapter_problems(
     config: Mapping[str, Any], tensors: Tensors, named: NamedLeaf, place: Place, keys: Keys
 ) -> Iterator[str]:
     name, rule = named.name(place), named.rule
+    if "rows" in keys:
+        yield from row_problems(config, tensors, named, keys)
+        return
     required = ["lora_A", "lora_B", *(["magnitude"] if config.get("use_dora") else [])]
     if set(keys) != set(required):
         yield (
@@ -294,7 +314,7 @@ def _stack_problems(
     config: Mapping[str, Any], tensors: Tensors, leaf: PlannedLeaf
 ) -> Iterator[str]:
     """Says why the adapters of a stack can't be one node."""
-    if not leaf.adapted:
+    if not leaf.adapted or not leaf.named.stack:
         return
     named, places = leaf.named, sorted(leaf.adapted)
     whole = [place for place in named.places if place[:1] in {found[:1] for found in places}]

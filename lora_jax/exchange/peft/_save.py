@@ -25,6 +25,7 @@ from lora_jax.exchange.peft._export import (
 )
 from lora_jax.exchange.peft._files import (
     CONFIG_FILE,
+    ROWS_KEY,
     TENSORS_FILE,
     changes_base,
     check_finite,
@@ -38,6 +39,7 @@ from lora_jax.exchange.peft._layout import WRITTEN_AS, is_written_as_now
 from lora_jax.exchange.peft._names import GivenAxes, NamedTree, named_tree
 from lora_jax.exchange.peft._rules import Rule
 from lora_jax.exchange.peft._tied import adapts_tied, untellable_tied
+from lora_jax.exchange.peft._token_rows import TokenRows, exported_rows
 
 _DEFAULTS = {
     "auto_mapping": None,
@@ -67,8 +69,9 @@ def save(
 
     $r$, `lora_alpha` and their patterns are chosen so that PEFT computes exactly the scale of each
     node. A node whose initialiser changed the base is written as one of twice the rank on the
-    original base. The folder appears when it is complete; one that it replaces stays until then.
-    All processes of a program call `save`, and the first one writes.
+    original base. Single rows are written as `trainable_token_indices`, each as the row that the
+    model then has, in at least float32. The folder appears when it is complete; one that it
+    replaces stays until then. All processes of a program call `save`, and the first one writes.
 
     Args:
       path: the folder to write; its parents are created.
@@ -111,11 +114,12 @@ def save(
         if problem is not None:
             raise CheckpointError(problem)
     adapters = exported_adapters(tree)
-    weights = exported_weights(tree, adapters, start)
-    tensors = {**adapters.tensors, **weights.tensors}
+    rows = exported_rows(tree)
+    weights = exported_weights(tree, adapters, rows, start)
+    tensors = {**adapters.tensors, **rows.tensors, **weights.tensors}
     for key, tensor in tensors.items():
         check_finite("`wrapped`", key, tensor)
-    content = written_config(start, adapters, weights, tree)
+    content = written_config(start, adapters, rows, weights, tree)
 
     def write() -> str:
         check_destination(
@@ -156,7 +160,11 @@ def starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def written_config(
-    start: Mapping[str, Any], adapters: Adapters, weights: TrainedWeights, tree: NamedTree
+    start: Mapping[str, Any],
+    adapters: Adapters,
+    rows: TokenRows,
+    weights: TrainedWeights,
+    tree: NamedTree,
 ) -> dict[str, Any]:
     """Returns the config with which PEFT computes what the tree computes."""
     parameters = [adapter.target for adapter in adapters.each if adapter.is_parameter]
@@ -184,6 +192,9 @@ def written_config(
         "use_dora": adapters.has_magnitudes,
     }
     config.pop("target_parameters", None)
+    config.pop(ROWS_KEY, None)
+    if rows.numbers:
+        config[ROWS_KEY] = dict(rows.numbers)
     if adapts_tied(tree) or "ensure_weight_tying" in config:
         config["ensure_weight_tying"] = adapts_tied(tree)
     if not parameters:

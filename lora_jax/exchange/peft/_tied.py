@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax._row_selection import selects_rows
 from lora_jax._weight import is_adapter_node, is_lora_weight
 from lora_jax.exchange.peft._files import Tensors, rank_of, scale_of
 from lora_jax.exchange.peft._names import NamedLeaf, NamedTree, Part
@@ -65,7 +66,7 @@ def tied_in_file(
 def untellable_tied(named: NamedLeaf) -> str | None:
     """Returns why a leaf that is two parameters can't be written, or None."""
     leaf = named.leaf
-    if not named.rule.tied or not is_adapter_node(leaf):
+    if not named.rule.tied or not is_adapter_node(leaf) or selects_rows(leaf):
         return None
     if named.tied_name is None:
         return (
@@ -82,8 +83,11 @@ def untellable_tied(named: NamedLeaf) -> str | None:
 
 
 def adapts_tied(tree: NamedTree) -> bool:
-    """Says whether a leaf that is two parameters is adapted or trained."""
-    return any(named.rule.tied and is_adapter_node(named.leaf) for named in tree.leaves)
+    """Says whether a leaf that is two parameters is adapted or trained, but for single rows."""
+    return any(
+        named.rule.tied and is_adapter_node(named.leaf) and not selects_rows(named.leaf)
+        for named in tree.leaves
+    )
 
 
 def _quoted(name: str | None) -> str:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lora_jax._compat import Equation
@@ -28,7 +28,14 @@ from lora_jax.transform._product import (
     sharding_of,
     without_unit_axes,
 )
-from lora_jax.transform._terms import Term, Window, block_shape, without_windows
+from lora_jax.transform._terms import (
+    Rows,
+    Term,
+    Window,
+    Windows,
+    block_shape,
+    without_windows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +87,23 @@ class Contraction:
         """Returns, for each term of an operand, how to multiply it with the other's base."""
         return [self._plan(term, position, operands) for term in terms_of(operands[position])]
 
-    def change(
+    def windows(self, terms: Sequence[Term | None]) -> Windows:
+        """Returns the windows of the result outside of which a summand of the product is zero.
+
+        Args:
+          terms: for each operand the term that stands for it, or None for the base.
+        """
+        by_label = _windows_of_labels(terms, self.labels) if _count(terms) == 1 else {}
+        return tuple(by_label.get(label) for label in self.output)
+
+    def block(
         self,
         use: int,
         operands: Sequence[Any],
         summand: Sequence[tuple[Term, Plan] | None],
         result: Array,
     ) -> Array:
-        """Returns one summand of the product, in the shape and dtype of `result`.
+        """Returns one summand of the product within its windows, in the dtype of `result`.
 
         Args:
           use: tells apart the masks of the summands.
@@ -103,13 +119,13 @@ class Contraction:
                 None if term is None else without_windows(term, operand.shape)
                 for term, operand in zip(terms, operands, strict=True)
             ]
-        ranges = _ranges(terms, self.labels)
+        windows = _windows_of_labels(terms, self.labels)
         dropout = self.interpreter.dropout
         arrays: list[tuple[Array, Labels]] = []
         for position, (operand, term) in enumerate(zip(operands, terms, strict=True)):
             labels = self.labels[position]
             if term is None:
-                array = _sliced(array_of(operand), labels, ranges)
+                array = _taken(array_of(operand), labels, windows)
                 if not isinstance(operand, Factored):
                     array = dropout.dropped_out(array, use)
                 arrays.append((array, labels))
@@ -120,7 +136,7 @@ class Contraction:
         scales = [term.scale for term in terms if term is not None]
         if any(not isinstance(operand, Factored) for operand in operands):
             scales[0] = dropout.scaled(scales[0])
-        count = self._constant_count(operands, ranges, arrays)
+        count = self._constant_count(operands, windows, arrays)
         if count != 1:
             scales.append(jnp.asarray(count, scales[0].dtype))
         joined = product(
@@ -130,9 +146,9 @@ class Contraction:
             scale=math.prod(scales[1:], start=scales[0]),
             precision=self.equation.params["precision"],
             preferred_element_type=product_dtype(self.equation, dtype),
-            sharding=sharding_of(result),
+            sharding=self._block_sharding(windows, result),
         )
-        return _placed(joined, self.output, ranges, result)
+        return self._whole_block(joined, windows, result)
 
     def _plan(self, term: Term, position: int, operands: Sequence[Any]) -> Plan:
         shape = block_shape(term, operands[position].shape)
@@ -152,7 +168,7 @@ class Contraction:
     def _constant_count(
         self,
         operands: Sequence[Any],
-        ranges: Mapping[int, Window],
+        windows: Mapping[int, Window],
         arrays: Sequence[tuple[Array, Labels]],
     ) -> int:
         """Returns how many equal products a summand sums, along axes that none of its arrays has.
@@ -162,7 +178,7 @@ class Contraction:
         """
         size_of = {
             **self.sizes(operands),
-            **{label: stop - start for label, (start, stop) in ranges.items()},
+            **{label: window.width for label, window in windows.items()},
         }
         held = {
             label
@@ -176,19 +192,24 @@ class Contraction:
             if label not in held and label not in self.output
         )
 
+    def _block_sharding(self, windows: Mapping[int, Window], result: Array) -> NamedSharding | None:
+        """Returns how a block is cut over explicit mesh axes: as the result, and not along rows."""
+        sharding = sharding_of(result)
+        if sharding is None:
+            return None
+        cuts = zip(self.output, sharding.spec, strict=False)
+        spec = [None if isinstance(windows.get(label), Rows) else cut for label, cut in cuts]
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
-def _placed(joined: Labelled, output: Labels, ranges: dict[int, Window], result: Array) -> Array:
-    """Returns a product broadcast and padded to the shape of `result`, and cast to its dtype."""
-    absent = [axis for axis, label in enumerate(output) if label not in joined.labels]
-    array = jnp.expand_dims(joined.array, absent).astype(result.dtype)
-    windows = [
-        ranges.get(label, (0, size)) for label, size in zip(output, result.shape, strict=True)
-    ]
-    array = jnp.broadcast_to(array, [stop - start for start, stop in windows])
-    if array.shape == result.shape:
-        return array
-    padding = [(lo, size - hi) for (lo, hi), size in zip(windows, result.shape, strict=True)]
-    return jnp.pad(array, padding)
+    def _whole_block(self, joined: Labelled, windows: Mapping[int, Window], result: Array) -> Array:
+        """Returns a product broadcast to the windows of `result`, and cast to its dtype."""
+        absent = [axis for axis, label in enumerate(self.output) if label not in joined.labels]
+        shape = [
+            windows[label].width if label in windows else size
+            for label, size in zip(self.output, result.shape, strict=True)
+        ]
+        block = jnp.expand_dims(joined.array, absent).astype(result.dtype)
+        return jnp.broadcast_to(block, shape)
 
 
 def product_dtype(equation: Equation, dtype: Any) -> Any:
@@ -197,15 +218,17 @@ def product_dtype(equation: Equation, dtype: Any) -> Any:
     return dtype if wanted is None else common_dtype(dtype, wanted)
 
 
-def _sliced(array: AnyArray, labels: Labels, ranges: dict[int, Window]) -> Array:
+def _taken(array: AnyArray, labels: Labels, windows: Mapping[int, Window]) -> Array:
+    """Returns the part of an operand that meets what is in the windows."""
+    array = jnp.asarray(array)
     for axis, label in enumerate(labels):
-        if label in ranges:
-            array = jax.lax.slice_in_dim(array, *ranges[label], axis=axis)
-    return jnp.asarray(array)
+        if label in windows:
+            array = windows[label].taken(array, axis)
+    return array
 
 
-def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, Window]:
-    """Returns, for each label that a term's window restricts, the range that it allows."""
+def _windows_of_labels(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int, Window]:
+    """Returns, for each label that a term's window restricts, that window."""
     return {
         label: window
         for term, named in zip(terms, labels, strict=True)
@@ -213,3 +236,7 @@ def _ranges(terms: Sequence[Term | None], labels: Sequence[Labels]) -> dict[int,
         for label, window in zip(named, term.window, strict=True)
         if window is not None
     }
+
+
+def _count(terms: Sequence[Term | None]) -> int:
+    return sum(term is not None for term in terms)

@@ -8,9 +8,7 @@ from jaxtyping import Array
 from lora_jax._compat import Equation
 from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored
-from lora_jax.transform._terms import Window
-
-Windows = tuple[Window | None, ...]
+from lora_jax.transform._terms import Windows
 
 
 def moved(

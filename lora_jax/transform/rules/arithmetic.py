@@ -14,7 +14,7 @@ from lora_jax.transform._bases import computed_with_bases, moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Evaluation, Interpreter
 from lora_jax.transform._roles import of_weights_alone
-from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform._terms import Term
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -46,7 +46,9 @@ def add(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     if any(gain_of(value) is not None for value in inputs):
         return None
     base = _summed_bases(equation, inputs)
-    return [Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.ndim)))]
+    return [
+        Factored(base, tuple(term for value in inputs for term in _terms_on(value, base.shape)))
+    ]
 
 
 def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any] | None:
@@ -54,7 +56,7 @@ def sub(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
     if any(gain_of(value) is not None for value in inputs):
         return None
     base = _summed_bases(equation, inputs)
-    first, second = (_terms_on(value, base.ndim) for value in inputs)
+    first, second = (_terms_on(value, base.shape) for value in inputs)
     negated = tuple(dataclasses.replace(term, scale=-term.scale) for term in second)
     return [Factored(base, first + negated)]
 
@@ -65,17 +67,22 @@ def _summed_bases(equation: Equation, inputs: Sequence[Any]) -> Any:
     return (computed_with_bases if with_array else moved_bases)(equation, inputs)[0]
 
 
-def _terms_on(value: Any, ndim: int) -> tuple[Term, ...]:
-    """Returns the terms of a scalar, or of a value of `ndim` axes, as terms of `ndim` axes."""
-    terms = terms_of(value)
-    if not terms or value.ndim == ndim:
-        return terms
-    ones = (1,) * ndim
+def _terms_on(value: Any, shape: tuple[Size, ...]) -> tuple[Term, ...]:
+    """Returns the terms of a scalar, or of a value of as many axes, as terms of this shape.
+
+    An axis of size 1 that grows is one on which no factor depends, so a term has no window there.
+    """
+    if not terms_of(value):
+        return ()
+    if value.ndim == len(shape):
+        grown = [axis for axis, size in enumerate(shape) if value.shape[axis] != size]
+        return terms_of(value.without_windows(grown))
+    ones = (1,) * len(shape)
     return tuple(
         term.rearranged(
-            term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * ndim
+            term.lora_A.reshape(*ones, -1), term.lora_B.reshape(*ones, -1), (None,) * len(shape)
         )
-        for term in terms
+        for term in terms_of(value)
     )
 
 
@@ -89,7 +96,9 @@ def _rescaled(
     """Returns the value times or over an array that each term absorbs, into scale or one factor."""
     if value.ndim < jnp.ndim(other):  # one number of a weight, times an array
         return None
-    terms = [_rescaled_term(term, value.shape, other, operation) for term in value.terms]
+    grown = [axis for axis, size in enumerate(jnp.shape(other)) if 1 != size != value.shape[axis]]
+    value = value.without_windows(grown)
+    terms = [_rescaled_term(term, other, operation) for term in value.terms]
     absorbed = tuple(term for term in terms if term is not None)
     if len(absorbed) < len(terms):
         return None
@@ -98,7 +107,6 @@ def _rescaled(
 
 def _rescaled_term(
     term: Term,
-    shape: tuple[Size, ...],
     other: Any,
     operation: Callable[[Array, Array], Array],
 ) -> Term | None:
@@ -107,7 +115,9 @@ def _rescaled_term(
         scale = _in_common_dtype(operation, term.scale, array)
         alike = frozenset[str]() if is_tracer(other) else term.scale_alike_over
         return dataclasses.replace(term, scale=scale, scale_alike_over=alike)
-    term = without_windows(term, shape)
+    for axis, window in enumerate(term.window):
+        if window is not None and array.shape[axis] != 1:
+            array = window.taken(array, axis)
     held = {axis for axis, size in enumerate(array.shape) if size != 1}
 
     def absorbed(factor: Array) -> Array:

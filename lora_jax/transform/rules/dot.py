@@ -26,7 +26,7 @@ from lora_jax.transform._product import (
 from lora_jax.transform._report import How
 from lora_jax.transform._roles import contraction_roles, note_roles
 from lora_jax.transform._rows import recorded
-from lora_jax.transform._terms import Term, without_windows
+from lora_jax.transform._terms import Term, plus_block, spread_block, without_windows
 from lora_jax.transform.rules._contraction import Contraction
 from lora_jax.transform.rules._rule import Rule
 
@@ -93,27 +93,28 @@ def _multiplied_out(
     with scope_of(equation), jax.named_scope("lora"):
         for use, summand in enumerate(itertools.product(*parts)):
             if any(part is not None for part in summand):
-                changed = _changing(contraction, use, operands, summand, result)
-                result += rematerialized(*changed)
+                block = rematerialized(*_block_of(contraction, use, operands, summand, result))
+                terms = [part and part[0] for part in summand]
+                result = plus_block(result, block, contraction.windows(terms))
     return result
 
 
-def _changing(
+def _block_of(
     contraction: Contraction,
     use: int,
     operands: Sequence[Any],
     summand: Sequence[tuple[Term, Plan] | None],
     result: Array,
 ) -> tuple[Any, ...]:
-    """Returns `change` as a function of the operands that stand for themselves, and those."""
+    """Returns `block` as a function of the operands that stand for themselves, and those."""
     places = [place for place, part in enumerate(summand) if part is None]
 
-    def change(*own: Any) -> Array:
+    def block(*own: Any) -> Array:
         by_place = dict(zip(places, own, strict=True))
         mixed = [by_place.get(place, operand) for place, operand in enumerate(operands)]
-        return contraction.change(use, mixed, summand, result)
+        return contraction.block(use, mixed, summand, result)
 
-    return change, *(operands[place] for place in places)
+    return block, *(operands[place] for place in places)
 
 
 def _merged(
@@ -134,8 +135,12 @@ def _merged(
         mixed = in_order(x, operands[position])
         with settings_of(equation), scope_of(equation), jax.named_scope("lora"):
             changes = [
-                contraction.change(use, mixed, in_order(None, part), result)
-                for use, part in enumerate(zip(terms, plans[position], strict=True))
+                spread_block(
+                    contraction.block(use, mixed, in_order(None, (term, plan)), result),
+                    contraction.windows(in_order(None, term)),
+                    result.shape,
+                )
+                for use, (term, plan) in enumerate(zip(terms, plans[position], strict=True))
             ]
             return sum(changes[1:], start=changes[0])
 

@@ -18,7 +18,7 @@ from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter, scope_of
 from lora_jax.transform._report import Use
 from lora_jax.transform._roles import note_roles
-from lora_jax.transform._terms import Factor, Term, without_windows
+from lora_jax.transform._terms import Factor, Rows, Term, without_windows
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -31,8 +31,12 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     value, indices = inputs
     if not isinstance(value, Factored) or isinstance(indices, Factored):
         return None
-    terms = [without_windows(term, value.shape) for term in value.terms]
     looked_up = _looked_up_axes(equation, value.shape)
+    row_axis = _row_axis(equation, looked_up)
+    terms = [
+        term if _is_of_rows(term, row_axis) else without_windows(term, value.shape)
+        for term in value.terms
+    ]
     holding = [_holding(term, looked_up) for term in terms]
     if (
         None in holding
@@ -44,7 +48,9 @@ def gather(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> S
     # A weight that is picked out of a stack stays one; rows are activations.
     base = (moved_bases if gives_weight else computed_with_bases)(equation, inputs)[0]
     picked = tuple(
-        term.moved(
+        _picked_rows(equation, term, indices, base, value.shape)
+        if _is_of_rows(term, row_axis)
+        else term.moved(
             _picked(equation, term.lora_A, indices, looked_up, base),
             _picked(equation, term.lora_B, indices, looked_up, base),
             (None,) * base.ndim,
@@ -127,10 +133,26 @@ def _looked_up_axes(equation: Equation, shape: tuple[Size, ...]) -> list[int]:
     return [int(axis) for axis in numbers.start_index_map if sizes[axis] != shape[axis]]
 
 
+def _row_axis(equation: Equation, looked_up: Sequence[int]) -> int | None:
+    """Returns the axis along which single places are looked up; None of any other lookup."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    is_plain = len(looked_up) == 1 and tuple(numbers.start_index_map) == tuple(looked_up)
+    return looked_up[0] if is_plain and sizes[looked_up[0]] == 1 else None
+
+
+def _is_of_rows(term: Term, axis: int | None) -> bool:
+    """Says whether a term changes single places of an axis, and is in one factor."""
+    windows = dict(enumerate(term.window))
+    is_rows = axis is not None and isinstance(windows.pop(axis), Rows)
+    return is_rows and not any(windows.values()) and term.lora_A.size == 1
+
+
 def _holding(term: Term, axes: Sequence[int]) -> str | None:
     """Returns how many factors hold the axes: "one", "both" or "none"; None if it differs."""
     if not axes:
         return "none"
+    if any(term.window):
+        return "one"
     holds = [[factor.shape[axis] != 1 for axis in axes] for factor in (term.lora_A, term.lora_B)]
     if any(any(held) != all(held) for held in holds):
         return None
@@ -161,6 +183,40 @@ def _picked(
         # Where an index is out of bounds, the base's own fill value stands alone.
         fill_value=0,
     )
+
+
+def _picked_rows(
+    equation: Equation, term: Term, indices: Array, base: Any, shape: tuple[Size, ...]
+) -> Term:
+    """Returns the part of a term of single rows that belongs to the rows that are looked up.
+
+    A table of one number for each row of the weight says which row of lora_B is added to it.
+    """
+    numbers = equation.params["dimension_numbers"]
+    (axis,) = numbers.start_index_map
+    rows = term.window[axis]
+    assert isinstance(rows, Rows)
+    count = rows.width
+    table = jnp.full(shape[axis], count, jnp.int32)
+    table = table.at[rows.places].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+    of_lookups = jax.lax.gather(
+        table,
+        indices,
+        numbers._replace(offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)),
+        (1,),
+        mode=equation.params["mode"],
+        fill_value=count,
+    )
+    held = jax.lax.gather(
+        term.lora_B,
+        of_lookups[..., None],
+        numbers._replace(offset_dims=(*numbers.offset_dims, base.ndim)),
+        (*(1 if a == axis else n for a, n in enumerate(term.lora_B.shape[:-1])), 1),
+        mode="fill",
+        fill_value=0,
+    )
+    one = _aligned_with_offsets(term.lora_A, numbers, base.ndim)
+    return term.moved(one, held, (None,) * base.ndim)
 
 
 def _aligned_with_offsets(factor: Array, numbers: Any, ndim: int) -> Array:

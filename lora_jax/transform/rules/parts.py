@@ -4,7 +4,7 @@ A term of a part has a window: the range of an axis outside of which it is zero.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ from lora_jax._shapes import Size
 from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._factored import Factored, gain_of, terms_of
 from lora_jax.transform._interpreter import Interpreter
+from lora_jax.transform._product import sharding_of
 from lora_jax.transform._roles import of_weights_alone
-from lora_jax.transform._terms import Factor, Term
-from lora_jax.transform.rules._moves import Windows, moved, with_base
+from lora_jax.transform._terms import Factor, Range, Rows, Term, Windows, without_windows
+from lora_jax.transform.rules._moves import with_base
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -30,22 +31,63 @@ def slice_(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> l
     starts = equation.params["start_indices"]
     stops = equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * value.ndim
-    is_cut = [
-        (start, stop, stride) != (0, size, 1)
-        for start, stop, stride, size in zip(starts, stops, strides, value.shape, strict=True)
-    ]
-    value = value.without_windows([axis for axis, cut in enumerate(is_cut) if cut])
+    cuts = {
+        axis: slice(start, stop, stride)
+        for axis, (start, stop, stride, size) in enumerate(
+            zip(starts, stops, strides, value.shape, strict=True)
+        )
+        if (start, stop, stride) != (0, size, 1)
+    }
 
-    def cut(factor: Array) -> Array:
+    def cut(factor: Factor, axes: Collection[int]) -> Factor:
+        array = factor.aligned
+        sizes = enumerate(array.shape[:-1])
         indices = [
-            slice(start, stop, stride) if cut_here and size != 1 else slice(None)
-            for start, stop, stride, cut_here, size in zip(
-                starts, stops, strides, is_cut, factor.shape[:-1], strict=True
-            )
+            cuts[axis] if axis in axes and size != 1 else slice(None) for axis, size in sizes
         ]
-        return factor[tuple(indices)]
+        return factor.rearranged(array[tuple(indices)])
 
-    return [moved(equation, value, cut)]
+    ranges = {
+        axis: (each.start, each.stop - each.start) if each.step == 1 else None
+        for axis, each in cuts.items()
+    }
+    return [_part(value, moved_bases(equation, inputs)[0], ranges, cut)]
+
+
+def _part(
+    value: Factored,
+    base: Any,
+    ranges: Mapping[int, tuple[Any, Size] | None],
+    cut: Callable[[Factor, Collection[int]], Factor],
+) -> Factored:
+    """Returns a part of a weight; of single rows, those that are in it.
+
+    Args:
+      value: the weight.
+      base: the part of its base.
+      ranges: for each axis that is cut, the first place and the number of places; None if they are
+        not neighbours.
+      cut: cuts a factor on these of the axes.
+    """
+
+    def part_of(term: Term) -> Term:
+        rows = {
+            axis: window.within(*places, value.shape[axis])
+            for axis, places in ranges.items()
+            if isinstance(window := term.window[axis], Rows) and places is not None
+        }
+        if any(term.window[axis] is not None for axis in ranges if axis not in rows):
+            term, rows = without_windows(term, value.shape), {}
+        axes = [axis for axis in ranges if axis not in rows]
+        return dataclasses.replace(
+            term,
+            factor_A=cut(term.factor_A, axes),
+            factor_B=cut(term.factor_B, axes),
+            window=tuple(rows.get(axis, window) for axis, window in enumerate(term.window)),
+        )
+
+    gain = value.gain and cut(value.gain, list(ranges))
+    return Factored(base, tuple(map(part_of, value.terms)), gain)
 
 
 def split(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -95,22 +137,24 @@ def dynamic_slice(
     if not isinstance(value, Factored) or len(starts) != value.ndim:
         return None
     sizes = equation.params["slice_sizes"]
-    is_cut = [size != whole for size, whole in zip(sizes, value.shape, strict=True)]
-    value = value.without_windows([axis for axis, cut in enumerate(is_cut) if cut])
+    # The model's index is normalised already: a negative one is out of bounds.
+    ranges = {
+        axis: (starts[axis], size)
+        for axis, (size, whole) in enumerate(zip(sizes, value.shape, strict=True))
+        if size != whole
+    }
 
-    def cut(factor: Factor) -> Factor:
+    def cut(factor: Factor, axes: Collection[int]) -> Factor:
         array = factor.aligned
-        axes = [axis for axis, size in enumerate(array.shape[:-1]) if is_cut[axis] and size != 1]
-        for axis in axes:
-            # The model's index is normalised already: a negative one is out of bounds.
+        held = [axis for axis in axes if array.shape[axis] != 1]
+        for axis in held:
             array = jax.lax.dynamic_slice_in_dim(
                 array, starts[axis], sizes[axis], axis=axis, allow_negative_indices=False
             )
         # Each device may start elsewhere, and then holds another part.
-        return Factor.of_aligned(array) if axes else factor
+        return Factor.of_aligned(array) if held else factor
 
-    base = moved_bases(equation, inputs)[0]
-    return [dataclasses.replace(value.map_factors(cut), base=base)]
+    return [_part(value, moved_bases(equation, inputs)[0], ranges, cut)]
 
 
 def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list[Any]:
@@ -121,8 +165,7 @@ def concatenate(interpreter: Interpreter, equation: Equation, inputs: list[Any])
     for value in inputs:
         size = value.shape[axis]
         for term in terms_of(value) if size else ():
-            inner = term.window[axis] or (0, size)
-            window = (start + inner[0], start + inner[1])
+            window = (term.window[axis] or Range(0, size)).shifted(start)
             windows = (*term.window[:axis], window, *term.window[axis + 1 :])
             terms.append(dataclasses.replace(term, window=windows))
         start += size
@@ -138,7 +181,7 @@ def stack(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> li
         term.rearranged(
             jnp.expand_dims(term.lora_A, axis),
             jnp.expand_dims(term.lora_B, axis),
-            (*term.window[:axis], (place, place + 1), *term.window[axis:]),
+            (*term.window[:axis], Range(place, place + 1), *term.window[axis:]),
         )
         for place, value in enumerate(inputs)
         for term in terms_of(value)
@@ -167,9 +210,7 @@ def pad(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
     def widened(windows: Windows) -> Windows:
         return tuple(
-            window
-            if lo == hi == 0
-            else (lo + (window or (0, size))[0], lo + (window or (0, size))[1])
+            window if lo == hi == 0 else (window or Range(0, size)).shifted(lo)
             for window, (lo, hi, _), size in zip(windows, config, value.shape, strict=True)
         )
 
@@ -197,6 +238,7 @@ def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size
     dtype = common_dtype(*(array.dtype for array in known))
     shapes = [[size if i != axis else 1 for i, size in enumerate(array.shape)] for array in known]
     common = list(jnp.broadcast_shapes(*shapes))
+    sharding = next(filter(None, map(sharding_of, known)), None)
     parts = [
         jnp.broadcast_to(
             jnp.ones((), dtype) if gain is None else gain.aligned.astype(dtype),
@@ -204,6 +246,8 @@ def _joined_gain(gains: Sequence[Factor | None], axis: int, sizes: Sequence[Size
         )
         for gain, size in zip(gains, sizes, strict=True)
     ]
+    if sharding is not None:
+        parts = [jax.sharding.reshard(part, sharding) for part in parts]
     return Factor.of_aligned(jnp.concatenate(parts, axis))
 
 

@@ -19,7 +19,7 @@ from lora_jax.transform._bases import base_of, moved_bases
 from lora_jax.transform._deferred import is_deferred
 from lora_jax.transform._factored import Factored
 from lora_jax.transform._interpreter import Interpreter
-from lora_jax.transform._terms import Factor
+from lora_jax.transform._terms import Factor, Rows, Term
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -85,12 +85,29 @@ def placed(value: Factored, base: Any, where: Any, put: Callable[[Array, Any], A
       put: puts an array onto one of these.
     """
     where = where.sharding if isinstance(where, Format) else where
-    moved = value.map_factors(
-        lambda factor: factor.with_stored(put(factor.stored, _of(factor, where)))
+    terms = tuple(_placed_term(term, where, put) for term in value.terms)
+    gain = value.gain and _placed_factor(value.gain, where, put)
+    return dataclasses.replace(value, base=base, terms=terms, gain=gain)
+
+
+def _placed_term(term: Term, where: Any, put: Callable[[Array, Any], Array]) -> Term:
+    """Returns a term with its arrays where its weight was put; single rows of it are not cut."""
+    whole = _with_spec(where, PartitionSpec())
+    if isinstance(where, NamedSharding):
+        cuts = zip(where.spec, term.window, strict=False)
+        spec = [None if isinstance(window, Rows) else cut for cut, window in cuts]
+        where = _with_spec(where, PartitionSpec(*spec))
+    return dataclasses.replace(
+        term,
+        factor_A=_placed_factor(term.factor_A, where, put),
+        factor_B=_placed_factor(term.factor_B, where, put),
+        scale=put(term.scale, whole),
+        window=jax.tree.map(lambda places: put(places, whole), term.window),
     )
-    scalar = _with_spec(where, PartitionSpec())
-    terms = tuple(dataclasses.replace(term, scale=put(term.scale, scalar)) for term in moved.terms)
-    return dataclasses.replace(moved, base=base, terms=terms)
+
+
+def _placed_factor(factor: Factor, where: Any, put: Callable[[Array, Any], Array]) -> Factor:
+    return factor.with_stored(put(factor.stored, _of(factor, where)))
 
 
 def cut_for(value: Factored, mesh: Any, spec: Any) -> Factored:

@@ -22,7 +22,8 @@ from lora_jax._compat import (
 )
 from lora_jax.transform._bases import moved_bases
 from lora_jax.transform._interpreter import Interpreter
-from lora_jax.transform.rules._moves import Windows, moved, with_base
+from lora_jax.transform._terms import Windows
+from lora_jax.transform.rules._moves import moved, with_base
 from lora_jax.transform.rules._rule import Rule
 
 
@@ -133,7 +134,7 @@ def rev(interpreter: Interpreter, equation: Equation, inputs: list[Any]) -> list
 
     def mirrored(windows: Windows) -> Windows:
         return tuple(
-            (value.shape[axis] - window[1], value.shape[axis] - window[0])
+            window.mirrored(value.shape[axis])
             if window is not None and axis in reversed_axes
             else window
             for axis, window in enumerate(windows)

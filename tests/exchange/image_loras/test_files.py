@@ -255,6 +255,12 @@ def test_weights_that_train_in_full_have_no_place(form, path):
     assert not path.exists()
 
 
+def test_single_rows_have_no_place(form, path):
+    tree = lora_jax.wrap(wrapped("to_out"), {"to_q": {"rows": [1, 2]}})
+    with pytest.raises(CheckpointError, match="changes single rows at 'mid/to_q/kernel'"):
+        form.save(path, tree, names=NAMES)
+
+
 def test_two_modules_of_one_name_are_refused(path):
     names = [Rule("a.b_c.weight", "mid/to_q/kernel"), Rule("a_b.c.weight", "mid/to_out/kernel")]
     with pytest.raises(ValueError, match="both are called 'a_b_c'"):

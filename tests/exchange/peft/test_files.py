@@ -103,7 +103,6 @@ class TestConfigs:
             ("lora_bias", True),
             ("megatron_config", {"x": 1}),
             ("monteclora_config", {"num_samples": 8}),
-            ("trainable_token_indices", [0]),
             ("use_bdlora", {"x": 1}),
             ("use_qalora", True),
             ("velora_config", {"num_groups": 4}),
