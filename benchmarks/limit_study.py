@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -16,6 +15,7 @@ from experiments.llm.loss import losses_at_places
 from experiments.llm.methods import ALL_LINEAR
 from experiments.llm.packing import Batch, Row, batch_of
 from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.shapes import ONE_TOKEN, param_shapes
 
 _SMOLLM2_135M = LlamaConfig(
     model_type="llama",
@@ -49,13 +49,12 @@ def language_model(name: str, config: LlamaConfig, batch: Batch, *, remat: bool)
             return losses_at_places(network.apply, params, batch)
 
     rows, length = batch.tokens.shape
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return Model(
         name=name,
         description=f"{config.num_hidden_layers} layers, embed {config.hidden_size}, "
         f"{rows} × {length} tokens, loss at {batch.places.size} places, float32",
         apply=apply,
-        params=jax.eval_shape(network.init, jax.random.key(0), tokens)["params"],
+        params=param_shapes(network, ONE_TOKEN),
         inputs=floats(rows, length, config.hidden_size),
         targets=ALL_LINEAR,
         rank=8,

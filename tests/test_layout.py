@@ -72,8 +72,17 @@ STUDY_LAYERS = (
     {"data"},
     {"models"},
     {"llm", "mnist", "text"},
-    {"ranks"},
-    {"__init__", "llm_lora", "mlp_lora", "mnist_lora", "rank_study", "text_lora", "two_tasks"},
+    {"images", "ranks"},
+    {
+        "__init__",
+        "image_lora",
+        "llm_lora",
+        "mlp_lora",
+        "mnist_lora",
+        "rank_study",
+        "text_lora",
+        "two_tasks",
+    },
 )
 STUDY_LAYER_OF = {part: level for level, parts in enumerate(STUDY_LAYERS) for part in parts}
 

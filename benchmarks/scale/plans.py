@@ -24,6 +24,7 @@ from experiments.llm.packing import Batch, Row, batch_of
 from experiments.llm.step import training_step
 from experiments.llm.task import quantized_as
 from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.shapes import ONE_TOKEN, param_shapes
 
 LORA, NF4, FULL = KINDS = ("lora", "nf4", "full")
 # How compilers say that a program has no room on a device.
@@ -168,7 +169,7 @@ def on_mesh(task: Task) -> Devices:
 
 def program(task: Task, devices: Devices) -> tuple[Any, tuple[Any, ...]]:
     """Returns the study's step, and the shapes of what it takes with their shardings."""
-    shapes = devices.placed_shapes(Llama.shapes(task.config, task.dtype))
+    shapes = devices.placed_shapes(param_shapes(Llama(task.config), ONE_TOKEN, dtype=task.dtype))
     method = Method(task.kind if task.kind == FULL else LORA, _rank(task))
     wrapped = method.wrapped(
         _in_format(task, shapes),

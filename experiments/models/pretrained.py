@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -16,6 +15,7 @@ from experiments.models import llama, t5
 from experiments.models.entries import CONFIG, read_entries
 from experiments.models.llama.gguf_file import GGUFFile
 from experiments.models.names import huggingface_rules
+from experiments.models.shapes import ONE_TOKEN, param_shapes
 from experiments.models.tokenizer import ChatTokenizer, tokenizer_of_folder, tokenizer_of_gguf
 from lora_jax.exchange import huggingface, peft, place
 
@@ -125,9 +125,7 @@ class LanguageModel:
 
     def shapes(self, dtype: Any = jnp.float32) -> Any:
         """Returns the shapes of its parameters."""
-        tokens = [jax.ShapeDtypeStruct((1, 1), jnp.int32)] * self._family.inputs
-        shapes = jax.eval_shape(self.network().init, jax.random.key(0), *tokens)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes["params"])
+        return param_shapes(self.network(), *[ONE_TOKEN] * self._family.inputs, dtype=dtype)
 
     def params(
         self, shapes: Any | None = None, *, as_stored: bool = False, convert: Convert | None = None

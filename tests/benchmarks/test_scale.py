@@ -12,6 +12,7 @@ from benchmarks.scale.__main__ import main
 from benchmarks.scale.collectives import Traffic, collectives
 from benchmarks.scale.flops import product_flops
 from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.shapes import ONE_TOKEN, param_shapes
 
 CONFIG = LlamaConfig(
     model_type="qwen3",
@@ -67,7 +68,7 @@ def plan_of_kind(small_model):
 
 
 def parameter_count(config):
-    return sum(leaf.size for leaf in jax.tree.leaves(Llama.shapes(config, "bfloat16")))
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(Llama(config), ONE_TOKEN)))
 
 
 @pytest.mark.parametrize(

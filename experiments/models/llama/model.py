@@ -179,13 +179,6 @@ class Llama(nn.Module):
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
 
-    @classmethod
-    def shapes(cls, config: LlamaConfig, dtype: Any) -> Any:
-        """Returns the shapes of the parameters, all of one dtype."""
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        shapes = jax.eval_shape(cls(config).init, jax.random.key(0), tokens)["params"]
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-
     def empty_cache(self, batch: int, capacity: int) -> Cache:
         """Returns a cache with room for so many tokens of each row."""
         config = self.config

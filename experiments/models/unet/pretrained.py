@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.common.errors import InputError, as_input_error
+from experiments.models.shapes import param_shapes
 from experiments.models.unet.config import UNetConfig, read_config
 from experiments.models.unet.model import UNet
 from experiments.models.unet.names import diffusers_rules
@@ -59,8 +60,7 @@ def shapes_of(config: UNetConfig, dtype: Any = jnp.float32) -> Any:
         jax.ShapeDtypeStruct((1,), jnp.int32),
         jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32),
     )
-    shapes = jax.eval_shape(UNet(config).init, jax.random.key(0), *arguments)["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return param_shapes(UNet(config), *arguments, dtype=dtype)
 
 
 def save_unet(path: Path, params: Any, config: UNetConfig, *, overwrite: bool = False) -> None:

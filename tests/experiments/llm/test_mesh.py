@@ -12,11 +12,12 @@ from experiments.llm.loss import losses_at_places
 from experiments.llm.mesh import Devices, mesh_sizes
 from experiments.llm.packing import Batch, Row, batch_of
 from experiments.models.llama import Llama
+from experiments.models.shapes import ONE_TOKEN, param_shapes
 from tests import tiny_llama
 
 
 def shapes():
-    return Llama.shapes(tiny_llama.config("qwen2", tie_word_embeddings=False), np.float32)
+    return param_shapes(Llama(tiny_llama.config("qwen2", tie_word_embeddings=False)), ONE_TOKEN)
 
 
 def test_weights_are_cut_where_the_mesh_divides_them():
@@ -68,7 +69,7 @@ def compiled_loss(devices):
     batch = batch_of(
         [whole], [Row((0,))] * 8, length=LENGTH, room=LENGTH - 1, groups=devices.groups
     )
-    params = devices.placed_shapes(Llama.shapes(config, np.float32))
+    params = devices.placed_shapes(param_shapes(Llama(config), ONE_TOKEN))
 
     def loss(params, batch):
         return losses_at_places(network.apply, params, batch).sum()

@@ -1,0 +1,1 @@
+"""The study on images: a diffusion model that has never seen some digits learns to draw them."""
