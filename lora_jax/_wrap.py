@@ -162,7 +162,8 @@ def wrap(
 def _may_add_rows(targets: Targets, rows: Any) -> bool:
     """Says whether single rows are adapted, which may be those of a weight with an adapter."""
     overrides = targets.values() if isinstance(targets, Mapping) else ()
-    return rows is not None or any("rows" in each for each in overrides)
+    named = (each for each in overrides if isinstance(each, Mapping))
+    return rows is not None or any("rows" in each for each in named)
 
 
 def _trainable_copy(leaf: Any) -> Any:

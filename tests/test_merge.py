@@ -195,5 +195,5 @@ def test_factors_of_several_adapters_in_one_weight_are_refused(function: Any) ->
     adapters = [lora_jax.split(DENSE.adapter(seed))[0] for seed in range(3)]
     frozen = lora_jax.split(DENSE.adapter(0))[1]
     stacked = lora_jax.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters), frozen)
-    with pytest.raises(ValueError, match=r"'W1' has a lora_A of shape \(3, .*serving.bank"):
+    with pytest.raises(ValueError, match=r"'W1' has a lora_B of shape \(3, .*serving.bank"):
         function(stacked)

@@ -92,7 +92,13 @@ class Start:
         options, folder = parsed(study_arguments), self._folder
         console = Console(to_stderr=True).without_progress()
         model = LanguageModel.read(options.what_learns.model)
-        task = language_task(model, options.data, options.training, dtype=options.what_learns.dtype)
+        task = language_task(
+            model,
+            options.data,
+            options.training,
+            dtype=options.what_learns.dtype,
+            devices=Devices(),
+        )
         params = loaded_params(model, options.what_learns, Devices(), console)
         packed = not options.data.no_packing
         training = Training(task, params, options.training, packed=packed, devices=Devices())

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def promotion_as_users_have_it() -> Iterator[None]:
     """The studies' models add a bias to a batch, and Adam takes floats to an integer power."""
     with promotion_of_users():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_that_arrive() -> Iterator[None]:
+    """Lets Ctrl-C raise, also where the tests are a job in the background, which ignores it."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
 
 
 @pytest.fixture(autouse=True, scope="session")
