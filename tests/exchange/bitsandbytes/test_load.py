@@ -95,7 +95,9 @@ def test_a_name_that_is_not_there(tmp_path):
 
 
 def test_what_is_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"does not exist: expected one of .model\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"does not exist: expected one of .model\.safetensors"
+    ):
         exchange.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"holds none of .model\.safetensors"):
         exchange.load(tmp_path)
