@@ -1,5 +1,6 @@
 """The pictures of the study on images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,6 @@ from numpy.typing import NDArray
 
 from experiments.common.plots import save_figure
 from experiments.images.drawing import DIGITS, Drawn
-from experiments.images.report import Findings
 
 _SHOWN = 2
 
@@ -24,22 +24,34 @@ def save_samples(path: Path, drawn: Drawn, title: str) -> None:
     save_figure(figure, axes, path=path)
 
 
-def save_grid(path: Path, findings: Findings, title: str) -> None:
-    """Draws each digit with the base, with each adapter at each strength, and tuned in full."""
-    rows = findings.rows()
+def save_grid(
+    path: Path,
+    rows: Sequence[tuple[str, Drawn, Sequence[int]]],
+    held_out: Sequence[int],
+    title: str,
+) -> None:
+    """Draws each digit in every way.
+
+    Args:
+      path: the picture to write.
+      rows: the name of each way, what was drawn, and the digits that it should have learned.
+      held_out: the digits that the base has never seen.
+      title: the title.
+    """
+    others = [digit for digit in DIGITS if digit not in held_out]
     figure = Figure(figsize=(9.5, 1.1 * len(rows) + 1), layout="constrained")
     panels = np.atleast_1d(figure.subplots(len(rows), 1))
     for axes, (name, drawn, learned) in zip(panels, rows, strict=True):
         axes.imshow(_tiled(drawn.pictures[:, :_SHOWN]), cmap="gray_r", vmin=-1, vmax=1)
         axes.set(xticks=[], yticks=[])
-        shares = [f"{drawn.recognised[digit]:.0%} of {digit}" for digit in findings.tuned]
+        shares = [f"{drawn.recognised[digit]:.0%} of {digit}" for digit in held_out]
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        others = f"{drawn.mean_of(findings.seen):.0%} of others"
+        of_others = f"{drawn.mean_of(others):.0%} of others"
         axes.yaxis.set_label_position("left")
         axes.text(
             1.01,
             0.5,
-            "\n".join([*shares, others]),
+            "\n".join([*shares, of_others]),
             transform=axes.transAxes,
             va="center",
             fontsize=7,

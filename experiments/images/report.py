@@ -180,7 +180,8 @@ def _save_grid(findings: Findings, folder: Path, options: Options) -> None:
 
     save_grid(
         folder / "grid.png",
-        findings,
+        findings.rows(),
+        list(findings.tuned),
         f"base: {options.base.base_steps:,} steps without "
         f"{' and '.join(map(str, options.base.held_out))}; "
         f"LoRA of rank {options.tuning.rank}: {options.tuning.steps} steps on "
