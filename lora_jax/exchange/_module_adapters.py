@@ -30,7 +30,7 @@ from lora_jax.exchange.peft._export import (
     exported_adapters,
     exported_weights,
 )
-from lora_jax.exchange.peft._files import Tensors, check_finite, safetensors_package
+from lora_jax.exchange.peft._files import Tensors, check_finite, read_file
 from lora_jax.exchange.peft._load import Preview, preview_of, with_adapter
 from lora_jax.exchange.peft._names import PREFIX, GivenAxes, NamedTree, named_tree
 from lora_jax.exchange.peft._rules import Rule
@@ -182,29 +182,77 @@ def _in_own_words(message: str, keys: Mapping[str, str]) -> str:
     return message
 
 
-def read_tensors(path: Path, module: str) -> tuple[Tensors, Mapping[str, str]]:
-    """Returns the tensors and the metadata of a file of safetensors.
-
-    Args:
-      path: the file.
-      module: what needs it, for the error where safetensors is missing.
-
-    Raises:
-      CheckpointError: there is no such file, it is damaged, or holds values that are not finite.
-    """
-    safetensors = safetensors_package(module)
+def read_tensors(path: Path, module: str) -> tuple[Tensors, dict[str, str]]:
+    """Returns the tensors and the metadata of a file of safetensors; see `read_file`."""
     with as_checkpoint_error(f"`path` {path} can't be read"):
         if not path.is_file():
             raise CheckpointError(f"`path` {path} is not a file; expected one of safetensors.")
-    with (
-        as_checkpoint_error(f"{path} is damaged, or is not a file of safetensors"),
-        safetensors.safe_open(path, framework="np") as opened,
-    ):
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        metadata = dict(opened.metadata() or {})
-    for key, tensor in tensors.items():
-        check_finite(str(path), key, tensor)
-    return tensors, metadata
+    return read_file(path, module)
+
+
+# The module of a tensor and which part of its adapter it is: of those above, or `"alpha"`.
+Place = tuple[str, str]
+
+
+def adapter_file(
+    source: Path,
+    tensors: Tensors,
+    places: Mapping[str, Place | None],
+    usual_alpha: Callable[[str, int], float | None] = lambda module, rank: None,
+) -> AdapterFile:
+    """Returns what the tensors of a file are.
+
+    Args:
+      source: the file.
+      tensors: its tensors.
+      places: for each key of the component that was asked for, its place; None where it has none.
+      usual_alpha: the alpha of a module with a rank, where no tensor says it.
+    """
+    unknown = [key for key, place in places.items() if place is None]
+    found: dict[str, dict[str, str]] = {}
+    for key, place in places.items():
+        if place is None:
+            continue
+        module, part = place
+        # Of two tensors for one place, neither is known to be right.
+        if found.setdefault(module, {}).setdefault(part, key) != key:
+            unknown += [key, found[module][part]]
+    adapters = {}
+    for module, keys in found.items():
+        if {"lora_A", "lora_B"} <= set(keys):
+            adapters[module] = _module_adapter(tensors, module, keys, usual_alpha)
+        else:
+            unknown += keys.values()
+    others = {key: tensor for key, tensor in tensors.items() if key not in places}
+    return AdapterFile(source, adapters, others, tuple(dict.fromkeys(unknown)))
+
+
+def _module_adapter(
+    tensors: Tensors,
+    module: str,
+    keys: Mapping[str, str],
+    usual_alpha: Callable[[str, int], float | None],
+) -> ModuleAdapter:
+    own = {part: key for part, key in keys.items() if part != "alpha"}
+    parts = {part: tensors[key] for part, key in own.items()}
+    if "alpha" in keys:
+        return ModuleAdapter(parts, own, float(tensors[keys["alpha"]]))
+    return ModuleAdapter(parts, own, usual_alpha(module, int(parts["lora_A"].shape[0])))
+
+
+def checked_others(
+    others: Mapping[str, np.ndarray] | None,
+    component: str,
+    component_of: Callable[[str], str | None],
+) -> dict[str, np.ndarray]:
+    """Returns tensors to write beside an adapter, after checking that they are of others."""
+    own = [key for key in others or {} if component_of(key) in (component, None)]
+    if own:
+        raise ValueError(
+            f"`others` has {listed(own)} of the component {component!r} itself; expected tensors "
+            "of others, as other_tensors(path) returns them."
+        )
+    return dict(others or {})
 
 
 def adapters_to_write(wrapped: PyTree, names: Sequence[Rule]) -> tuple[NamedTree, Adapters]:
@@ -250,7 +298,7 @@ def alpha_of(adapter: Adapter) -> float:
 
 def write_file(
     path: Path,
-    tensors: Callable[[], Mapping[str, np.ndarray]],
+    tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str],
     *,
     overwrite: bool,
@@ -259,13 +307,13 @@ def write_file(
 
     Args:
       path: the file.
-      tensors: gives the tensors.
+      tensors: the tensors by key.
       metadata: its metadata.
       overwrite: whether to replace a file of safetensors.
     """
     from safetensors.numpy import save_file
 
-    found = {key: np.asarray(tensor, order="C") for key, tensor in tensors().items()}
+    found = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
     for key, tensor in found.items():
         check_finite("`wrapped`", key, tensor)
 

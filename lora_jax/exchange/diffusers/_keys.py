@@ -1,7 +1,8 @@
 """How diffusers names the tensors of an adapter, today and before."""
 
-import dataclasses
 import re
+
+from lora_jax.exchange._module_adapters import Place
 
 # The metadata that says ranks and alphas, as text in JSON.
 METADATA = "lora_adapter_metadata"
@@ -24,35 +25,18 @@ _PROCESSOR = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """What the tensor with a key is.
-
-    Attributes:
-      component: the model of the pipeline, or None where the key does not say it.
-      module: the adapted module.
-      part: `"lora_A"`, `"lora_B"`, `"magnitude"` or `"alpha"`.
-    """
-
-    component: str | None
-    module: str
-    part: str
-
-
 def component_of(key: str) -> str | None:
     """Returns the model of the pipeline that a key begins with, if it does."""
     first = key.partition(".")[0]
     return first if first in COMPONENTS else None
 
 
-def parsed(key: str) -> Key | None:
-    """Returns what the tensor with a key is, or None where it is no part of an adapter."""
-    component = component_of(key)
-    name = key if component is None else key.partition(".")[2]
+def place_of(key: str) -> Place | None:
+    """Returns the place of the tensor with a key, or None where it is no part of an adapter."""
+    name = key if component_of(key) is None else key.partition(".")[2]
     old = _PROCESSOR.fullmatch(name)
     if old is not None:
         layer = "to_out.0" if old["layer"] == "out" else f"to_{old['layer']}"
-        part = "lora_A" if old["part"] == "down" else "lora_B"
-        return Key(component, f"{old['module']}.{layer}", part)
+        return f"{old['module']}.{layer}", "lora_A" if old["part"] == "down" else "lora_B"
     now = _NOW.fullmatch(name)
-    return None if now is None else Key(component, now["module"], _PARTS[now["part"]])
+    return None if now is None else (now["module"], _PARTS[now["part"]])

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._folders import as_checkpoint_error
-from lora_jax.exchange._module_adapters import AdapterFile, ModuleAdapter, read_tensors
-from lora_jax.exchange.diffusers._keys import METADATA, component_of, parsed
-from lora_jax.exchange.peft._files import Tensors, check_supported, check_types, scale_of
+from lora_jax.exchange._module_adapters import AdapterFile, adapter_file, read_tensors
+from lora_jax.exchange.diffusers._keys import METADATA, component_of, place_of
+from lora_jax.exchange.peft._files import check_supported, check_types, scale_of
 from lora_jax.exchange.peft._load import Preview
 from lora_jax.exchange.peft._names import GivenAxes
 from lora_jax.exchange.peft._rules import Rule
@@ -142,37 +142,13 @@ def other_tensors(
 
 def _read(path: Path, component: str) -> AdapterFile:
     tensors, metadata = read_tensors(path, _MODULE)
-    own = {key: each for key, each in tensors.items() if component_of(key) in (component, None)}
-    others: Tensors = {key: each for key, each in tensors.items() if key not in own}
-    found: dict[str, dict[str, str]] = {}
-    unknown = []
-    for key in sorted(own):
-        it = parsed(key)
-        if it is None:
-            unknown.append(key)
-        else:
-            found.setdefault(it.module, {})[it.part] = key
+    keys = [key for key in sorted(tensors) if component_of(key) in (component, None)]
     config = _config_in(path, metadata, component)
-    adapters = {}
-    for module, keys in found.items():
-        if not {"lora_A", "lora_B"} <= set(keys):
-            unknown += keys.values()
-            continue
-        adapters[module] = _adapter(own, module, keys, config)
-    return AdapterFile(path, adapters, others, unknown)
 
+    def alpha(module: str, rank: int) -> float | None:
+        return None if config is None else scale_of(config, module, rank) * rank
 
-def _adapter(
-    tensors: Tensors, module: str, keys: Mapping[str, str], config: Mapping[str, Any] | None
-) -> ModuleAdapter:
-    parts = {part: tensors[key] for part, key in keys.items() if part != "alpha"}
-    rank = int(parts["lora_A"].shape[0])
-    alpha = None
-    if "alpha" in keys:
-        alpha = float(tensors[keys["alpha"]])
-    elif config is not None:
-        alpha = scale_of(config, module, rank) * rank
-    return ModuleAdapter(parts, {part: keys[part] for part in parts}, alpha)
+    return adapter_file(path, tensors, {key: place_of(key) for key in keys}, alpha)
 
 
 def _config_in(path: Path, metadata: Mapping[str, str], component: str) -> dict[str, Any] | None:

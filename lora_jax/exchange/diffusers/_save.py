@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._folders import CheckpointError
-from lora_jax._paths import listed
-from lora_jax.exchange._module_adapters import adapters_to_write, write_file
+from lora_jax.exchange._module_adapters import adapters_to_write, checked_others, write_file
 from lora_jax.exchange.diffusers._keys import METADATA, component_of
 from lora_jax.exchange.peft._export import TrainedWeights
 from lora_jax.exchange.peft._files import safetensors_package
@@ -69,25 +67,13 @@ def save(
       ['unet.attn1.to_q.lora_A.weight', 'unet.attn1.to_q.lora_B.weight']
     """
     safetensors_package(_MODULE)
-    beside = dict(others or {})
-    own = [key for key in beside if component_of(key) in (component, None)]
-    if own:
-        raise ValueError(
-            f"`others` has {listed(own)} of the component {component!r} itself; expected tensors "
-            "of others, as other_tensors(path) returns them."
-        )
+    beside = checked_others(others, component, component_of)
     tree, adapters = adapters_to_write(wrapped, names)
     config = written_config(starting_config(None), adapters, _NO_ROWS, _NO_WEIGHTS, tree)
-    if config.get("ensure_weight_tying"):
-        raise CheckpointError("`wrapped` adapts a tied weight, for which the format has no name.")
-
-    def tensors() -> dict[str, np.ndarray]:
-        named = {
-            f"{component}.{key.removeprefix(PREFIX)}": tensor
-            for key, tensor in adapters.tensors.items()
-        }
-        return {**named, **beside}
-
+    named = {
+        f"{component}.{key.removeprefix(PREFIX)}": tensor
+        for key, tensor in adapters.tensors.items()
+    }
     entries: dict[str, Any] = {f"{component}.{key}": value for key, value in config.items()}
     metadata = {"format": "pt", METADATA: json.dumps(entries, indent=2, sort_keys=True)}
-    write_file(Path(path).resolve(), tensors, metadata, overwrite=overwrite)
+    write_file(Path(path).resolve(), {**named, **beside}, metadata, overwrite=overwrite)

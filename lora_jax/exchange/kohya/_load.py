@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lora_jax._paths import listed
-from lora_jax.exchange._module_adapters import AdapterFile, ModuleAdapter, read_tensors
-from lora_jax.exchange.peft._files import Tensors
+from lora_jax.exchange._module_adapters import AdapterFile, Place, adapter_file, read_tensors
 from lora_jax.exchange.peft._load import Preview
 from lora_jax.exchange.peft._names import GivenAxes, named_tree
 from lora_jax.exchange.peft._rules import Rule
@@ -177,29 +176,17 @@ def component_of(key: str) -> str | None:
 
 def _read(path: Path, component: str, modules: Mapping[str, str]) -> AdapterFile:
     tensors, _ = read_tensors(path, _MODULE)
-    found: dict[str, dict[str, str]] = {}
-    others: Tensors = {}
-    unknown = []
-    for key in sorted(tensors):
-        owner = component_of(key)
-        name, _, part = key.partition(".")
-        if owner is not None and owner != component:
-            others[key] = tensors[key]
-        elif owner is None or part not in PARTS:
-            unknown.append(key)
-        else:
-            found.setdefault(name.removeprefix(f"{component}_"), {})[PARTS[part]] = key
-    adapters = {}
-    for name, keys in found.items():
-        if not {"lora_A", "lora_B"} <= set(keys):
-            unknown += keys.values()
-            continue
-        # A module that the tree does not have keeps its name, by which the plan refuses it.
-        adapters[modules.get(name, name)] = _adapter(tensors, keys)
-    return AdapterFile(path, adapters, others, unknown)
+    keys = [key for key in sorted(tensors) if component_of(key) in (component, None)]
+    return adapter_file(path, tensors, {key: _place_of(key, component, modules) for key in keys})
 
 
-def _adapter(tensors: Tensors, keys: Mapping[str, str]) -> ModuleAdapter:
-    parts = {part: tensors[key] for part, key in keys.items() if part != "alpha"}
-    alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else None
-    return ModuleAdapter(parts, {part: keys[part] for part in parts}, alpha)
+def _place_of(key: str, component: str, modules: Mapping[str, str]) -> Place | None:
+    """Returns the place of a tensor, or None where it is no part of an adapter.
+
+    A module that the tree does not have keeps its name, by which the plan refuses it.
+    """
+    name, _, part = key.partition(".")
+    if component_of(key) is None or part not in PARTS:
+        return None
+    own = name.removeprefix(f"{component}_")
+    return modules.get(own, own), PARTS[part]

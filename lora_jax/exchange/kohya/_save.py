@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._paths import listed
-from lora_jax.exchange._module_adapters import adapters_to_write, alpha_of, write_file
+from lora_jax.exchange._module_adapters import (
+    adapters_to_write,
+    alpha_of,
+    checked_others,
+    write_file,
+)
 from lora_jax.exchange.kohya._load import PARTS, component_of, in_lines, modules_by_name
 from lora_jax.exchange.peft._export import Adapter
 from lora_jax.exchange.peft._files import safetensors_package
@@ -61,25 +65,15 @@ def save(
       lora_unet_attn1_to_q.lora_up.weight
     """
     safetensors_package(_MODULE)
-    beside = dict(others or {})
-    own = [key for key in beside if component_of(key) in (component, None)]
-    if own:
-        raise ValueError(
-            f"`others` has {listed(own)} of the component {component!r} itself; expected tensors "
-            "of others, as other_tensors(path) returns them."
-        )
+    beside = checked_others(others, component, component_of)
     modules_by_name(wrapped, names)
     _, adapters = adapters_to_write(wrapped, names)
-
-    def tensors() -> dict[str, np.ndarray]:
-        named = {
-            f"{component}_{in_lines(adapter.module)}.{key}": tensor
-            for adapter in adapters.each
-            for key, tensor in _tensors_of(adapter)
-        }
-        return {**named, **beside}
-
-    write_file(Path(path).resolve(), tensors, {"format": "pt"}, overwrite=overwrite)
+    named = {
+        f"{component}_{in_lines(adapter.module)}.{key}": tensor
+        for adapter in adapters.each
+        for key, tensor in _tensors_of(adapter)
+    }
+    write_file(Path(path).resolve(), {**named, **beside}, {"format": "pt"}, overwrite=overwrite)
 
 
 def _tensors_of(adapter: Adapter) -> Iterator[tuple[str, np.ndarray]]:

@@ -177,20 +177,34 @@ def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any]
 
 def _read_tensors(source: Path) -> Tensors:
     """Returns the tensors of the adapter in a folder, in the dtypes of the file."""
-    safetensors = safetensors_package()
     file = source / TENSORS_FILE
     with as_checkpoint_error(f"`path` {source} can't be read"):
         if not file.is_file():
             raise CheckpointError(_no_tensors(source))
+    return read_file(file)[0]
+
+
+def read_file(file: Path, module: str = "lora_jax.exchange.peft") -> tuple[Tensors, dict[str, str]]:
+    """Returns the tensors of a file of safetensors, in the dtypes of the file, and its metadata.
+
+    Args:
+      file: the file, which is there.
+      module: what needs it, for the error where safetensors is missing.
+
+    Raises:
+      CheckpointError: it is damaged, or holds what JAX would round or what is not finite.
+    """
+    safetensors = safetensors_package(module)
     with (
         as_checkpoint_error(f"{file} is damaged, take another copy"),
         safetensors.safe_open(file, framework="np") as opened,
     ):
         keys = opened.keys()
         tensors: Tensors = {key: opened.get_tensor(key) for key in keys}
+        metadata = dict(opened.metadata() or {})
     for key, tensor in tensors.items():
         _check_readable(file, key, tensor)
-    return tensors
+    return tensors, metadata
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -215,6 +215,14 @@ def test_nothing_is_dropped_without_a_word(path, name, key):
     assert any(key in problem for problem in form.preview(path, params(), names=NAMES).problems)
 
 
+def test_two_tensors_for_one_place_are_refused(path):
+    diffusers.save(path, wrapped("to_q"), names=NAMES)
+    second = f"unet.{MODULE}.lora.down.weight"
+    written(path, {**numpy_files.load_file(path), second: numbers(2, 8)})
+    with pytest.raises(CheckpointError, match=f"'{second}'.* does not support"):
+        diffusers.load(path, params(), names=NAMES)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_half_of_an_adapter_is_refused(path, name):
     form = FORMATS[name]
