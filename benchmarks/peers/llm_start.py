@@ -15,9 +15,8 @@ from experiments.llm.examples import TokenizedExample
 from experiments.llm.exporting import write_huggingface, write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options, parsed
-from experiments.llm.task import language_task, loaded_params
+from experiments.llm.task import language_task, loaded_params, read_model
 from experiments.llm.training import Training
-from experiments.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Start:
         """
         options, folder = parsed(study_arguments), self._folder
         console = Console(to_stderr=True).without_progress()
-        model = LanguageModel.read(options.what_learns.model)
+        model = read_model(options.what_learns.model)
         task = language_task(
             model,
             options.data,

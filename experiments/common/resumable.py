@@ -57,6 +57,7 @@ class ResumableTraining(abc.ABC):
 
     Attributes:
       history: what it has seen so far.
+      settings: what a training that continues it must have too, by option.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class ResumableTraining(abc.ABC):
         """
         self.history = History()
         self._every = evaluate_every
-        self._settings = dict(settings)
+        self.settings = dict(settings)
         trainable, self._frozen = lora_jax.split(wrapped)
         # A step takes the memory of what trains, which may be the caller's, or frozen as well.
         self._trainable = jax.tree.map(jnp.copy, trainable)
@@ -191,7 +192,7 @@ class ResumableTraining(abc.ABC):
             self._state,
             data_position={
                 "position": self.position(),
-                "settings": self._settings,
+                "settings": self.settings,
                 "history": asdict(self.history),
             },
         )
@@ -257,7 +258,7 @@ class ResumableTraining(abc.ABC):
             self.save(checkpoints)
 
     def _check_settings(self, stored: Mapping[str, Any]) -> None:
-        for name, value in self._settings.items():
+        for name, value in self.settings.items():
             if stored.get(name) != value:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {value}, but the training to continue has "

@@ -45,10 +45,6 @@ TARGETS = (
 )
 
 
-def _digit(text: str) -> int:
-    return int(text)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
     """How the base model is trained."""
@@ -56,7 +52,7 @@ class BaseOptions:
     held_out: Annotated[
         tuple[int, ...],
         Option(
-            "the digits that it never sees", _digit, several=True, choices=range(10), metavar="0-9"
+            "the digits that it never sees", int, several=True, choices=range(10), metavar="0-9"
         ),
     ] = (7, 4)
     base_steps: Annotated[int, Option("its steps", positive_int)] = 4_000

@@ -68,11 +68,7 @@ class Batches:
 
 
 class Training(ResumableTraining):
-    """One training of the U-Net, of whatever trains in a wrapped tree.
-
-    Attributes:
-      settings: what decides its numbers.
-    """
+    """One training of the U-Net, of whatever trains in a wrapped tree."""
 
     def __init__(
         self,
@@ -105,7 +101,6 @@ class Training(ResumableTraining):
             return optax.apply_updates(trainable, updates), state, loss
 
         self._compiled = CompiledSteps(step)
-        self.settings = dict(settings)
         super().__init__(wrapped, tx, evaluate_every=evaluate_every, settings=settings)
 
     @property

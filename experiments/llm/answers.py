@@ -16,7 +16,7 @@ from experiments.common.errors import InputError, as_input_error
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
-from experiments.llm.task import loaded_params
+from experiments.llm.task import loaded_params, read_model
 from experiments.models.generation import GREEDY, Sampling, generate
 from experiments.models.llama import Llama
 from experiments.models.pretrained import LanguageModel
@@ -53,12 +53,12 @@ class Writer:
         """
         if adapter is None:
             chosen = ModelOptions(model=model)
-            found = LanguageModel.read(chosen.model)
+            found = read_model(chosen.model)
             params = loaded_params(found, chosen, Devices(), console)
         else:
             folder = AdapterFolder(adapter)
             chosen = folder.read_card().model_options(model)
-            found = LanguageModel.read(chosen.model)
+            found = read_model(chosen.model)
             base = loaded_params(found, chosen, Devices(), console)
             params = lora_jax.merge(folder.restore(base))
         network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
@@ -73,7 +73,7 @@ class Writer:
         """
         folders = [AdapterFolder(adapter) for adapter in adapters]
         chosen = folders[0].read_card().model_options(model)
-        found = LanguageModel.read(chosen.model)
+        found = read_model(chosen.model)
         params = loaded_params(found, chosen, Devices(), console)
         with as_input_error():
             bank = lora_jax.serving.bank([folder.restore(params) for folder in folders])

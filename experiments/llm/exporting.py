@@ -12,7 +12,7 @@ from experiments.common.options import Option, parsed_as
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelPath
-from experiments.llm.task import loaded_params
+from experiments.llm.task import loaded_params, read_model
 from experiments.models.llama import gguf_rules
 from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import LanguageModel
@@ -64,7 +64,7 @@ def export(options: ExportingOptions) -> None:
         raise InputError(f"--out {options.out} is there already; pass a name that is new")
     folder = AdapterFolder(options.adapter)
     chosen = folder.read_card().model_options(options.model)
-    model = LanguageModel.read(chosen.model)
+    model = read_model(chosen.model)
     console = Console.beside_output()
     wrapped = folder.restore(loaded_params(model, chosen, Devices(), console))
     with as_input_error():

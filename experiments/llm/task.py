@@ -56,6 +56,21 @@ class LanguageTask:
     validation: TokenizedExamples
 
 
+def read_model(chosen: Path | None) -> LanguageModel:
+    """Reads the settings of a model that continues texts, or those of the packaged one.
+
+    Raises:
+      InputError: there is no such model, or it is an encoder-decoder.
+    """
+    model = LanguageModel.read(chosen)
+    if not isinstance(model.config, LlamaConfig):
+        raise InputError(
+            f"{model.path} is an encoder-decoder; expected a model that continues texts: Llama, "
+            "Mistral, Qwen 2 or Qwen 3"
+        )
+    return model
+
+
 def language_task(
     model: LanguageModel,
     options: DataOptions,

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -136,17 +137,14 @@ def test_the_network_has_attention_but_at_the_finest_resolution():
     }
 
 
-def test_batches_are_the_same_each_time_and_others_at_each_step(arguments):
-    class Task:
-        pictures = np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32)
-        labels = np.arange(6)
-        schedule = Schedule()
-
-        class captions:  # noqa: N801
-            encoded = jax.numpy.ones((10, 2, 3, 4))
-            empty = jax.numpy.zeros((1, 3, 4))
-
-    batches = Batches(Task, np.arange(6), size=5, drop=0.5, seed=1)
+def test_batches_are_the_same_each_time_and_others_at_each_step():
+    task = SimpleNamespace(
+        pictures=np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32),
+        labels=np.arange(6),
+        schedule=Schedule(),
+        captions=SimpleNamespace(encoded=jnp.ones((10, 2, 3, 4)), empty=jnp.zeros((1, 3, 4))),
+    )
+    batches = Batches(task, np.arange(6), size=5, drop=0.5, seed=1)
     first, again, other = batches[0], batches[0], batches[1]
     for one, same in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, same)

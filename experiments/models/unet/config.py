@@ -8,8 +8,8 @@ from typing import Any
 
 from experiments.common.errors import InputError
 
-WITH_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-_UP_WITH_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+_DOWN_WITH_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_UP__DOWN_WITH_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 # Entries that ask for what this model does not compute, with the only value that it supports.
 _SUPPORTED: Mapping[str, Any] = {
@@ -93,7 +93,7 @@ class UNetConfig:
                     f"`{name}` is {getattr(self, name)}; expected {levels} entries, as "
                     "`block_out_channels` has"
                 )
-        _check_known("down_block_types", self.down_block_types, WITH_ATTENTION)
+        _check_known("down_block_types", self.down_block_types, _DOWN_WITH_ATTENTION)
         _check_known("up_block_types", self.up_block_types, _UP_WITH_ATTENTION)
         self._check_channels()
 
@@ -118,7 +118,7 @@ class UNetConfig:
     @property
     def has_attention_down(self) -> tuple[bool, ...]:
         """Which resolutions have attention on the way down."""
-        return tuple(WITH_ATTENTION[name] for name in self.down_block_types)
+        return tuple(_DOWN_WITH_ATTENTION[name] for name in self.down_block_types)
 
     @property
     def has_attention_up(self) -> tuple[bool, ...]:
