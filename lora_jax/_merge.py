@@ -8,7 +8,6 @@ from typing import Any, cast
 import jax
 from jaxtyping import Array
 
-from lora_jax._algebra import dense, without_change
 from lora_jax._compat import is_tracer
 from lora_jax._finite import not_finite
 from lora_jax._nodes import NodeIndex, check_single
@@ -21,6 +20,7 @@ from lora_jax._requantize import (
 )
 from lora_jax._shapes import AnyArray, factor_shapes, layers_shape
 from lora_jax._targets import Targets, check_no_overrides, select
+from lora_jax._values import dense, without_change
 from lora_jax._weight import (
     AdapterNode,
     FullWeight,

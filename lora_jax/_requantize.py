@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lora_jax._algebra import as_array, requantized_value, value_of_part
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import epsilon
 from lora_jax._matrices import by_matrix, stack_ndim
 from lora_jax._nodes import NodeIndex, check_single
 from lora_jax._partition import Partition, cut_as, uncut
+from lora_jax._values import as_array, requantized_value, value_of_part
 from lora_jax._weight import LoRAWeight, innermost_base, is_lora_weight
 from lora_jax.quantization._encode import is_written, requantized
 from lora_jax.quantization._weight import QuantizedWeight, is_quantized

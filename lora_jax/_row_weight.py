@@ -5,8 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax._algebra import lora_weight
 from lora_jax._dtypes import common_dtype
+from lora_jax._originals import lora_weight
 from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import listed
 from lora_jax._row_selection import RowSelection

@@ -1,6 +1,7 @@
 """How the axes of a weight, its factors and its magnitude correspond."""
 
 import math
+import string
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ Layers = tuple[int, ...]
 AnyArray = Array | np.ndarray
 # An int, also one of NumPy, or a dimension of `jax.export.symbolic_shape`, whose type is private.
 Size = Any
+
+# One for each axis of a weight in an equation of `einsum`; the last two stand for the rank.
+_LETTERS = string.ascii_lowercase[:-2]
 
 # For each axis of a weight, and after them for the rank: which axis of an array it is, or None.
 Places = tuple[int | None, ...]
@@ -62,6 +66,22 @@ def aligned(array: Array, places: Places) -> Array:
     with mesh_of(array):
         in_order = array if held == sorted(held) else array.transpose(held)
         return jnp.expand_dims(in_order, absent) if absent else in_order
+
+
+def weight_letters(axes: Axes) -> str:
+    """Returns the letters of a weight's axes in an equation of `einsum`."""
+    return _LETTERS[: len(axes)]
+
+
+def letters(axes: Axes, *roles: AxisRole) -> str:
+    """Returns the letters of the axes that have one of `roles`, in the order of the roles."""
+    return "".join(_LETTERS[axis] for axis in positions(axes, *roles))
+
+
+def factor_letters(axes: Axes) -> tuple[str, str]:
+    """Returns the letters of lora_A and lora_B, where the rank is z."""
+    batch, inputs, outputs = (letters(axes, role) for role in ("batch", "in", "out"))
+    return f"{batch}{inputs}z", f"{batch}z{outputs}"
 
 
 def side_size(shape: tuple[int, ...], axes: Axes, role: AxisRole) -> int:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import lora_weight, original, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._initial_factors import initial_factors
 from lora_jax._node_shardings import node_shardings
 from lora_jax._nodes import map_nodes
+from lora_jax._norms import squared_norms
+from lora_jax._originals import lora_weight, original
 from lora_jax._partition import Partition, is_abstract, placed_shapes
 from lora_jax._paths import listed, map_with_paths
 from lora_jax._row_weight import check_rows, row_weight

@@ -32,7 +32,7 @@ LAYERS = (
         "_version",
         "quantization",
     },
-    {"_algebra", "_node_shardings", "_nodes", "_weight"},
+    {"_node_shardings", "_nodes", "_norms", "_originals", "_values", "_weight"},
     {
         "_axes",
         "_initial_factors",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax._algebra import gain
+from lora_jax._norms import gain
 from tests.agreement import assert_agree
 from tests.arrays import random
 from tests.cases import CASES

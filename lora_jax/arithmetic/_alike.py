@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._algebra import as_array, original, original_array, squared_norms
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype, epsilon
 from lora_jax._finite import not_finite
 from lora_jax._nodes import NodeIndex
+from lora_jax._norms import squared_norms
+from lora_jax._originals import original, original_array
 from lora_jax._paths import listed
 from lora_jax._row_selection import selects_rows
 from lora_jax._shapes import (
@@ -23,6 +24,7 @@ from lora_jax._shapes import (
     sizes,
     spread_layers,
 )
+from lora_jax._values import as_array
 from lora_jax._weight import FullWeight, LoRABank, LoRAWeight, has_factors, is_lora_weight
 from lora_jax.quantization._weight import is_quantized
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, Real
 
-from lora_jax._algebra import on_original
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
+from lora_jax._originals import on_original
 from lora_jax._paths import listed
 from lora_jax._settings import check_rank_fits, checked_rank
 from lora_jax._shapes import factor_shapes, largest_rank, layers_shape, side_size

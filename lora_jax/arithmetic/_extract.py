@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lora_jax._algebra import as_array
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex
@@ -17,6 +16,7 @@ from lora_jax._partition import Partition, base_sharding, cut_as, factor_shardin
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._shapes import factor_shapes, to_matrices
 from lora_jax._targets import Targets
+from lora_jax._values import as_array
 from lora_jax._weight import FullWeight, LoRAWeight, is_adapter_node, is_lora_weight
 from lora_jax._wrap import wrap
 from lora_jax.arithmetic._svd import balanced_factors

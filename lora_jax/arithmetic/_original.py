@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lora_jax._algebra import on_original
 from lora_jax._nodes import NodeIndex
+from lora_jax._originals import on_original
 from lora_jax._weight import is_lora_weight
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from lora_jax._algebra import on_original, with_norms
 from lora_jax._dtypes import common_dtype
 from lora_jax._keys import own_key
 from lora_jax._nodes import NodeIndex, check_single
+from lora_jax._originals import on_original, with_norms
 from lora_jax._partition import cut_as, factor_shardings
 from lora_jax._paths import compile_expression, listed, nearest_paths
 from lora_jax._row_selection import selects_rows

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, UInt32
 
-from lora_jax._algebra import original
 from lora_jax._compat import is_tracer, without_mesh
 from lora_jax._dtypes import epsilon
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import NodeIndex, map_nodes
+from lora_jax._originals import original
 from lora_jax._paths import leaves_with_paths, listed
 from lora_jax._processes import is_shared, of_all_processes
 from lora_jax._weight import (

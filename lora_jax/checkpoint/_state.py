@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from lora_jax._algebra import with_norms
 from lora_jax._folders import CheckpointError, as_checkpoint_error
 from lora_jax._nodes import NodeIndex, adapter_nodes
+from lora_jax._originals import with_norms
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
 from lora_jax._weight import AdapterNode, has_factors, is_adapter_node, is_bank
 from lora_jax.checkpoint._files import (

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._algebra import lora_bank, lora_weight
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import adapter_nodes, check_plain, check_whole
+from lora_jax._originals import lora_bank, lora_weight
 from lora_jax._paths import leaves_with_paths, listed, nearest_paths
 from lora_jax._row_selection import RowSelection
 from lora_jax._shapes import Axes, Layers, factor_shapes, layers_shape, side_size, sizes

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from lora_jax._algebra import on_original
 from lora_jax._compat import is_tracer
 from lora_jax._nodes import NodeIndex
+from lora_jax._originals import on_original
 from lora_jax._settings import checked_rank
 from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.arithmetic._alike import (

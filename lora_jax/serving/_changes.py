@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import on_original
 from lora_jax._compat import is_tracer
 from lora_jax._dtypes import common_dtype
 from lora_jax._nodes import NodeIndex
+from lora_jax._originals import on_original
 from lora_jax._weight import LoRABank, LoRAWeight
 from lora_jax.arithmetic._alike import (
     check_adapter,

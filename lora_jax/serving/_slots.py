@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import fixed_norms, squared_norm_of
 from lora_jax._dtypes import common_dtype
+from lora_jax._norms import fixed_norms, squared_norm_of
 from lora_jax._weight import LoRABank, LoRAWeight, SlotWeight
 
 # The fields with a separate value for each slot.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lora_jax._algebra import gain
 from lora_jax._nodes import check_base, check_single, levels_of
+from lora_jax._norms import gain
 from lora_jax._row_selection import RowSelection
 from lora_jax._shapes import (
     Places,

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax
 from lora_jax import BaseMismatchWarning, CheckpointError
-from lora_jax._algebra import original
+from lora_jax._originals import original
 from lora_jax.checkpoint import _fingerprints
 from lora_jax.checkpoint._fingerprints import fingerprint, signed_sums
 from tests.agreement import assert_identical

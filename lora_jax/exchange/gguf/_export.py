@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
+from lora_jax._originals import on_original
 from lora_jax._paths import listed, nearest_paths
 from lora_jax._processes import on_host
 from lora_jax._row_selection import selects_rows

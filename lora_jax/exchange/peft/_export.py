@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._algebra import on_original
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import adapter_nodes, check_whole
+from lora_jax._originals import on_original
 from lora_jax._paths import listed
 from lora_jax._processes import on_host
 from lora_jax._row_selection import selects_rows

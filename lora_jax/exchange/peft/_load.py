@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._algebra import lora_weight
 from lora_jax._dtypes import common_dtype
 from lora_jax._folders import CheckpointError
 from lora_jax._nodes import check_plain
+from lora_jax._originals import lora_weight
 from lora_jax._paths import map_with_paths
 from lora_jax._settings import checked_freeze
 from lora_jax._shapes import Axes

@@ -19,13 +19,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._algebra import as_array, lora_weight
 from lora_jax._dtypes import common_dtype
 from lora_jax._folders import CheckpointError
+from lora_jax._originals import lora_weight
 from lora_jax._paths import listed
 from lora_jax._processes import on_host
 from lora_jax._row_selection import RowSelection, selects_rows
 from lora_jax._shapes import Axes
+from lora_jax._values import as_array
 from lora_jax._weight import LoRAWeight
 from lora_jax.exchange.peft._files import ROWS_KEY, Tensors
 from lora_jax.exchange.peft._layout import exchanged_for_tokens
