@@ -35,7 +35,7 @@ class RowSelection:
       [1.0, 0.0]
     """
 
-    rows: Int[Array, "n"] | Any
+    rows: Int[Array, " n"] | Any
     size: int = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:

@@ -162,7 +162,7 @@ class LoRABank(_NodeWithFactors):
     base: Any
     lora_A: Float[Array, "..."] | Any
     lora_B: Float[Array, "..."] | Any
-    scale: Float[Array, "slot"] | Any
+    scale: Float[Array, " slot"] | Any
     axes: Axes = dataclasses.field(metadata={"static": True})
     magnitude: Float[Array, "..."] | Any = None
     squared_norm: Float[Array, "..."] | Any = None

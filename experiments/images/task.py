@@ -72,9 +72,9 @@ class ImageTask:
     """
 
     pictures: Pictures
-    labels: Int[np.ndarray, "pictures"]
+    labels: Int[np.ndarray, " pictures"]
     test: Pictures
-    test_labels: Int[np.ndarray, "tests"]
+    test_labels: Int[np.ndarray, " tests"]
     captions: Captions
     config: UNetConfig
     schedule: Schedule

@@ -42,8 +42,8 @@ class Example:
 class TokenizedExample:
     """The tokens of one example, and which of them the model learns to write."""
 
-    tokens: Int[np.ndarray, "length"]
-    learned: Bool[np.ndarray, "length"]
+    tokens: Int[np.ndarray, " length"]
+    learned: Bool[np.ndarray, " length"]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -33,7 +33,7 @@ class Cache:
     values: Stack
     places: Places
     length: Int[Array, ""]
-    following: Int[Array, "batch"]
+    following: Int[Array, " batch"]
     is_empty: bool = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -57,7 +57,7 @@ class Cache:
         """Returns the positions of tokens that follow those in the cache."""
         return self.following[:, None] + jnp.arange(tokens.shape[1])
 
-    def with_following(self, positions: Int[Array, "batch"]) -> "Cache":
+    def with_following(self, positions: Int[Array, " batch"]) -> "Cache":
         """Returns the cache with other positions of the tokens that follow."""
         return dataclasses.replace(self, following=positions)
 

@@ -18,7 +18,7 @@ class Writing(Protocol):
     """What a Flax module has to have so that it can write; its caches are its own."""
 
     def read_prompts(
-        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+        self, tokens: Tokens, lengths: Int[Array, " batch"], new_tokens: int
     ) -> tuple[NextLogits, Any]:
         """Returns the logits of the first token that is written, and a cache with room for more.
 
@@ -28,7 +28,7 @@ class Writing(Protocol):
           new_tokens: how many calls of `read_token` the cache has room for.
         """
 
-    def read_token(self, token: Int[Array, "batch"], cache: Any) -> tuple[NextLogits, Any]:
+    def read_token(self, token: Int[Array, " batch"], cache: Any) -> tuple[NextLogits, Any]:
         """Returns the logits of what follows one more token of each row, and the longer cache."""
 
 
@@ -45,7 +45,7 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
 
-    def drawn(self, logits: NextLogits, key: PRNGKeyArray | None) -> Int[Array, "batch"]:
+    def drawn(self, logits: NextLogits, key: PRNGKeyArray | None) -> Int[Array, " batch"]:
         """Returns a token for each row; it needs no key where it takes the likeliest."""
         if self.temperature == 0:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -69,7 +69,7 @@ def generate(
     apply: Apply,
     params: Any,
     tokens: Tokens,
-    lengths: Int[Array, "batch"],
+    lengths: Int[Array, " batch"],
     *,
     new_tokens: int,
     end_ids: Sequence[int],
@@ -115,14 +115,14 @@ def generate(
 
 
 def read_prompts(
-    apply: Apply, params: Any, tokens: Tokens, lengths: Int[Array, "batch"], *, new_tokens: int
+    apply: Apply, params: Any, tokens: Tokens, lengths: Int[Array, " batch"], *, new_tokens: int
 ) -> tuple[NextLogits, Any]:
     """Returns what `Writing.read_prompts` does, with these parameters."""
     return apply({"params": params}, tokens, lengths, new_tokens, method="read_prompts")
 
 
 def read_token(
-    apply: Apply, params: Any, token: Int[Array, "batch"], cache: Any
+    apply: Apply, params: Any, token: Int[Array, " batch"], cache: Any
 ) -> tuple[NextLogits, Any]:
     """Returns what `Writing.read_token` does, with these parameters."""
     return apply({"params": params}, token, cache, method="read_token")

@@ -46,7 +46,7 @@ Method = Literal[
 
 def blend(
     adapters: Sequence[Any],
-    weights: Sequence[float | Array] | Real[Array, "adapter"] | np.ndarray,
+    weights: Sequence[float | Array] | Real[Array, " adapter"] | np.ndarray,
     method: Method = "cat",
     *,
     rank: int | None = None,

@@ -33,7 +33,7 @@ class Recipe:
     def merged(
         self,
         values: Values,
-        weights: Float[Array, "task"],
+        weights: Float[Array, " task"],
         *,
         density: float,
         majority_sign: MajoritySign,

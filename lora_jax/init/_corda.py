@@ -111,7 +111,7 @@ def _damped(second: Float[Array, "in in"], damping: float) -> Float[Array, "in i
     return scaled + damping * identity
 
 
-def _positive(S: Float[Array, "k"]) -> Float[Array, "k"]:
+def _positive(S: Float[Array, " k"]) -> Float[Array, " k"]:
     """Returns the singular values, with those that are zero to rounding replaced by that rounding.
 
     The product of the factors holds for any positive values, and so stays finite and exact where

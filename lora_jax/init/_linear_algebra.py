@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from lora_jax._dtypes import common_dtype
 
-Decomposition = tuple[Float[Array, "in k"], Float[Array, "k"], Float[Array, "k out"]]
+Decomposition = tuple[Float[Array, "in k"], Float[Array, " k"], Float[Array, "k out"]]
 
 
 def widened(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -36,7 +36,7 @@ class InputMoments:
 
     second: Float[Array, "batch in in"] | Any
     first: Float[Array, "batch in"] | Any
-    count: Num[Array, "batch"] | Any
+    count: Num[Array, " batch"] | Any
 
     def __post_init__(self) -> None:
         introduce_to_flax(type(self))

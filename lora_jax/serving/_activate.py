@@ -14,7 +14,7 @@ from lora_jax.serving._bank import bank_index, capacity_of
 
 
 def activate(
-    bank: Any, weights: Sequence[float | Array] | Real[Array, "capacity"] | np.ndarray
+    bank: Any, weights: Sequence[float | Array] | Real[Array, " capacity"] | np.ndarray
 ) -> Any:
     r"""Returns the weighted sum of a bank's adapters as one wrapped tree.
 

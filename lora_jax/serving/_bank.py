@@ -196,7 +196,7 @@ def _occupying(index: NodeIndex) -> list[list[Any]]:
 
 
 @jax.jit
-def _occupied(numbers: Sequence[Sequence[Array]]) -> Bool[Array, "capacity"]:
+def _occupied(numbers: Sequence[Sequence[Array]]) -> Bool[Array, " capacity"]:
     holds = [
         jnp.any(array != 0, axis=range(1, array.ndim)) for arrays in numbers for array in arrays
     ]

@@ -192,7 +192,7 @@ class Llama(nn.Module):
         )
 
     def read_prompts(
-        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+        self, tokens: Tokens, lengths: Int[Array, " batch"], new_tokens: int
     ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
         """Returns the logits of the token after each prompt; see `generation.Writing`."""
         batch, width = tokens.shape
@@ -204,7 +204,7 @@ class Llama(nn.Module):
         return self.logits(last)[:, 0], cache.with_following(lengths)
 
     def read_token(
-        self, token: Int[Array, "batch"], cache: Cache
+        self, token: Int[Array, " batch"], cache: Cache
     ) -> tuple[Float[Array, "batch vocabulary"], Cache]:
         """Returns the logits of what follows one more token; see `generation.Writing`."""
         hidden, cache = self.with_cache(token[:, None], cache)

@@ -19,7 +19,7 @@ def rotary_angles(config: LlamaConfig, positions: Tokens) -> Float[Array, "batch
     return positions[..., None].astype(jnp.float32) * _scaled(config, rates)
 
 
-def _scaled(config: LlamaConfig, rates: Float[Array, "half"]) -> Float[Array, "half"]:
+def _scaled(config: LlamaConfig, rates: Float[Array, " half"]) -> Float[Array, " half"]:
     """Returns rates as Llama 3 has them: slow ones divided by a factor, fast ones as they are."""
     scaling = config.rope_scaling
     if config.rope_divisors is not None:

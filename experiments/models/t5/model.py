@@ -194,7 +194,7 @@ class T5(nn.Module):
         return DecoderCache(decoded, None, source_places)
 
     def read_prompts(
-        self, tokens: Tokens, lengths: Int[Array, "batch"], new_tokens: int
+        self, tokens: Tokens, lengths: Int[Array, " batch"], new_tokens: int
     ) -> tuple[Float[Array, "batch vocabulary"], DecoderCache]:
         """Returns the logits of the first token of each answer; see `generation.Writing`."""
         batch, width = tokens.shape
@@ -206,7 +206,7 @@ class T5(nn.Module):
         return self.logits(hidden)[:, 0], cache
 
     def read_token(
-        self, token: Int[Array, "batch"], cache: DecoderCache
+        self, token: Int[Array, " batch"], cache: DecoderCache
     ) -> tuple[Float[Array, "batch vocabulary"], DecoderCache]:
         """Returns the logits of what follows one more token; see `generation.Writing`."""
         hidden, cache = self.with_cache(token[:, None], cache)

@@ -26,7 +26,7 @@ from experiments.models.t5.config import T5Config
 ByDifference = Float[Array, "differences heads"]
 
 
-def buckets(config: T5Config, *, both_directions: bool) -> Int[np.ndarray, "differences"]:
+def buckets(config: T5Config, *, both_directions: bool) -> Int[np.ndarray, " differences"]:
     """Returns the bucket of each difference -m, ..., m of a key's and a query's position.
 
     It is computed in float32, as transformers does, on which some distances depend.

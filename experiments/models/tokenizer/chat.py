@@ -87,7 +87,7 @@ class ChatTokenizer:
 
     def encoded(
         self, text: str, *, begins: bool = True, ends: bool = False
-    ) -> Int[np.ndarray, "length"]:
+    ) -> Int[np.ndarray, " length"]:
         """Returns a text as tokens; special tokens in it become what they say.
 
         Args:
@@ -144,7 +144,7 @@ class ChatTokenizer:
 
     def encoded_conversation(
         self, messages: Sequence[Message], *, answers: bool = True
-    ) -> Int[np.ndarray, "length"]:
+    ) -> Int[np.ndarray, " length"]:
         """Returns messages as tokens; the template itself writes the first one."""
         return self.encoded(self.conversation(messages, answers=answers), begins=False)
 

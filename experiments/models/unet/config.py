@@ -1,15 +1,15 @@
 """The settings of a U-Net of a text-to-image model, as diffusers' `config.json` holds them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from experiments.common.errors import InputError
+from experiments.models.entries import check_supported, read_entries
 
 _DOWN_WITH_ATTENTION = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-_UP__DOWN_WITH_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+_UP_WITH_ATTENTION = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 # Entries that ask for what this model does not compute, with the only value that it supports.
 _SUPPORTED: Mapping[str, Any] = {
@@ -143,13 +143,8 @@ def read_config(path: Path) -> UNetConfig:
     Raises:
       InputError: it can't be read, or asks for what this model does not compute.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error})") from error
-    if not isinstance(entries, dict) or entries.get("_class_name") != "UNet2DConditionModel":
+    entries = read_entries(path)
+    if entries.get("_class_name") != "UNet2DConditionModel":
         raise InputError(f"{path} is not the config.json of a UNet2DConditionModel")
     return config_of(entries, str(path))
 
@@ -160,11 +155,7 @@ def config_of(entries: Mapping[str, Any], subject: str) -> UNetConfig:
     Raises:
       InputError: an entry asks for what this model does not compute; it is named.
     """
-    for name, supported in _SUPPORTED.items():
-        if name in entries and entries[name] != supported:
-            raise InputError(
-                f"{subject} has `{name}` {entries[name]!r}; this model computes {supported!r} only"
-            )
+    check_supported(entries, _SUPPORTED, subject)
     chosen = {
         field.name: entries[field.name] for field in fields(UNetConfig) if field.name in entries
     }

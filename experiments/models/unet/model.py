@@ -37,7 +37,7 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Image, times: Int[Array, "batch"], text: Text) -> Image:
+    def __call__(self, images: Image, times: Int[Array, " batch"], text: Text) -> Image:
         """Returns the noise, or what the model was trained to predict.
 
         Args:
@@ -77,7 +77,7 @@ class UNet(nn.Module):
 
 
 def time_angles(
-    times: Int[Array, "batch"], width: int, config: UNetConfig
+    times: Int[Array, " batch"], width: int, config: UNetConfig
 ) -> Float[Array, "batch width"]:
     """Returns sines and cosines of each time at many frequencies (Vaswani et al., 2017)."""
     half = width // 2

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.models.unet.layers import Image, Text
 
-Predict = Callable[[Image, Int[Array, "batch"], Text], Image]
+Predict = Callable[[Image, Int[Array, " batch"], Text], Image]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Schedule:
     set_alpha_to_one: bool = True
 
     @property
-    def signal(self) -> Float[Array, "times"]:
+    def signal(self) -> Float[Array, " times"]:
         r"""$\bar\alpha_t$ of each time: the share of an image's variance that is left."""
         start, end, count = self.beta_start, self.beta_end, self.num_train_timesteps
         if self.beta_schedule == "linear":
@@ -53,19 +53,19 @@ class Schedule:
             betas = jnp.linspace(start**0.5, end**0.5, count, dtype=jnp.float32) ** 2
         return jnp.cumprod(1 - betas)
 
-    def noised(self, images: Image, noise: Image, times: Int[Array, "batch"]) -> Image:
+    def noised(self, images: Image, noise: Image, times: Int[Array, " batch"]) -> Image:
         """Returns images with the noise of their times."""
         kept, added = self._shares(times)
         return kept * images + added * noise
 
-    def target(self, images: Image, noise: Image, times: Int[Array, "batch"]) -> Image:
+    def target(self, images: Image, noise: Image, times: Int[Array, " batch"]) -> Image:
         """Returns what a model should predict of noised images."""
         if self.prediction_type == "epsilon":
             return noise
         kept, added = self._shares(times)
         return kept * noise - added * images
 
-    def times_back(self, steps: int) -> Int[Array, "steps"]:
+    def times_back(self, steps: int) -> Int[Array, " steps"]:
         """Returns the times of the way back, evenly spread, the noisiest first."""
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(
@@ -101,7 +101,7 @@ class Schedule:
             noise = jnp.sqrt(own) * predicted + jnp.sqrt(1 - own) * images
         return jnp.sqrt(next_signal) * clean + jnp.sqrt(1 - next_signal) * noise
 
-    def _shares(self, times: Int[Array, "batch"]) -> tuple[Array, Array]:
+    def _shares(self, times: Int[Array, " batch"]) -> tuple[Array, Array]:
         """Returns how much of an image and how much noise there is at each time."""
         own = self.signal[times][:, None, None, None]
         return jnp.sqrt(own), jnp.sqrt(1 - own)

@@ -33,8 +33,8 @@ def test_entries_give_the_same_settings():
 
 
 REFUSED = {
-    "class_embed_type": ({"class_embed_type": "timestep"}, "`class_embed_type` 'timestep'"),
-    "an act_fn": ({"act_fn": "gelu"}, "computes 'silu' only"),
+    "class_embed_type": ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+    "an act_fn": ({"act_fn": "gelu"}, "computes with 'silu' alone"),
     "layers": ({"layers_per_block": [1, 2]}, "one number for all resolutions"),
     "a block": ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "'AttnDownBlock2D'"),
     "a level": ({"up_block_types": ["UpBlock2D"]}, "expected 2 entries"),
