@@ -10,10 +10,10 @@ from jax import Array
 
 from benchmarks.models import Model, floats
 from benchmarks.operations import Factors, Operations
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.loss import losses_at_places
 from experiments.llm.methods import ALL_LINEAR
 from experiments.llm.packing import Batch, Row, batch_of
+from experiments.llm.texts import TokenizedExample
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.shapes import ONE_TOKEN, param_shapes
 

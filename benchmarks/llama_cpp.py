@@ -146,11 +146,11 @@ def _in_jax(
     writer: Writer, asked: Sequence[Dialogue], new_tokens: int, console: Console
 ) -> tuple[Written, list[Read]]:
     """Returns what JAX writes, and each prompt with its answer."""
-    prompts = [writer.tokenizer.encoded_conversation([each.question]) for each in asked]
+    prompts = [writer.texts.question([each.question]) for each in asked]
     answers = writer.answers(prompts, new_tokens=new_tokens, rows=8, console=console)
     texts = [text for (text,) in answers]
     read = [
-        Read(np.append(prompt, writer.tokenizer.encoded(text, begins=False)), len(prompt))
+        Read(np.append(prompt, writer.texts.tokenizer.encoded(text, begins=False)), len(prompt))
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     apply = jax.jit(functools.partial(writer.network.apply, {"params": writer.params}))

@@ -13,7 +13,7 @@ from experiments.models.t5.config import config_of
 from lora_jax.exchange import huggingface
 from tests.tiny_models import random_params
 
-VOCABULARY, WIDTH, HIDDEN, HEADS, DIM, LAYERS = 200, 48, 80, 4, 8, 2
+VOCABULARY, WIDTH, HIDDEN, HEADS, DIM, LAYERS = 300, 48, 80, 4, 8, 2
 
 # Heads that are not as wide together as a hidden state, and few buckets for short texts.
 ENTRIES: dict[str, Any] = {

@@ -43,11 +43,17 @@ def trained() -> tuple[Any, list[str], list[str]]:
     return tokenizer, tokens, merges
 
 
-def chat_tokenizer(template: str = TEMPLATE) -> ChatTokenizer:
-    """Returns the tokenizer with a template."""
+def chat_tokenizer(template: str | None = TEMPLATE, *, ends_texts: bool = False) -> ChatTokenizer:
+    """Returns the tokenizer with a template, or without one."""
     tokenizer, *_ = trained()
     return ChatTokenizer(
-        tokenizer, "the model", template=template, begin=BEGIN, end=END, begins_texts=False
+        tokenizer,
+        "the model",
+        template=template,
+        begin=BEGIN,
+        end=END,
+        begins_texts=False,
+        ends_texts=ends_texts,
     )
 
 

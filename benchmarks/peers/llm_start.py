@@ -11,11 +11,11 @@ import numpy as np
 from benchmarks.peers.batches import write_batches
 from experiments.common.adamw import GREATEST_GRADIENT, warmed_up
 from experiments.common.console import Console
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.exporting import write_huggingface, write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options, parsed
 from experiments.llm.task import language_task, loaded_params, read_model
+from experiments.llm.texts import TokenizedExample
 from experiments.llm.training import Training
 
 

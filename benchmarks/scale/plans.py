@@ -16,13 +16,13 @@ from benchmarks.scale.collectives import Traffic, collectives
 from benchmarks.scale.flops import product_flops
 from benchmarks.scale.models import MODELS
 from experiments.common.adamw import clipped_adamw, warmed_up
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.mesh import AXES, Devices
 from experiments.llm.methods import ALL_LINEAR, Method
 from experiments.llm.objectives import Answers
-from experiments.llm.packing import Batch, Row, batch_of
+from experiments.llm.packing import Batch, Row, batch_of, stacked
 from experiments.llm.step import training_step
 from experiments.llm.task import quantized_as
+from experiments.llm.texts import TokenizedExample
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.shapes import ONE_TOKEN, param_shapes
 
@@ -221,10 +221,10 @@ def _batch_shapes(task: Task, devices: Devices) -> Batch:
         room=task.examples * (task.length - 1),
         groups=devices.groups,
     )
-    stacked = Batch(*(array[None] for array in batch))
-    sharding = devices.batch_sharding(stacked)
-    return Batch(
-        *(jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding) for each in stacked)
+    step = stacked([batch])
+    sharding = devices.batch_sharding(step)
+    return jax.tree.map(
+        lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding), step
     )
 
 

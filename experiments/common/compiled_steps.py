@@ -5,6 +5,9 @@ from typing import Any
 
 import jax
 
+# What a batch's length is: that of its rows, or several where there are rows of two kinds.
+Length = int | tuple[int, ...]
+
 
 class CompiledSteps:
     """A step for batches of several lengths, of which each has a program of its own.
@@ -15,13 +18,13 @@ class CompiledSteps:
 
     def __init__(self, step: Callable[..., Any]) -> None:
         self._step = jax.jit(step, donate_argnums=(0, 1))
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[Length, Any] = {}
 
-    def compile(self, length: int, *arguments: Any) -> None:
+    def compile(self, length: Length, *arguments: Any) -> None:
         if length not in self._compiled:
             self._compiled[length] = self._step.lower(*arguments).compile()
 
-    def __call__(self, length: int, *arguments: Any) -> Any:
+    def __call__(self, length: Length, *arguments: Any) -> Any:
         self.compile(length, *arguments)
         return self._compiled[length](*arguments)
 

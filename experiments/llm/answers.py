@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 import lora_jax
 from experiments.common.console import Console
@@ -16,11 +17,10 @@ from experiments.common.errors import InputError, as_input_error
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
-from experiments.llm.task import loaded_params, read_model
+from experiments.llm.task import loaded_params
+from experiments.llm.texts import Texts, texts_of
 from experiments.models.generation import GREEDY, Sampling, generate
-from experiments.models.llama import Llama
 from experiments.models.pretrained import LanguageModel
-from experiments.models.tokenizer import ChatTokenizer
 
 # Prompts are filled up to a multiple of this, so that few programs serve all lengths.
 _LENGTHS = 64
@@ -34,14 +34,14 @@ class Writer:
       model: the model on the disk.
       network: what computes with its parameters.
       params: its parameters, or a bank of several adapters.
-      tokenizer: its tokenizer.
+      texts: how it reads texts.
       count: how many answers each prompt gets: one of each adapter in the bank.
     """
 
     model: LanguageModel
-    network: Llama
+    network: nn.Module
     params: Any
-    tokenizer: ChatTokenizer
+    texts: Texts
     count: int = 1
 
     @classmethod
@@ -53,16 +53,16 @@ class Writer:
         """
         if adapter is None:
             chosen = ModelOptions(model=model)
-            found = read_model(chosen.model)
+            found = LanguageModel.read(chosen.model)
             params = loaded_params(found, chosen, Devices(), console)
         else:
             folder = AdapterFolder(adapter)
             chosen = folder.read_card().model_options(model)
-            found = read_model(chosen.model)
+            found = LanguageModel.read(chosen.model)
             base = loaded_params(found, chosen, Devices(), console)
             params = lora_jax.merge(folder.restore(base))
-        network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
-        return cls(found, network, params, found.tokenizer())
+        network = found.network(dtype=jnp.dtype(chosen.dtype))
+        return cls(found, network, params, texts_of(found))
 
     @classmethod
     def of_several(cls, adapters: Sequence[Path], model: Path | None, console: Console) -> "Writer":
@@ -73,12 +73,12 @@ class Writer:
         """
         folders = [AdapterFolder(adapter) for adapter in adapters]
         chosen = folders[0].read_card().model_options(model)
-        found = read_model(chosen.model)
+        found = LanguageModel.read(chosen.model)
         params = loaded_params(found, chosen, Devices(), console)
         with as_input_error():
             bank = lora_jax.serving.bank([folder.restore(params) for folder in folders])
-        network = Llama(found.config, dtype=jnp.dtype(chosen.dtype))
-        return cls(found, network, bank, found.tokenizer(), len(folders))
+        network = found.network(dtype=jnp.dtype(chosen.dtype))
+        return cls(found, network, bank, texts_of(found), len(folders))
 
     def answers(
         self,
@@ -112,7 +112,7 @@ class Writer:
                 key = jax.random.fold_in(jax.random.key(seed), start)
                 written = np.asarray(compiled(self.params, tokens, lengths, key))
                 for number, own in zip(numbers, written, strict=False):
-                    answers[number] = [self.tokenizer.decoded(row).strip() for row in own]
+                    answers[number] = [self.texts.tokenizer.decoded(row).strip() for row in own]
                 progress.advance()
         return answers
 
@@ -121,7 +121,7 @@ class Writer:
         run = functools.partial(
             generate,
             new_tokens=new_tokens,
-            end_ids=self.tokenizer.end_ids,
+            end_ids=self.texts.tokenizer.end_ids,
             sampling=sampling,
         )
 
@@ -145,7 +145,7 @@ class Writer:
         return jax.jit(of_one if self.count == 1 else of_each)
 
     def _check_lengths(self, prompts: Sequence[np.ndarray], new_tokens: int) -> None:
-        longest, most = max(map(len, prompts)), self.model.config.max_position_embeddings
+        longest, most = max(map(len, prompts)), self.model.greatest_length
         if longest + new_tokens > most:
             raise InputError(
                 f"a prompt of {longest} tokens and --new-tokens {new_tokens} are more than the "

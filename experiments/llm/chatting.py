@@ -81,7 +81,7 @@ class Answerer:
 
     def __init__(self, writer: Writer, options: ChatOptions) -> None:
         """Compiles nothing yet: the first answer does."""
-        most = writer.model.config.max_position_embeddings
+        most = writer.model.greatest_length
         self._writer = writer
         self._capacity = min(options.max_length, most)
         self._sampling = options.drawing.sampling
@@ -101,8 +101,8 @@ class Answerer:
         Raises:
           InputError: the conversation is too long.
         """
-        tokenizer, params = self._writer.tokenizer, self._writer.params
-        prompt = tokenizer.encoded_conversation(messages)
+        texts, params = self._writer.texts, self._writer.params
+        prompt = texts.question(messages)
         tokens, lengths = filled_up([prompt], rows=1)
         if tokens.shape[1] >= self._capacity:
             raise InputError(
@@ -116,10 +116,10 @@ class Answerer:
         for _ in range(new_tokens):
             token = int(self._draw(logits, jax.random.fold_in(self._key, self._drawn))[0])
             self._drawn += 1
-            if token in tokenizer.end_ids:
+            if token in texts.tokenizer.end_ids:
                 return
             written.append(token)
-            text = tokenizer.decoded(written)
+            text = texts.tokenizer.decoded(written)
             # A character may be several tokens: until it is whole, it is this sign.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]

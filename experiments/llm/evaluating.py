@@ -21,11 +21,12 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
-from experiments.llm.examples import Example, Message, read_examples, tokenized
+from experiments.llm.examples import Example, Message, read_examples
 from experiments.llm.loss import losses_at_places
 from experiments.llm.options import AdapterPath, ModelPath, NewTokens
 from experiments.llm.packing import TrainingSteps
 from experiments.llm.rouge import KINDS, mean_score, rouge
+from experiments.llm.texts import tokenized
 
 _DESCRIPTION = """\
 Answers what people have answered, and compares: ROUGE-1, ROUGE-2 and ROUGE-L, each with
@@ -109,7 +110,7 @@ def evaluate(options: EvaluatingOptions) -> None:
         writer = Writer.read(adapter, _model_of(options), run.console)
         run.console.note(f"{name}: {writer.model.path}")
         written = writer.answers(
-            [writer.tokenizer.encoded_conversation(each.messages) for each in questions],
+            [writer.texts.question(each.messages) for each in questions],
             new_tokens=options.new_tokens,
             rows=options.batch_size,
             console=run.console,
@@ -129,9 +130,9 @@ def _perplexity(
     writer: Writer, questions: Sequence[Question], rows: int, console: Console
 ) -> float:
     """Returns that of the first answers of people, over all of their tokens."""
-    most = writer.model.config.max_position_embeddings
+    most = writer.model.greatest_length
     examples = tokenized(
-        [question.example for question in questions], writer.tokenizer, max_length=most
+        [question.example for question in questions], writer.texts, max_length=most
     ).examples
     longest = max(map(len, examples))
     steps = TrainingSteps(examples, rows=rows, length=longest, epochs=1, seed=0, pack=False)

@@ -12,10 +12,11 @@ from experiments.common.options import Option, parsed_as
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelPath
-from experiments.llm.task import loaded_params, read_model
-from experiments.models.llama import gguf_rules
+from experiments.llm.task import loaded_params
+from experiments.models.llama import LlamaConfig, gguf_rules
 from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import LanguageModel
+from experiments.models.t5 import T5Config
 from lora_jax.exchange import gguf, huggingface, peft
 
 _DESCRIPTION = """\
@@ -64,7 +65,7 @@ def export(options: ExportingOptions) -> None:
         raise InputError(f"--out {options.out} is there already; pass a name that is new")
     folder = AdapterFolder(options.adapter)
     chosen = folder.read_card().model_options(options.model)
-    model = read_model(chosen.model)
+    model = LanguageModel.read(chosen.model)
     console = Console.beside_output()
     wrapped = folder.restore(loaded_params(model, chosen, Devices(), console))
     with as_input_error():
@@ -78,12 +79,21 @@ def write_peft(path: Path, wrapped: Any, model: LanguageModel, *, overwrite: boo
         path,
         wrapped,
         names=huggingface_rules(model.config),
-        config={"base_model_name_or_path": str(model.path), "task_type": "CAUSAL_LM"},
+        config={"base_model_name_or_path": str(model.path), "task_type": _task_type(model)},
         overwrite=overwrite,
     )
 
 
+def _task_type(model: LanguageModel) -> str:
+    return "SEQ_2_SEQ_LM" if isinstance(model.config, T5Config) else "CAUSAL_LM"
+
+
 def _write_gguf(path: Path, wrapped: Any, model: LanguageModel) -> None:
+    if not isinstance(model.config, LlamaConfig):
+        raise InputError(
+            f"--to gguf writes adapters of models that continue texts, and {model.path} is an "
+            "encoder-decoder; pass peft or huggingface"
+        )
     gguf.save(
         path,
         wrapped,

@@ -9,7 +9,6 @@ import optax
 from jaxtyping import Array, Float
 
 from experiments.llm.packing import Batch
-from experiments.models.llama import Llama
 
 Apply = Callable[..., Any]
 
@@ -24,14 +23,12 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "g
     backward pass: neither all tokens nor all places ever have theirs in memory.
 
     Args:
-      apply: `Llama(config).apply`, or what `lora_jax.adapt` makes of it.
+      apply: `apply` of a language model, or what `lora_jax.adapt` makes of it.
       params: what it takes as params.
       batch: the batch.
     """
     variables = {"params": params}
-    hidden = apply(
-        variables, batch.tokens, batch.positions, batch.segments, method=Llama.hidden_states
-    )
+    hidden = apply(variables, *batch.inputs, method="hidden_states")
     groups, count = batch.places.shape
     of_groups = hidden.reshape(groups, -1, hidden.shape[-1])
 
@@ -39,7 +36,7 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "g
     def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, "groups chunk"]:
         places, targets, weights = chunk
         learned = jnp.take_along_axis(of_groups, places[..., None], axis=1)
-        logits = apply(variables, learned, method=Llama.logits)
+        logits = apply(variables, learned, method="logits")
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits.astype(jnp.float32), targets
         )

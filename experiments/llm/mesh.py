@@ -32,6 +32,7 @@ _CUTS: Mapping[tuple[str, ...], tuple[str | None, ...]] = {
     ("out", "kernel"): (None, "tensor", None, "fsdp"),
     ("gate", "kernel"): (None, "fsdp", "tensor"),
     ("up", "kernel"): (None, "fsdp", "tensor"),
+    ("hidden", "kernel"): (None, "fsdp", "tensor"),
     ("down", "kernel"): (None, "tensor", "fsdp"),
 }
 
@@ -116,7 +117,7 @@ class Devices:
         """Returns a batch, or several that are stacked, with its rows and groups cut."""
         if self.mesh is None:
             return batch
-        return Batch(*jax.device_put(tuple(batch), self.batch_sharding(batch)))
+        return jax.device_put(batch, self.batch_sharding(batch))
 
     def batch_sharding(self, batch: Batch) -> NamedSharding:
         """Returns how each array of a batch, or of several that are stacked, is cut on the mesh."""

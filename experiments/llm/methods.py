@@ -10,15 +10,15 @@ from jaxtyping import PRNGKeyArray
 import lora_jax
 from experiments.common import method
 from experiments.common.errors import as_input_error
-from experiments.models.llama import LlamaConfig
 from experiments.models.names import huggingface_rules
+from experiments.models.pretrained import Config
 from lora_jax.exchange import peft
 
 METHODS = ("lora", "dora", "full")
 
 # The kernels of attention and of the feed-forward layers. Adapters of attention alone learn less
 # (Schulman et al., LoRA Without Regret, 2025).
-ALL_LINEAR = r"layers/(attention|mlp)/\w+/kernel"
+ALL_LINEAR = r"(\w+/)?layers/(attention|cross_attention|mlp)/\w+/kernel"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Method(method.Method):
     def wrapped(
         self,
         params: Any,
-        config: LlamaConfig,
+        config: Config,
         *,
         targets: Sequence[str],
         alpha: float | None,

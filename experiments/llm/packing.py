@@ -10,13 +10,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from experiments.llm.examples import TokenizedExample
+from experiments.llm.texts import TokenizedExample
+from experiments.models.attention import Places
 
-# Rows of one example each are filled up to a multiple of this.
+# Rows of one example each are filled up to a multiple of this, and so are those of answers.
 _LENGTHS = 64
+
+
+class Source(NamedTuple):
+    """What an encoder reads, in rows as the tokens of a `Batch` are.
+
+    Attributes:
+      tokens: the tokens of each row; 0 where a row is filled up.
+      positions: the place of each token in its text.
+      segments: which example of the row it belongs to, from 1 on; 0 where a row is filled up.
+    """
+
+    tokens: Int[np.ndarray, "rows source"]
+    positions: Int[np.ndarray, "rows source"]
+    segments: Int[np.ndarray, "rows source"]
 
 
 class Batch(NamedTuple):
@@ -30,6 +46,7 @@ class Batch(NamedTuple):
       targets: the tokens that are learned there.
       weights: 1, or 0 where there are fewer places than `places` has room for.
       owners: which example of the batch, by its number among them, learns there.
+      source: what an encoder reads; None for a model without one.
     """
 
     tokens: Int[np.ndarray, "rows length"]
@@ -39,6 +56,32 @@ class Batch(NamedTuple):
     targets: Int[np.ndarray, "groups learned"]
     weights: Float[np.ndarray, "groups learned"]
     owners: Int[np.ndarray, "groups learned"]
+    source: Source | None = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What `hidden_states` of the model is called with."""
+        if self.source is None:
+            return self.tokens, self.positions, self.segments
+        source = self.source
+        return (
+            source.tokens,
+            self.tokens,
+            Places(source.positions, source.segments),
+            Places(self.positions, self.segments),
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of a row, which a program is compiled for."""
+        own = (self.tokens.shape[-1],)
+        return own if self.source is None else (self.source.tokens.shape[-1], *own)
+
+    @property
+    def seen(self) -> Any:
+        """How many tokens of examples there are."""
+        own = (self.segments != 0).sum()
+        return own if self.source is None else own + (self.source.segments != 0).sum()
 
 
 @dataclass(frozen=True)
@@ -82,6 +125,7 @@ def batch_of(
     *,
     length: int,
     room: int,
+    source_length: int | None = None,
     groups: int = 1,
 ) -> Batch:
     """Returns rows as a batch.
@@ -91,10 +135,22 @@ def batch_of(
       rows: the rows of this batch.
       length: the number of tokens of a row.
       room: the number of places of a group, at least `learned_count` of its rows.
+      source_length: the number of tokens of a row of the source, where an encoder reads one.
       groups: into how many groups the rows are divided, in their order; they are a multiple.
     """
-    shape = (len(rows), length)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    tokens, positions, segments = _filled_up(
+        [[examples[number].tokens for number in row.numbers] for row in rows], length
+    )
+    source = (
+        None
+        if source_length is None
+        else Source(
+            *_filled_up(
+                [[_source_of(examples[number]) for number in row.numbers] for row in rows],
+                source_length,
+            )
+        )
+    )
     places, targets, weights, owners = (
         np.zeros((groups, room), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)
     )
@@ -103,12 +159,8 @@ def batch_of(
     for row_number, row in enumerate(rows):
         group, row_of_group = divmod(row_number, rows_of_group)
         start = 0
-        for segment, number in enumerate(row.numbers, start=1):
+        for number in row.numbers:
             example = examples[number]
-            part = slice(start, start + len(example))
-            tokens[row_number, part] = example.tokens
-            positions[row_number, part] = np.arange(len(example))
-            segments[row_number, part] = segment
             learned = np.flatnonzero(example.learned[1:])
             own = slice(used[group], used[group] + len(learned))
             if own.stop > room:
@@ -120,8 +172,32 @@ def batch_of(
             weights[group, own] = 1
             owners[group, own] = owner
             used[group], owner = own.stop, owner + 1
-            start += len(example)
-    return Batch(tokens, positions, segments, places, targets, weights, owners)
+            start += len(example.tokens)
+    return Batch(tokens, positions, segments, places, targets, weights, owners, source)
+
+
+def _filled_up(rows: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.ndarray, ...]:
+    """Returns the tokens, the positions and the segments of rows of texts."""
+    tokens, positions, segments = (np.zeros((len(rows), length), np.int32) for _ in range(3))
+    for row, texts in enumerate(rows):
+        start = 0
+        for segment, text in enumerate(texts, start=1):
+            part = slice(start, start + len(text))
+            tokens[row, part] = text
+            positions[row, part] = np.arange(len(text))
+            segments[row, part] = segment
+            start += len(text)
+    return tokens, positions, segments
+
+
+def _source_of(example: TokenizedExample) -> Int[np.ndarray, " source"]:
+    assert example.source is not None
+    return example.source
+
+
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Returns batches of one shape along a first axis."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
 
 
 @dataclass(frozen=True)
@@ -129,7 +205,7 @@ class _Step:
     """Which rows are in the batches of a step.
 
     Attributes:
-      length: the tokens of a row.
+      length: the tokens of a row, of the source where there is one.
       batches: the rows of each batch.
     """
 
@@ -178,7 +254,9 @@ class TrainingSteps:
             for epoch in range(epochs)
             for step in self._epoch(np.random.default_rng((seed, epoch)), length, pack=pack)
         ]
+        self._has_sources = self._examples[0].source is not None
         self._room: dict[int, int] = {}
+        self._written: dict[int, int] = {}
         for step in self._steps:
             most = max(
                 learned_count(self._examples, group)
@@ -186,6 +264,8 @@ class TrainingSteps:
                 for group in _divided(batch, rows // groups)
             )
             self._room[step.length] = max(most, self._room.get(step.length, 1))
+            written = max(self._written_count(row) for batch in step.batches for row in batch)
+            self._written[step.length] = max(written, self._written.get(step.length, 1))
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -197,13 +277,14 @@ class TrainingSteps:
             batch_of(
                 self._examples,
                 [*batch, *[Row(())] * (self._rows - len(batch))],
-                length=step.length,
+                length=self._length_of(step),
                 room=self._room[step.length],
+                source_length=step.length if self._has_sources else None,
                 groups=self._groups,
             )
             for batch in step.batches
         ]
-        return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
+        return stacked(batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(len(self)))
@@ -211,12 +292,13 @@ class TrainingSteps:
     def batches(self) -> Iterator[Batch]:
         """Yields the batches of all steps one by one."""
         for step in self:
-            yield from (Batch(*arrays) for arrays in zip(*step, strict=True))
+            for number in range(self._accumulate):
+                yield jax.tree.map(lambda array, number=number: array[number], step)
 
-    def first_of_each_length(self) -> dict[int, Batch]:
+    def first_of_each_length(self) -> list[Batch]:
         """Returns a step of each length of rows, of which each needs a program of its own."""
         numbers = {step.length: number for number, step in reversed(list(enumerate(self._steps)))}
-        return {length: self[number] for length, number in sorted(numbers.items())}
+        return [self[number] for _, number in sorted(numbers.items())]
 
     @property
     def digest(self) -> str:
@@ -225,19 +307,37 @@ class TrainingSteps:
         for example in self._examples:
             found.update(example.tokens.tobytes())
             found.update(example.learned.tobytes())
+            found.update(b"" if example.source is None else example.source.tobytes())
         return found.hexdigest()
 
     @property
     def fullness(self) -> float:
         """The part of the rows that is tokens of examples."""
         used = sum(
-            len(self._examples[number])
+            self._tokens_of(self._examples[number])
             for step in self._steps
             for batch in step.batches
             for row in batch
             for number in row.numbers
         )
-        return used / sum(step.length * self._rows * self._accumulate for step in self._steps)
+        return used / sum(
+            (self._length_of(step) + step.length * self._has_sources)
+            * (self._rows * self._accumulate)
+            for step in self._steps
+        )
+
+    @staticmethod
+    def _tokens_of(example: TokenizedExample) -> int:
+        return len(example.tokens) + (0 if example.source is None else len(example.source))
+
+    def _written_count(self, row: Row) -> int:
+        return sum(len(self._examples[number].tokens) for number in row.numbers)
+
+    def _length_of(self, step: _Step) -> int:
+        """Returns how long the rows of tokens are: those of answers have room for the longest."""
+        if not self._has_sources:
+            return step.length
+        return min(-(-self._written[step.length] // _LENGTHS) * _LENGTHS, step.length)
 
     def _epoch(self, random: np.random.Generator, length: int, *, pack: bool) -> list[_Step]:
         own = [len(example) for example in self._examples]

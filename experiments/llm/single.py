@@ -11,8 +11,9 @@ from experiments.llm.exporting import write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options
 from experiments.llm.report import Findings, present
-from experiments.llm.task import describe, language_task, loaded_params, read_model
+from experiments.llm.task import describe, language_task, loaded_params
 from experiments.llm.training import Examination, Training
+from experiments.models.pretrained import LanguageModel
 from lora_jax.checkpoint import TrainingCheckpoints
 
 _CHECKPOINTS = "checkpoints"
@@ -30,7 +31,7 @@ def train_once(options: Options, run: Run) -> None:
 
 def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     chosen, out = options.what_learns, options.output.out
-    model = read_model(chosen.model)
+    model = LanguageModel.read(chosen.model)
     task = language_task(model, options.data, options.training, dtype=chosen.dtype, devices=devices)
     describe(task, run.console)
     params = loaded_params(model, chosen, devices, run.console)

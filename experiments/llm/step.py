@@ -52,7 +52,7 @@ def training_step(apply: Apply, tx: optax.GradientTransformation, objective: Obj
         measured = {
             **{name: total / parts for name, total in sums.items()},
             "parts": parts,
-            "seen": jnp.sum(batches.segments != 0).astype(jnp.float32),
+            "seen": batches.seen.astype(jnp.float32),
             "gradient_norm": optax.tree.norm(gradients),
         }
         return optax.apply_updates(trainable, updates), state, measured

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 import lora_jax
 from experiments.common.console import Console
@@ -16,18 +17,14 @@ from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
 from experiments.llm.examples import (
     Example,
-    TokenizedExamples,
     read_examples,
     read_preferences,
-    tokenized,
-    tokenized_pairs,
 )
 from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.llm.texts import TokenizedExamples, texts_of, tokenized, tokenized_pairs
 from experiments.models.names import huggingface_rules
-from experiments.models.pretrained import LanguageModel
-from experiments.models.tokenizer import ChatTokenizer
+from experiments.models.pretrained import Config, LanguageModel
 from lora_jax.exchange import peft
 
 Part = TypeVar("Part")
@@ -41,7 +38,6 @@ class LanguageTask:
       name: the name of the data.
       model: the model on the disk.
       network: what computes with its parameters.
-      tokenizer: its tokenizer.
       max_length: the tokens of a row.
       train: the examples to train on.
       validation: the others.
@@ -49,26 +45,10 @@ class LanguageTask:
 
     name: str
     model: LanguageModel
-    network: Llama
-    tokenizer: ChatTokenizer
+    network: nn.Module
     max_length: int
     train: TokenizedExamples
     validation: TokenizedExamples
-
-
-def read_model(chosen: Path | None) -> LanguageModel:
-    """Reads the settings of a model that continues texts, or those of the packaged one.
-
-    Raises:
-      InputError: there is no such model, or it is an encoder-decoder.
-    """
-    model = LanguageModel.read(chosen)
-    if not isinstance(model.config, LlamaConfig):
-        raise InputError(
-            f"{model.path} is an encoder-decoder; expected a model that continues texts: Llama, "
-            "Mistral, Qwen 2 or Qwen 3"
-        )
-    return model
 
 
 def language_task(
@@ -84,31 +64,27 @@ def language_task(
     Raises:
       InputError: there are too few examples, or one of them is damaged; it is named.
     """
-    if options.max_length > model.config.max_position_embeddings:
+    if options.max_length > model.greatest_length:
         raise InputError(
-            f"--max-length {options.max_length} is more than the "
-            f"{model.config.max_position_embeddings} tokens that the model was made for"
+            f"--max-length {options.max_length} is more than the {model.greatest_length} tokens "
+            "that the model was made for"
         )
-    tokenizer = model.tokenizer()
+    texts = texts_of(model)
     limits = {"max_length": options.max_length, "drop_long": options.drop_long}
     if training.objective == "dpo":
         _check_preferences(options)
         pairs = _divided(read_preferences(Path(options.data)), options, training.seed)
-        train, validation = (tokenized_pairs(part, tokenizer, **limits) for part in pairs)
+        train, validation = (tokenized_pairs(part, texts, **limits) for part in pairs)
     else:
         limits["learn_prompts"] = options.learn_prompts
         parts = _examples(options, training.seed)
-        train, validation = (tokenized(part, tokenizer, **limits) for part in parts)
+        train, validation = (tokenized(part, texts, **limits) for part in parts)
     return LanguageTask(
         name=options.data if options.data == DIALOGSUM else Path(options.data).stem,
         model=model,
-        network=Llama(
-            model.config,
-            dtype=jnp.dtype(dtype),
-            remat=not training.no_remat,
-            cut=devices.hidden_cut,
+        network=model.network(
+            dtype=jnp.dtype(dtype), remat=not training.no_remat, cut=devices.hidden_cut
         ),
-        tokenizer=tokenizer,
         max_length=options.max_length,
         train=train,
         validation=validation,
@@ -184,7 +160,7 @@ def loaded_params(
         return model.params(shapes, as_stored=as_stored, convert=read)
 
 
-def quantized_as(chosen: str, config: LlamaConfig, shapes: Any) -> Callable[[str, Any], Any]:
+def quantized_as(chosen: str, config: Config, shapes: Any) -> Callable[[str, Any], Any]:
     """Returns a function of the path and the value of a leaf that quantises the layers' matrices.
 
     Args:

@@ -78,7 +78,7 @@ class Training(ResumableTraining):
         return (self._devices.placed_batch(self.steps[number]) for number in numbers)
 
     def taken(self, batch: Batch) -> tuple[Any, optax.OptState, Mapping[str, Any]]:
-        return self.compiled(batch.tokens.shape[-1], *self._arguments(batch))
+        return self.compiled(batch.lengths, *self._arguments(batch))
 
     def goodness(self, evaluation: Evaluated) -> tuple[float, ...]:
         return (-evaluation["loss"],)
@@ -108,9 +108,9 @@ class Training(ResumableTraining):
         """Compiles the step for each length of rows."""
         first = self.steps.first_of_each_length()
         with console.progress("Compiling", len(first)) as progress:
-            for length, batch in first.items():
+            for batch in first:
                 placed = self._devices.placed_batch(batch)
-                self.compiled.compile(length, *self._arguments(placed))
+                self.compiled.compile(batch.lengths, *self._arguments(placed))
                 progress.advance()
         return_freed_memory()
 

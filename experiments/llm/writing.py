@@ -15,7 +15,7 @@ from experiments.common.options import Option, parsed_as
 from experiments.common.programs import keep_programs
 from experiments.llm.answers import Writer
 from experiments.llm.options import DrawingOptions, ModelPath, NewTokens
-from experiments.models.tokenizer import ChatTokenizer
+from experiments.llm.texts import Texts
 
 _DESCRIPTION = """\
 Writes an answer to each prompt: what the model writes with its adapter merged, or
@@ -88,7 +88,7 @@ def write(options: WritingOptions) -> None:
         else Writer.read(next(iter(options.adapter), None), options.model, console)
     )
     answers = writer.answers(
-        [_encoded(writer.tokenizer, prompt, plain=options.plain) for prompt in prompts],
+        [_encoded(writer.texts, prompt, plain=options.plain) for prompt in prompts],
         new_tokens=options.new_tokens,
         rows=min(len(prompts), _ROWS),
         console=console,
@@ -107,10 +107,10 @@ def _line(prompt: str, name: str | None, answer: str, *, several: bool, as_json:
     return f"{name}: {answer}" if several else answer
 
 
-def _encoded(tokenizer: ChatTokenizer, prompt: str, *, plain: bool) -> np.ndarray:
+def _encoded(texts: Texts, prompt: str, *, plain: bool) -> np.ndarray:
     if plain:
-        return tokenizer.encoded(prompt)
-    return tokenizer.encoded_conversation([{"role": "user", "content": prompt}])
+        return texts.prompt(prompt)
+    return texts.question([{"role": "user", "content": prompt}])
 
 
 def _prompts(given: Sequence[str] | None) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from experiments.models.recomputing import computed_again
@@ -64,6 +65,16 @@ class GatedFeedForward(nn.Module):
             return self.act(gate) * up
 
         return down(gated(gate(hidden), up(hidden)))
+
+
+def cut_along(hidden: Hidden, cut: PartitionSpec | None) -> Hidden:
+    """Returns hidden states cut over the mesh at hand, or as they are without a cut."""
+    return hidden if cut is None else jax.lax.with_sharding_constraint(hidden, cut)
+
+
+def rows_of(cut: PartitionSpec | None) -> PartitionSpec | None:
+    """Returns a cut along the batch alone: that of hidden states of which any may be asked for."""
+    return None if cut is None else PartitionSpec(cut[0])
 
 
 def stack_of(

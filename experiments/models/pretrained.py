@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from experiments.common.errors import InputError, as_input_error
 from experiments.models import llama, t5
@@ -82,14 +84,26 @@ class LanguageModel:
         family = _family_of(entries, path / CONFIG)
         return cls(path, family.config_of_folder(path, entries))
 
-    def network(self, *, dtype: Any = jnp.float32, remat: bool = False) -> Any:
+    @property
+    def greatest_length(self) -> int:
+        """How many tokens a text has at most; T5, which knows distances alone, sets no limit."""
+        return getattr(self.config, "max_position_embeddings", sys.maxsize)
+
+    def network(
+        self,
+        *,
+        dtype: Any = jnp.float32,
+        remat: bool = False,
+        cut: PartitionSpec | None = None,
+    ) -> Any:
         """Returns the module that computes with its parameters.
 
         Args:
           dtype: the dtype of its products and activations.
           remat: whether the backward pass computes each layer again.
+          cut: how hidden states between layers are cut over the mesh at hand.
         """
-        return self._family.network(self.config, dtype=dtype, remat=remat)
+        return self._family.network(self.config, dtype=dtype, remat=remat, cut=cut)
 
     @property
     def rules(self) -> Sequence[peft.Rule]:

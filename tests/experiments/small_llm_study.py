@@ -1,6 +1,7 @@
 """A small study on a language model: its model, its examples, and what it has left behind."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.models.pretrained import LanguageModel
-from tests import tiny_llama, tiny_tokenizer
+from tests import tiny_llama, tiny_t5, tiny_tokenizer
 
 ANSWERS = {"hello": "the world", "world": "hello there", "other": "the other", "there": "world"}
 
@@ -39,9 +40,16 @@ def write_model(path: Path, *, seed: int = 0) -> None:
     tiny_tokenizer.write_folder(path)
 
 
-def write_study(folder: Path) -> list[str]:
+def write_encoder_decoder(path: Path) -> None:
+    """Writes the same with an encoder-decoder, which has no chat template."""
+    tiny_t5.write_folder(path, "flan")
+    single = ("$A", tiny_tokenizer.END)
+    tiny_tokenizer.write_folder(path, single=single, changes={"chat_template": None})
+
+
+def write_study(folder: Path, write: Callable[[Path], None] = write_model) -> list[str]:
     """Writes a model and examples, and returns the arguments of a training on them."""
-    write_model(folder / "model")
+    write(folder / "model")
     examples = write_lines(folder / "examples.jsonl", lines(80))
     return [
         *("--model", str(folder / "model"), "--data", str(examples)),

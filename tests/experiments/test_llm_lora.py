@@ -15,7 +15,7 @@ from experiments.llm import training
 from experiments.llm_lora import main
 from experiments.models.names import huggingface_rules
 from lora_jax.exchange import peft
-from tests import tiny_llama, tiny_t5
+from tests import tiny_llama
 from tests.experiments.interruptions import interrupted_after
 from tests.experiments.small_llm_study import assert_same, lines, restored, write_lines
 
@@ -236,20 +236,6 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     error = error_of(main, [*arguments, *options, "--out", str(tmp_path / "out")])
     assert message in error
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "chat"])
-def test_an_encoder_decoder_is_refused(arguments, tmp_path, error_of, command):
-    tiny_t5.write_folder(tmp_path / "t5", "1.1")
-    data = ["--data", arguments[arguments.index("--data") + 1], "--out", str(tmp_path / "out")]
-    given = {
-        "train": data,
-        "evaluate": ["evaluate", *data],
-        "generate": ["generate", "--prompt", "hello"],
-        "chat": ["chat"],
-    }
-    error = error_of(main, [*given[command], "--model", str(tmp_path / "t5")])
-    assert "is an encoder-decoder; expected a model that continues texts" in error
 
 
 def test_a_folder_that_another_training_uses(arguments, tmp_path, error_of):

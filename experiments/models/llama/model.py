@@ -7,7 +7,6 @@ Hugging Face's model, with an axis for heads and one for the dimensions of a hea
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
@@ -23,7 +22,15 @@ from experiments.models.attention import (
     in_segment_so_far,
 )
 from experiments.models.cache import Cache, looked_at
-from experiments.models.layers import GatedFeedForward, Hidden, Logits, RMSNorm, stack_of
+from experiments.models.layers import (
+    GatedFeedForward,
+    Hidden,
+    Logits,
+    RMSNorm,
+    cut_along,
+    rows_of,
+    stack_of,
+)
 from experiments.models.llama.config import LlamaConfig
 from experiments.models.llama.rotary import rotary_angles, rotated
 
@@ -78,11 +85,6 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name=name,
         )(hidden)
-
-
-def cut_along(hidden: Hidden, cut: PartitionSpec | None) -> Hidden:
-    """Returns hidden states cut over the mesh at hand, or as they are without a cut."""
-    return hidden if cut is None else jax.lax.with_sharding_constraint(hidden, cut)
 
 
 class Layer(nn.Module):
@@ -210,14 +212,9 @@ class Llama(nn.Module):
         hidden, cache = self.with_cache(token[:, None], cache)
         return self.logits(hidden)[:, 0], cache
 
-    @property
-    def _cut_of_rows(self) -> PartitionSpec | None:
-        """That of the last hidden states, of which any may be asked for: along the batch alone."""
-        return None if self.cut is None else PartitionSpec(self.cut[0])
-
     def _run(self, tokens: Tokens, places: Places, cache: Cache | None) -> Carried:
         angles = rotary_angles(self.config, places.positions)
         numbers = jnp.arange(self.config.num_hidden_layers)
         carried = cut_along(self.embed(tokens), self.cut), cache
         (hidden, cache), _ = self.layers(carried, numbers, places, angles)
-        return cut_along(self.norm(hidden), self._cut_of_rows), cache
+        return cut_along(self.norm(hidden), rows_of(self.cut)), cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from experiments.models.attention import (
@@ -18,7 +19,14 @@ from experiments.models.attention import (
     in_segment_so_far,
 )
 from experiments.models.cache import Cache, looked_at
-from experiments.models.layers import ACTIVATIONS, Activation, GatedFeedForward, Hidden, RMSNorm
+from experiments.models.layers import (
+    ACTIVATIONS,
+    Activation,
+    GatedFeedForward,
+    Hidden,
+    RMSNorm,
+    cut_along,
+)
 from experiments.models.t5.config import T5Config
 from experiments.models.t5.relative import ByDifference, bias_of
 
@@ -102,6 +110,7 @@ class EncoderLayer(nn.Module):
 
     config: T5Config
     dtype: Any
+    cut: PartitionSpec | None
 
     @nn.compact
     def __call__(
@@ -109,15 +118,17 @@ class EncoderLayer(nn.Module):
     ) -> tuple[Hidden, None]:
         attend = Attention(self.config, self.dtype, name="attention")
         normalised = _norm(self.config, "attention_norm")(hidden)
-        hidden = hidden + attend(
+        seen = attend(
             normalised,
             attend.pair(normalised),
             places,
             places,
             _scoring(in_segment, bias=bias_of(by_difference)),
         )
+        hidden = cut_along(hidden + seen, self.cut)
         feed_forward = _feed_forward(self.config, self.dtype)
-        return hidden + feed_forward(_norm(self.config, "mlp_norm")(hidden)), None
+        hidden = hidden + feed_forward(_norm(self.config, "mlp_norm")(hidden))
+        return cut_along(hidden, self.cut), None
 
 
 class DecoderLayer(nn.Module):
@@ -125,6 +136,7 @@ class DecoderLayer(nn.Module):
 
     config: T5Config
     dtype: Any
+    cut: PartitionSpec | None
 
     @nn.compact
     def __call__(
@@ -139,7 +151,7 @@ class DecoderLayer(nn.Module):
         attend = Attention(self.config, self.dtype, name="attention")
         normalised = _norm(self.config, "attention_norm")(hidden)
         looked = looked_at(attend.pair(normalised), places, number, cache)
-        hidden = hidden + attend(
+        seen = attend(
             normalised,
             looked.pair,
             places,
@@ -147,13 +159,15 @@ class DecoderLayer(nn.Module):
             _scoring(in_segment_so_far, bias=bias_of(by_difference)),
             in_order=looked.in_order,
         )
+        hidden = cut_along(hidden + seen, self.cut)
         look = Attention(self.config, self.dtype, name="cross_attention")
         normalised = _norm(self.config, "cross_attention_norm")(hidden)
         pair = look.pair(source.hidden) if source.hidden is not None else known
-        hidden = hidden + look(normalised, pair, places, source.places, _scoring(in_segment))
+        seen = look(normalised, pair, places, source.places, _scoring(in_segment))
+        hidden = cut_along(hidden + seen, self.cut)
         feed_forward = _feed_forward(self.config, self.dtype)
         hidden = hidden + feed_forward(_norm(self.config, "mlp_norm")(hidden))
-        return (hidden, looked.cache), None if cache is None else pair
+        return (cut_along(hidden, self.cut), looked.cache), None if cache is None else pair
 
 
 # Scores are not divided by √d_kv: the initial queries of T5 are as much smaller.

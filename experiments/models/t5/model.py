@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from experiments.models.attention import Places, Tokens
 from experiments.models.cache import Cache
-from experiments.models.layers import Hidden, Logits, RMSNorm, stack_of
+from experiments.models.layers import Hidden, Logits, RMSNorm, cut_along, rows_of, stack_of
 from experiments.models.t5.config import T5Config
 from experiments.models.t5.layers import DecoderLayer, EncoderLayer, Source, SourcePair
 from experiments.models.t5.relative import ByDifference, buckets
@@ -43,13 +44,16 @@ class _Stack(nn.Module):
     config: T5Config
     dtype: Any
     remat: bool
+    cut: PartitionSpec | None
 
     def _make(self, layer: type[nn.Module], count: int, *, shared: int) -> None:
         config = self.config
         self.relative_bias = nn.Embed(
             config.relative_attention_num_buckets, config.num_heads, dtype=jnp.float32
         )
-        self.layers = stack_of(layer, count, shared=shared, remat=self.remat)(config, self.dtype)
+        self.layers = stack_of(layer, count, shared=shared, remat=self.remat)(
+            config, self.dtype, self.cut
+        )
         self.norm = RMSNorm(config.layer_norm_epsilon)
 
     def _by_difference(self, *, both_directions: bool) -> ByDifference:
@@ -66,8 +70,8 @@ class Encoder(_Stack):
 
     def __call__(self, hidden: Hidden, places: Places) -> Hidden:
         by_difference = self._by_difference(both_directions=True)
-        hidden, _ = self.layers(hidden, None, places, by_difference)
-        return self.norm(hidden)
+        hidden, _ = self.layers(cut_along(hidden, self.cut), None, places, by_difference)
+        return cut_along(self.norm(hidden), rows_of(self.cut))
 
 
 class Decoder(_Stack):
@@ -88,9 +92,9 @@ class Decoder(_Stack):
         by_difference = self._by_difference(both_directions=False)
         numbers = jnp.arange(self.config.num_decoder_layers)
         (hidden, cache), pairs = self.layers(
-            (hidden, cache), (numbers, known), places, by_difference, source
+            (cut_along(hidden, self.cut), cache), (numbers, known), places, by_difference, source
         )
-        return self.norm(hidden), cache, pairs
+        return cut_along(self.norm(hidden), rows_of(self.cut)), cache, pairs
 
 
 class T5(nn.Module):
@@ -100,18 +104,21 @@ class T5(nn.Module):
       config: the settings.
       dtype: the dtype of its products and activations; parameters are cast to it.
       remat: whether the backward pass computes each layer again instead of keeping what is inside.
+      cut: how hidden states between layers are cut over the mesh at hand, along batch, length and
+        width; unless given, the compiler decides.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     remat: bool = False
+    cut: PartitionSpec | None = None
 
     def setup(self) -> None:
         """Makes the embedding, the two stacks and the output layer."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype)
-        self.encoder = Encoder(config, self.dtype, self.remat)
-        self.decoder = Decoder(config, self.dtype, self.remat)
+        self.encoder = Encoder(config, self.dtype, self.remat, self.cut)
+        self.decoder = Decoder(config, self.dtype, self.remat, self.cut)
         if not config.tie_word_embeddings:
             self.head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype)
 

@@ -60,6 +60,11 @@ class ChatTokenizer:
         self.padding_id = found
 
     @property
+    def has_template(self) -> bool:
+        """Whether it has a chat template."""
+        return self._template is not None
+
+    @property
     def largest_id(self) -> int:
         """The largest token, which the model's embedding must have a row for."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values())

@@ -1,5 +1,6 @@
 """The loss and the step: packed as unpacked, in chunks as whole, 4 × 2 as 1 × 8."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,13 +12,14 @@ import pytest
 import lora_jax
 from benchmarks.programs import Cost
 from experiments.llm import loss as loss_module
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.loss import losses_at_places
 from experiments.llm.objectives import Answers
-from experiments.llm.packing import Batch, Row, batch_of, learned_count
+from experiments.llm.packing import Row, batch_of, learned_count, stacked
 from experiments.llm.step import training_step
+from experiments.llm.texts import TokenizedExample
 from experiments.models.llama import Llama
-from tests import tiny_llama
+from experiments.models.t5 import T5
+from tests import tiny_llama, tiny_t5
 from tests.agreement import assert_agree
 
 MODELS = sorted(tiny_llama.CHANGES)
@@ -42,20 +44,50 @@ def batch(*rows, length=16, groups=1):
     return batch_of(examples(), found, length=length, room=room, groups=groups)
 
 
+@functools.cache
+def examples_with_sources():
+    random = np.random.default_rng(1)
+    return tuple(
+        dataclasses.replace(each, source=random.integers(0, tiny_t5.VOCABULARY, n, np.int32))
+        for each, n in zip(examples(), (11, 3, 8, 6, 9, 5, 7, 4), strict=True)
+    )
+
+
+def losses_and_gradients(apply, params, batch):
+    def summed(params, batch):
+        return losses_at_places(apply, params, batch).sum()
+
+    return jax.jit(jax.value_and_grad(summed))(params, batch)
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_packed_is_unpacked(model_type):
     """Losses and gradients: no example sees another."""
-    params = tiny_llama.params(model_type)
-    apply = Llama(tiny_llama.config(model_type)).apply
+    of = functools.partial(
+        losses_and_gradients,
+        Llama(tiny_llama.config(model_type)).apply,
+        tiny_llama.params(model_type),
+    )
+    packed = of(batch((0, 1), (3, 2), (4, 5), (7, 6)))
+    single = of(batch(*((n,) for n in range(8))))
+    assert_agree(packed, single, tolerance=1e-4)
 
-    @jax.jit
-    def of(params, batch):
-        return jax.value_and_grad(lambda params: losses_at_places(apply, params, batch).sum())(
-            params
-        )
 
-    packed = of(params, batch((0, 1), (3, 2), (4, 5), (7, 6)))
-    single = of(params, batch(*((n,) for n in range(8))))
+@pytest.mark.parametrize("version", sorted(tiny_t5.CHANGES))
+def test_packed_is_unpacked_with_sources(version):
+    """No example sees another's source either."""
+    of = functools.partial(
+        losses_and_gradients, T5(tiny_t5.config(version)).apply, tiny_t5.params(version)
+    )
+
+    def batch_with(*rows):
+        found = [Row(row) for row in rows]
+        known = examples_with_sources()
+        room = learned_count(known, found)
+        return batch_of(known, found, length=16, room=room, source_length=16)
+
+    packed = of(batch_with((0, 1), (3, 2), (4, 5), (7, 6)))
+    single = of(batch_with(*((n,) for n in range(8))))
     assert_agree(packed, single, tolerance=1e-4)
 
 
@@ -95,10 +127,6 @@ def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
 
     compiled = jax.jit(gradient).lower(params).compile()
     assert Cost.of(compiled).temporary_bytes < length * 20_000 * 4 / 2
-
-
-def stacked(batches):
-    return Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
 
 
 def trained_parts(**options):

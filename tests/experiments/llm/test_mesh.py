@@ -7,10 +7,10 @@ from jax.sharding import PartitionSpec
 
 from experiments.common.errors import InputError
 from experiments.llm import loss as loss_module
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.loss import losses_at_places
 from experiments.llm.mesh import Devices, mesh_sizes
 from experiments.llm.packing import Batch, Row, batch_of
+from experiments.llm.texts import TokenizedExample
 from experiments.models.llama import Llama
 from experiments.models.shapes import ONE_TOKEN, param_shapes
 from tests import tiny_llama

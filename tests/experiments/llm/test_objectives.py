@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import lora_jax
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.objectives import Answers, Preferences
-from experiments.llm.packing import Batch, Row, TrainingSteps, batch_of, learned_count
+from experiments.llm.packing import Row, TrainingSteps, batch_of, learned_count, stacked
 from experiments.llm.step import training_step
+from experiments.llm.texts import TokenizedExample
 from experiments.models.llama import Llama
 from tests import tiny_llama
 from tests.agreement import assert_agree
@@ -129,8 +129,7 @@ def test_pairs_count_alike_in_any_batch(objective):
     step = jax.jit(training_step(MODEL.apply, tx, objective))
 
     def taken(*batches):
-        stacked = Batch(*(np.stack(arrays) for arrays in zip(*batches, strict=True)))
-        return step(trainable, tx.init(trainable), frozen, stacked)
+        return step(trainable, tx.init(trainable), frozen, stacked(batches))
 
     room = learned_count(pairs(), [Row((0, 1, 2, 3, 4, 5))])
 

@@ -1,10 +1,12 @@
 """Packed rows: which examples are in which row, and what a batch says of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from experiments.llm.examples import TokenizedExample
 from experiments.llm.packing import Row, TrainingSteps, batch_of, packed_rows
+from experiments.llm.texts import TokenizedExample
 
 
 def example(length, first=0, prompt=2):
@@ -41,6 +43,44 @@ def test_what_a_batch_says():
     assert (flat[batch.places[0, :7] + 1] == batch.targets[0, :7]).all()
     with pytest.raises(ValueError, match="`room` is 3; expected at least 6"):
         batch_of(examples, [Row((0, 1)), Row((2,))], length=10, room=3)
+
+
+def test_an_encoder_has_rows_of_its_own():
+    sources = [np.arange(100, 106, dtype=np.int32), np.arange(200, 203, dtype=np.int32)]
+    examples = [
+        dataclasses.replace(each, source=source)
+        for each, source in zip((example(4, 10), example(3, 20)), sources, strict=True)
+    ]
+    batch = batch_of(examples, [Row((1, 0)), Row(())], length=8, room=4, source_length=10)
+    assert batch.tokens[0].tolist() == [20, 21, 22, 10, 11, 12, 13, 0]
+    assert batch.source.tokens[0].tolist() == [200, 201, 202, *range(100, 106), 0]
+    assert batch.source.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0]
+    assert batch.source.segments[0].tolist() == [1] * 3 + [2] * 6 + [0]
+    assert not batch.source.segments[1].any()
+    assert batch.places.tolist() == [[1, 4, 5, 0]]
+    assert batch.targets.tolist() == [[22, 12, 13, 0]]
+    assert (batch.lengths, batch.seen) == ((10, 8), 16)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_of_answers_have_room_for_the_longest(pack):
+    random = np.random.default_rng(0)
+    examples = [
+        dataclasses.replace(each, source=np.ones(random.integers(1, 150), np.int32))
+        for each in random_examples()
+    ]
+    steps = TrainingSteps(examples, rows=4, length=160, epochs=1, seed=0, pack=pack)
+    for step in steps:
+        assert step.source.tokens.shape[1:] == (4, step.lengths[0])
+        assert step.lengths[1] <= min(step.lengths[0], 128)
+        assert step.lengths[1] % 64 == 0
+    assert sum(int(step.seen) for step in steps) == sum(
+        len(each.tokens) + len(each.source) for each in examples
+    )
+    assert len({step.lengths for step in steps}) == len({step.lengths[0] for step in steps})
+    assert 0 < steps.fullness <= 1
+    without = [dataclasses.replace(each, source=each.source[:-1]) for each in examples]
+    assert steps.digest != TrainingSteps(without, rows=4, length=160, epochs=1, seed=0).digest
 
 
 def test_each_group_of_rows_has_its_own_places():
@@ -88,7 +128,7 @@ def test_an_epoch_has_every_example(pack, accumulate):
     assert {step.tokens.shape[:2] for step in steps} == {(accumulate, 4)}
     lengths = {step.tokens.shape[-1] for step in steps}
     assert lengths <= ({length} if pack else {64, 128, 192, length})
-    assert set(steps.first_of_each_length()) == lengths
+    assert {batch.lengths for batch in steps.first_of_each_length()} == {(n,) for n in lengths}
     # One program for each length.
     assert len({(step.tokens.shape, step.places.shape) for step in steps}) == len(lengths)
     assert steps.fullness > (0.7 if pack else 0.35)

@@ -153,7 +153,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_shape(folder, change, 
         ({"num_layers": 0}, "num_layers is 0, expected more than 0"),
         ({"relative_attention_num_buckets": 3}, "num_buckets is 3, expected 4 or more"),
         ({"relative_attention_max_distance": 6}, "max_distance is 6, expected more than 6, half"),
-        ({"decoder_start_token_id": 200}, "decoder_start_token_id is 200, expected less than"),
+        ({"decoder_start_token_id": 300}, "decoder_start_token_id is 300, expected less than"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
     ],
 )
