@@ -12,7 +12,7 @@ import lora_jax
 from experiments.common.console import Console
 from experiments.images.classifier import Judge
 from experiments.images.options import DrawingOptions
-from experiments.images.task import SIDE, ImageTask
+from experiments.images.task import FOLDED, ImageTask, unfolded
 from experiments.models.unet import Predict, UNet, sampled
 
 DIGITS = tuple(range(10))
@@ -43,7 +43,7 @@ class Draftsman:
         self, task: ImageTask, judge: Judge, options: DrawingOptions, *, seed: int
     ) -> None:
         self._task, self._judge, self._options = task, judge, options
-        shape = (options.drawn, SIDE, SIDE, 1)
+        shape = (options.drawn, *FOLDED)
         self._noise = np.random.default_rng((seed, 5)).standard_normal(shape, np.float32)
         predict = lora_jax.adapt(UNet(task.config).apply)
 
@@ -58,7 +58,7 @@ class Draftsman:
         with console.progress(description, len(DIGITS)) as progress:
             for digit in DIGITS:
                 text = self._task.captions.to_draw([digit] * self._options.drawn)
-                found = np.asarray(self._draw(tree, self._noise, text))
+                found = unfolded(np.asarray(self._draw(tree, self._noise, text)))
                 recognised[digit] = float(np.mean(self._judge.digits(found) == digit))
                 pictures.append(found[..., 0])
                 progress.advance()
@@ -83,12 +83,13 @@ class Draftsman:
         def draw(bank: Any, noise: Any, text: Any) -> Any:
             return self._sampled(lambda *given: served(bank, ids, *given), noise, text)
 
-        return np.asarray(jax.jit(draw)(lora_jax.serving.bank(trees), noise, text))[..., 0]
+        drawn = jax.jit(draw)(lora_jax.serving.bank(trees), noise, text)
+        return unfolded(np.asarray(drawn))[..., 0]
 
     def drawn_alone(self, tree: Any, digit: int) -> NDArray[np.float32]:
         """Returns the picture that `drawn_in_one_batch` draws of a digit, drawn by itself."""
         text = self._task.captions.to_draw([digit])
-        return np.asarray(self._draw(tree, self._noise[:1], text))[0, ..., 0]
+        return unfolded(np.asarray(self._draw(tree, self._noise[:1], text)))[0, ..., 0]
 
     def _sampled(self, predict: Predict, noise: Any, text: Any) -> Any:
         return sampled(

@@ -55,7 +55,7 @@ class BaseOptions:
             "the digits that it never sees", int, several=True, choices=range(10), metavar="0-9"
         ),
     ] = (7, 4)
-    base_steps: Annotated[int, Option("its steps", positive_int)] = 4_000
+    base_steps: Annotated[int, Option("its steps", positive_int)] = 3_000
     base_batch: Annotated[int, Option("pictures of a step", positive_int)] = 64
     base_learning_rate: Annotated[float, Option("AdamW's greatest", positive_float)] = 1e-3
     channels: Annotated[

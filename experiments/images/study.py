@@ -20,7 +20,7 @@ from experiments.images.classifier import Judge
 from experiments.images.drawing import Draftsman, Drawn, at_strength
 from experiments.images.options import TARGETS, Options
 from experiments.images.report import Findings, Tuned, present
-from experiments.images.task import ImageTask, image_task
+from experiments.images.task import FOLDED, ImageTask, image_task
 from experiments.images.training import Examination, Training, in_full
 from experiments.models.bert import Encoder
 from experiments.models.unet import UNet, diffusers_rules
@@ -80,7 +80,7 @@ class _Study:
         seen = [digit for digit in range(10) if digit not in chosen.held_out]
         params = jax.jit(UNet(task.config).init)(
             jax.random.key(chosen.seed),
-            jnp.zeros((1, *task.pictures.shape[1:])),
+            jnp.zeros((1, *FOLDED)),
             jnp.zeros(1, jnp.int32),
             task.captions.empty,
         )["params"]

@@ -16,7 +16,7 @@ from experiments.common.adamw import clipped_adamw, warmed_up
 from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.errors import InputError
 from experiments.common.resumable import Evaluated, ResumableTraining
-from experiments.images.task import ImageTask
+from experiments.images.task import ImageTask, folded
 from experiments.models.unet import UNet
 
 _EXAMINED = 128
@@ -26,8 +26,8 @@ _WARMUP = 0.05
 class Batch(NamedTuple):
     """Noisy pictures, what should be predicted of them, and their captions."""
 
-    noised: Float[np.ndarray, "batch side side one"]
-    target: Float[np.ndarray, "batch side side one"]
+    noised: Float[np.ndarray, "batch places places channels"]
+    target: Float[np.ndarray, "batch places places channels"]
     times: NDArray[np.int32]
     text: Float[np.ndarray, "batch tokens width"]
 
@@ -55,7 +55,7 @@ class Batches:
         """Returns the batch of a step."""
         task, random = self._task, np.random.default_rng((self._seed, step))
         chosen = random.choice(self._numbers, self._size)
-        pictures = task.pictures[chosen]
+        pictures = folded(task.pictures[chosen])
         noise = random.standard_normal(pictures.shape, np.float32)
         times = random.integers(0, task.schedule.num_train_timesteps, self._size, np.int32)
         captions = random.integers(0, task.captions.encoded.shape[1], self._size)

@@ -14,7 +14,7 @@ from experiments.image_lora import main
 from experiments.images import classifier, study, training
 from experiments.images.drawing import at_strength
 from experiments.images.options import BaseOptions
-from experiments.images.task import unet_config
+from experiments.images.task import FOLDED, SIDE, folded, unet_config, unfolded
 from experiments.images.training import Batches
 from experiments.models.unet import Schedule, shapes_of
 from tests.experiments.interruptions import interrupted_after
@@ -127,6 +127,14 @@ def test_strength_multiplies_the_change():
     np.testing.assert_allclose(half, 0.5 * change, rtol=1e-5, atol=1e-6)
 
 
+def test_squares_of_pixels_are_the_channels_of_a_place():
+    pictures = np.random.default_rng(0).standard_normal((3, SIDE, SIDE, 1)).astype(np.float32)
+    places = folded(pictures)
+    assert places.shape == (3, *FOLDED)
+    np.testing.assert_array_equal(places[1, 4, 6].reshape(2, 2), pictures[1, 8:10, 12:14, 0])
+    np.testing.assert_array_equal(unfolded(places), pictures)
+
+
 def test_the_network_has_attention_but_at_the_finest_resolution():
     shapes = shapes_of(unet_config((8, 16, 16), 12))
     with_attention = {
@@ -139,7 +147,7 @@ def test_the_network_has_attention_but_at_the_finest_resolution():
 
 def test_batches_are_the_same_each_time_and_others_at_each_step():
     task = SimpleNamespace(
-        pictures=np.random.default_rng(0).standard_normal((6, 8, 8, 1)).astype(np.float32),
+        pictures=np.random.default_rng(0).standard_normal((6, SIDE, SIDE, 1)).astype(np.float32),
         labels=np.arange(6),
         schedule=Schedule(),
         captions=SimpleNamespace(encoded=jnp.ones((10, 2, 3, 4)), empty=jnp.zeros((1, 3, 4))),
