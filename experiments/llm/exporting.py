@@ -102,7 +102,9 @@ def _write_gguf(path: Path, wrapped: Any, model: LanguageModel) -> None:
     )
 
 
-def write_huggingface(path: Path, params: Any, model: LanguageModel) -> None:
+def write_huggingface(
+    path: Path, params: Any, model: LanguageModel, *, overwrite: bool = False
+) -> None:
     """Writes a folder with the whole model, adapters merged, which transformers loads."""
     with tempfile.TemporaryDirectory() as temporary:
         huggingface.save(
@@ -111,6 +113,7 @@ def write_huggingface(path: Path, params: Any, model: LanguageModel) -> None:
             names=huggingface_rules(model.config),
             config=model.huggingface_entries(),
             files=model.tokenizer().files(Path(temporary)),
+            overwrite=overwrite,
         )
 
 

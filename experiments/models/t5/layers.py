@@ -60,8 +60,12 @@ class Attention(nn.Module):
     def setup(self) -> None:
         """Makes the four linear layers."""
         shape = self.config.num_heads, self.config.d_kv
+        # In place of a division of scores by √d_kv.
+        small = nn.initializers.variance_scaling(1 / self.config.d_kv, "fan_in", "truncated_normal")
+        usual = nn.linear.default_kernel_init
         self.query, self.key, self.value = (
-            nn.DenseGeneral(shape, use_bias=False, dtype=self.dtype) for _ in range(3)
+            nn.DenseGeneral(shape, use_bias=False, dtype=self.dtype, kernel_init=init)
+            for init in (small, usual, usual)
         )
         self.out = nn.DenseGeneral(
             self.config.d_model, axis=(-2, -1), use_bias=False, dtype=self.dtype

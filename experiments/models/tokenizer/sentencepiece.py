@@ -25,7 +25,8 @@ _MODEL_TYPE, _BYTE_FALLBACK = 3, 35
 _CHARACTERS = 2
 
 _UNIGRAM = 1
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+# What a piece is.
+NORMAL, UNKNOWN, CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Pieces:
         Raises:
           InputError: there is none.
         """
-        found = [place for place, piece in enumerate(self.pieces) if piece.kind == _UNKNOWN]
+        found = [place for place, piece in enumerate(self.pieces) if piece.kind == UNKNOWN]
         if not found:
             raise InputError(f"{self.source} has no piece for unknown characters; expected one")
         return found[0]
@@ -124,7 +125,7 @@ def tokenizer_of_pieces(found: Pieces, *, sentinels: int) -> Any:
         [words.WhitespaceSplit(), words.Metaspace(replacement=SPACE, prepend_scheme="always")]
     )
     tokenizer.decoder = tokenizers.decoders.Metaspace(replacement=SPACE, prepend_scheme="always")
-    special = [piece.text for piece in found.pieces if piece.kind in (_UNKNOWN, _CONTROL)]
+    special = [piece.text for piece in found.pieces if piece.kind in (UNKNOWN, CONTROL)]
     given = [piece.text for piece in found.pieces if piece.kind == _USER_DEFINED]
     added = tokenizers.AddedToken
     tokenizer.add_special_tokens([added(text, special=True) for text in [*special, *names]])
@@ -141,7 +142,7 @@ def tokenizer_of_pieces(found: Pieces, *, sentinels: int) -> Any:
 def _piece(message: Any) -> Piece:
     fields = dict(_fields(message))
     (score,) = struct.unpack("<f", fields.get(_SCORE, bytes(4)))
-    return Piece(fields.get(_TEXT, b"").decode("utf-8"), score, fields.get(_KIND, _NORMAL))
+    return Piece(fields.get(_TEXT, b"").decode("utf-8"), score, fields.get(_KIND, NORMAL))
 
 
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
