@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-_NAMES = {"lora": "LoRA", "dora": "DoRA", "full": "full fine-tuning", "head": "head alone"}
+_NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "full": "full fine-tuning",
+    "head": "head alone",
+    "none": "nothing",
+}
 
 
 @dataclass(frozen=True)

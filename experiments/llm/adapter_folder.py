@@ -16,12 +16,14 @@ class Card:
       quantize: what its frozen matrices were in training.
       dtype: the dtype of its weights in training.
       method: how it was trained.
+      soft_prompt: how many vectors of a soft prompt it has.
     """
 
     model: str | None
     quantize: str
     dtype: str
     method: str
+    soft_prompt: int = 0
 
     def model_options(self, model: Path | None) -> ModelOptions:
         """Returns the model of the training, which may have moved to `model`."""

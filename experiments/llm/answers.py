@@ -17,6 +17,7 @@ from experiments.common.errors import InputError, as_input_error
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelOptions
+from experiments.llm.soft_prompt import PromptedTexts, with_prompt
 from experiments.llm.task import loaded_params
 from experiments.llm.texts import Texts, texts_of
 from experiments.models.generation import GREEDY, Sampling, generate
@@ -52,17 +53,18 @@ class Writer:
           InputError: there is no such model or adapter, or the two do not belong together.
         """
         if adapter is None:
-            chosen = ModelOptions(model=model)
+            chosen, prompt_length = ModelOptions(model=model), 0
             found = LanguageModel.read(chosen.model)
             params = loaded_params(found, chosen, Devices(), console)
         else:
             folder = AdapterFolder(adapter)
-            chosen = folder.read_card().model_options(model)
+            card = folder.read_card()
+            chosen, prompt_length = card.model_options(model), card.soft_prompt
             found = LanguageModel.read(chosen.model)
-            base = loaded_params(found, chosen, Devices(), console)
+            base = with_prompt(loaded_params(found, chosen, Devices(), console), prompt_length)
             params = lora_jax.merge(folder.restore(base))
-        network = found.network(dtype=jnp.dtype(chosen.dtype))
-        return cls(found, network, params, texts_of(found))
+        network = found.network(dtype=jnp.dtype(chosen.dtype), prompt_length=prompt_length)
+        return cls(found, network, params, PromptedTexts(texts_of(found), prompt_length))
 
     @classmethod
     def of_several(cls, adapters: Sequence[Path], model: Path | None, console: Console) -> "Writer":
@@ -72,7 +74,13 @@ class Writer:
           InputError: they are not adapters of one model, or train weights in full.
         """
         folders = [AdapterFolder(adapter) for adapter in adapters]
-        chosen = folders[0].read_card().model_options(model)
+        cards = [folder.read_card() for folder in folders]
+        if any(card.soft_prompt for card in cards):
+            raise InputError(
+                "one of these adapters has a soft prompt, and several answer in one batch without "
+                "any; pass one adapter at a time"
+            )
+        chosen = cards[0].model_options(model)
         found = LanguageModel.read(chosen.model)
         params = loaded_params(found, chosen, Devices(), console)
         with as_input_error():

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import lora_jax
 from experiments.common.console import Console
 from experiments.common.errors import InputError, as_input_error
 from experiments.common.options import Option, parsed_as
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.mesh import Devices
 from experiments.llm.options import ModelPath
+from experiments.llm.soft_prompt import LEAF, with_prompt
 from experiments.llm.task import loaded_params
 from experiments.models.llama import LlamaConfig, gguf_rules
 from experiments.models.names import huggingface_rules
@@ -64,24 +66,34 @@ def export(options: ExportingOptions) -> None:
     if options.out.exists():
         raise InputError(f"--out {options.out} is there already; pass a name that is new")
     folder = AdapterFolder(options.adapter)
-    chosen = folder.read_card().model_options(options.model)
+    card = folder.read_card()
+    if card.soft_prompt and options.to != "peft":
+        raise InputError(
+            f"--adapter {options.adapter} has a soft prompt, for which --to {options.to} has no "
+            "place; pass peft"
+        )
+    chosen = card.model_options(options.model)
     model = LanguageModel.read(chosen.model)
     console = Console.beside_output()
-    wrapped = folder.restore(loaded_params(model, chosen, Devices(), console))
+    params = with_prompt(loaded_params(model, chosen, Devices(), console), card.soft_prompt)
+    wrapped = folder.restore(params)
     with as_input_error():
         _WRITERS[options.to](options.out, wrapped, model)
     console.note(f"Written: {options.out}")
 
 
 def write_peft(path: Path, wrapped: Any, model: LanguageModel, *, overwrite: bool = False) -> None:
-    """Writes a folder of PEFT."""
-    peft.save(
-        path,
-        wrapped,
-        names=huggingface_rules(model.config),
-        config={"base_model_name_or_path": str(model.path), "task_type": _task_type(model)},
-        overwrite=overwrite,
-    )
+    """Writes a folder of PEFT; of adapters and a soft prompt two, the second beside the first."""
+    config = {"base_model_name_or_path": str(model.path), "task_type": _task_type(model)}
+    adapters = {name: each for name, each in wrapped.items() if name != LEAF}
+    has_adapters = lora_jax.count_parameters(adapters).trainable > 0
+    if has_adapters:
+        names = huggingface_rules(model.config)
+        peft.save(path, adapters, names=names, config=config, overwrite=overwrite)
+    if LEAF in wrapped:
+        folder = path.with_name(f"{path.name}_prompt") if has_adapters else path
+        prompt = lora_jax.merge(wrapped[LEAF])
+        peft.save_prompt(folder, prompt, config=config, overwrite=overwrite)
 
 
 def _task_type(model: LanguageModel) -> str:

@@ -14,7 +14,7 @@ from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import Config
 from lora_jax.exchange import peft
 
-METHODS = ("lora", "dora", "full")
+METHODS = ("lora", "dora", "full", "none")
 
 # The kernels of attention and of the feed-forward layers. Adapters of attention alone learn less
 # (Schulman et al., LoRA Without Regret, 2025).
@@ -26,7 +26,8 @@ class Method(method.Method):
     """A way to fine-tune a language model."""
 
     # Adapters take about ten times the learning rate of full fine-tuning (the same source).
-    learning_rates: ClassVar = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4}
+    # What trains beside nothing is a soft prompt, which takes another ten times.
+    learning_rates: ClassVar = {"lora": 1e-3, "dora": 1e-3, "full": 1e-4, "none": 1e-2}
 
     def wrapped(
         self,
@@ -42,6 +43,8 @@ class Method(method.Method):
         Raises:
           InputError: `lora_jax.wrap` refuses the targets or a setting; its message says why.
         """
+        if self.name == "none":
+            return params
         if self.rank is None:
             return jax.tree.map(lambda leaf: lora_jax.FullWeight(base=leaf, value=leaf), params)
         with as_input_error():

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 import lora_jax
 from experiments.llm.loss import Apply, losses_at_places
 from experiments.llm.packing import Batch
+from experiments.llm.soft_prompt import without_prompt
 
 Sums = dict[str, Float[Array, ""]]
 
@@ -80,7 +81,7 @@ class Preferences(Objective):
 
     def sums(self, apply: Apply, wrapped: Any, base: Any, batch: Batch) -> Sums:
         """Returns the sums of the losses, and of how often the better answer gains more."""
-        reference = losses_at_places(lora_jax.adapt(apply), base, batch)
+        reference = losses_at_places(lora_jax.adapt(apply), base, without_prompt(batch))
         own = losses_at_places(lora_jax.adapt(apply), wrapped, batch)
         gains = jax.lax.stop_gradient(reference) - own
         # An example learns at a place at least, so that there are no more examples than places.

@@ -164,7 +164,8 @@ class TrainingOptions:
     method: Annotated[
         str,
         Option(
-            "lora; dora (which also trains the size of each output); or full (every weight)",
+            "lora; dora (which also trains the size of each output); full (every weight); or none, "
+            "with --soft-prompt",
             choices=METHODS,
         ),
     ] = "lora"
@@ -179,6 +180,20 @@ class TrainingOptions:
     beta: Annotated[
         float, Option("of dpo: how close to the reference the model stays", positive_float)
     ] = 0.1
+    soft_prompt: Annotated[
+        int | None,
+        Option(
+            "how many vectors before each text train too (default: none)", positive_int, metavar="N"
+        ),
+    ] = None
+    soft_prompt_from: Annotated[
+        str | None,
+        Option(
+            "what they start from: a text, or a folder of PEFT's prompt tuning (default: "
+            "embeddings of random tokens)",
+            metavar="SOURCE",
+        ),
+    ] = None
     rank: Annotated[int, Option("r: columns of lora_A and rows of lora_B", positive_int)] = 8
     alpha: Alpha = None
     targets: Annotated[
@@ -211,7 +226,15 @@ class TrainingOptions:
 
     @property
     def chosen_method(self) -> Method:
-        return Method(self.method, None if self.method == "full" else self.rank)
+        return Method(self.method, None if self.method in ("full", "none") else self.rank)
+
+    @property
+    def description(self) -> str:
+        """What trains, in words."""
+        if self.soft_prompt is None:
+            return str(self.chosen_method)
+        prompt = f"soft prompt of {self.soft_prompt}"
+        return prompt if self.method == "none" else f"{self.chosen_method}, and a {prompt}"
 
     @property
     def chosen_objective(self) -> Objective:

@@ -73,6 +73,7 @@ class Findings:
             "device": device_name(),
             "method": options.training.method,
             "rank": options.training.chosen_method.rank,
+            "soft_prompt": options.training.soft_prompt,
             "quantize": options.what_learns.quantize,
             "dtype": options.what_learns.dtype,
             "mesh": options.what_learns.mesh,
@@ -122,7 +123,7 @@ _DESCRIPTIONS = {
 
 def _print_tables(findings: Findings, console: Console, options: Options) -> None:
     held_out = len(findings.task.validation.examples)
-    console.rule(f"{held_out:,} held-out examples: {options.training.chosen_method}")
+    console.rule(f"{held_out:,} held-out examples: {options.training.description}")
     console.table(
         ["", *findings.evaluations["on"]],
         [
@@ -150,6 +151,6 @@ def _save_plot(findings: Findings, folder: Path, options: Options) -> None:
         folder / "curve.png",
         findings.history,
         findings.evaluations["off"]["loss"],
-        title=f"{options.training.chosen_method}: {len(findings.task.train.examples):,} examples "
+        title=f"{options.training.description}: {len(findings.task.train.examples):,} examples "
         f"of {findings.task.name}",
     )

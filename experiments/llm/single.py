@@ -11,6 +11,7 @@ from experiments.llm.exporting import write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options
 from experiments.llm.report import Findings, present
+from experiments.llm.soft_prompt import with_prompt
 from experiments.llm.task import describe, language_task, loaded_params
 from experiments.llm.training import Examination, Training
 from experiments.models.pretrained import LanguageModel
@@ -39,17 +40,22 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     training = Training(task, params, options.training, packed=packed, devices=devices)
     run.phase_ended("data")
 
-    examine = Examination(task, params, options.training, packed=packed, devices=devices)
+    base = with_prompt(params, options.training.soft_prompt or 0)
+    examine = Examination(task, base, options.training, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
     _train(training, examine, folder, options, run)
-    best = folder.restore(params)
-    ways = {"off": lambda: params, "on": lambda: best, "merged": lambda: lora_jax.merge(best)}
+    best = folder.restore(base)
+    ways = {
+        "off": examine.of_base,
+        "on": lambda: examine(best),
+        "merged": lambda: examine(lora_jax.merge(best)),
+    }
     evaluations = {}
     with run.console.progress("Testing", len(ways)) as progress:
-        for name, tree in ways.items():
-            evaluations[name] = examine(tree())
+        for name, found in ways.items():
+            evaluations[name] = found()
             progress.advance()
-    if options.training.chosen_method.rank is not None:
+    if options.training.method != "full":
         with as_input_error():
             write_peft(out / _PEFT, best, model, overwrite=True)
     run.phase_ended("testing")
@@ -63,12 +69,17 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
         adapter_bytes=bytes_in(folder.weights),
         peak_bytes=peak_bytes(),
         step_bytes=training.compiled.bytes,
-        frozen_unchanged=frozen_unchanged(params, training.wrapped),
+        frozen_unchanged=frozen_unchanged(base, training.wrapped),
     )
     present(findings, options, run)
 
 
 def _check(options: Options) -> None:
+    training = options.training
+    if training.method == "none" and training.soft_prompt is None:
+        raise InputError("--method none trains nothing; pass --soft-prompt N with it")
+    if training.soft_prompt_from is not None and training.soft_prompt is None:
+        raise InputError("--soft-prompt-from is what a soft prompt starts from; pass --soft-prompt")
     if options.training.method == "full" and options.what_learns.quantize != "none":
         raise InputError(
             f"--method full trains every weight, and --quantize is "
@@ -98,7 +109,8 @@ def _train(
             model=str(chosen.model.resolve()) if chosen.model else None,
             quantize=chosen.quantize,
             dtype=chosen.dtype,
-            method=str(options.training.chosen_method),
+            method=options.training.description,
+            soft_prompt=options.training.soft_prompt or 0,
         )
         training.run(
             examine,

@@ -22,7 +22,8 @@ from experiments.llm.examples import (
 )
 from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
-from experiments.llm.texts import TokenizedExamples, texts_of, tokenized, tokenized_pairs
+from experiments.llm.soft_prompt import PromptedTexts
+from experiments.llm.texts import Texts, TokenizedExamples, texts_of, tokenized, tokenized_pairs
 from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import Config, LanguageModel
 from lora_jax.exchange import peft
@@ -38,6 +39,7 @@ class LanguageTask:
       name: the name of the data.
       model: the model on the disk.
       network: what computes with its parameters.
+      texts: how it reads texts.
       max_length: the tokens of a row.
       train: the examples to train on.
       validation: the others.
@@ -46,6 +48,7 @@ class LanguageTask:
     name: str
     model: LanguageModel
     network: nn.Module
+    texts: Texts
     max_length: int
     train: TokenizedExamples
     validation: TokenizedExamples
@@ -69,7 +72,8 @@ def language_task(
             f"--max-length {options.max_length} is more than the {model.greatest_length} tokens "
             "that the model was made for"
         )
-    texts = texts_of(model)
+    prompt_length = training.soft_prompt or 0
+    texts = PromptedTexts(texts_of(model), prompt_length)
     limits = {"max_length": options.max_length, "drop_long": options.drop_long}
     if training.objective == "dpo":
         _check_preferences(options)
@@ -83,8 +87,12 @@ def language_task(
         name=options.data if options.data == DIALOGSUM else Path(options.data).stem,
         model=model,
         network=model.network(
-            dtype=jnp.dtype(dtype), remat=not training.no_remat, cut=devices.hidden_cut
+            dtype=jnp.dtype(dtype),
+            remat=not training.no_remat,
+            cut=devices.hidden_cut,
+            prompt_length=prompt_length,
         ),
+        texts=texts,
         max_length=options.max_length,
         train=train,
         validation=validation,

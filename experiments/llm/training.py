@@ -18,6 +18,7 @@ from experiments.llm.mesh import Devices
 from experiments.llm.objectives import Answers
 from experiments.llm.options import TrainingOptions
 from experiments.llm.packing import Batch, TrainingSteps
+from experiments.llm.soft_prompt import prompted, start_of, without_prompt
 from experiments.llm.step import training_step
 from experiments.llm.task import LanguageTask
 
@@ -34,7 +35,11 @@ class Training(ResumableTraining):
         packed: bool,
         devices: Devices,
     ) -> None:
-        """Packs the examples, and puts adapters beside the weights."""
+        """Packs the examples, and puts adapters beside the weights.
+
+        Raises:
+          InputError: `lora_jax.wrap` refuses a setting, or a soft prompt can't start as it should.
+        """
         devices.check_rows(training.batch_size)
         self._devices = devices
         method = training.chosen_method
@@ -45,6 +50,16 @@ class Training(ResumableTraining):
             alpha=training.alpha,
             key=jax.random.key(training.seed),
         )
+        if training.soft_prompt is not None:
+            start = start_of(
+                task.model.network().apply,
+                params,
+                task.texts.tokenizer,
+                training.soft_prompt,
+                training.soft_prompt_from,
+                seed=training.seed,
+            )
+            wrapped = prompted(wrapped, start)
         self.steps = TrainingSteps(
             task.train.examples,
             rows=training.batch_size,
@@ -135,7 +150,7 @@ class Examination:
         packed: bool,
         devices: Devices,
     ) -> None:
-        """Packs the examples once; `base` are the parameters without adapters."""
+        """Packs the examples once; `base` are the parameters before anything has trained."""
         self._devices, self._base = devices, base
         self._objective = training.chosen_objective
         self._steps = TrainingSteps(
@@ -156,9 +171,16 @@ class Examination:
 
         Of answers it is also the perplexity, the exponential of the loss of a token.
         """
+        return self._means(wrapped, self._steps.batches())
+
+    def of_base(self) -> dict[str, float]:
+        """Returns the same of the model as it was, which reads no soft prompt."""
+        return self._means(self._base, map(without_prompt, self._steps.batches()))
+
+    def _means(self, wrapped: Any, batches: Iterable[Batch]) -> dict[str, float]:
         totals: dict[str, float] = {}
         parts = 0.0
-        for batch in self._steps.batches():
+        for batch in batches:
             placed = self._devices.placed_batch(batch)
             for name, value in self._sums(wrapped, self._base, placed).items():
                 totals[name] = totals.get(name, 0.0) + float(value)

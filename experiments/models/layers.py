@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from experiments.models.recomputing import computed_again
 
+Tokens = Int[Array, "batch length"]
 Hidden = Float[Array, "batch length width"]
 Logits = Float[Array, "batch length vocabulary"]
 Activation = Callable[[Array], Array]
@@ -65,6 +66,21 @@ class GatedFeedForward(nn.Module):
             return self.act(gate) * up
 
         return down(gated(gate(hidden), up(hidden)))
+
+
+def embedded(tokens: Tokens, embed: nn.Embed, prompt: Array | None) -> Hidden:
+    """Returns the embeddings of tokens, of which -1, -2, ... are the vectors of a soft prompt.
+
+    Args:
+      tokens: the tokens.
+      embed: the embedding.
+      prompt: the vectors, if there are any.
+    """
+    if prompt is None:
+        return embed(tokens)
+    own = embed(jnp.maximum(tokens, 0))
+    vectors = prompt.astype(own.dtype)[jnp.maximum(-1 - tokens, 0)]
+    return jnp.where(tokens[..., None] < 0, vectors, own)
 
 
 def cut_along(hidden: Hidden, cut: PartitionSpec | None) -> Hidden:

@@ -95,6 +95,7 @@ class LanguageModel:
         dtype: Any = jnp.float32,
         remat: bool = False,
         cut: PartitionSpec | None = None,
+        prompt_length: int = 0,
     ) -> Any:
         """Returns the module that computes with its parameters.
 
@@ -102,8 +103,11 @@ class LanguageModel:
           dtype: the dtype of its products and activations.
           remat: whether the backward pass computes each layer again.
           cut: how hidden states between layers are cut over the mesh at hand.
+          prompt_length: how many vectors of a soft prompt it has.
         """
-        return self._family.network(self.config, dtype=dtype, remat=remat, cut=cut)
+        return self._family.network(
+            self.config, dtype=dtype, remat=remat, cut=cut, prompt_length=prompt_length
+        )
 
     @property
     def rules(self) -> Sequence[peft.Rule]:

@@ -20,7 +20,7 @@ from experiments.llm.exporting import write_huggingface
 from experiments.llm.mesh import Devices
 from experiments.llm.options import TrainingOptions
 from experiments.llm.task import LanguageTask
-from experiments.llm.texts import TokenizedExample, TokenizedExamples
+from experiments.llm.texts import TokenizedExample, TokenizedExamples, texts_of
 from experiments.llm.training import Examination, Training
 from experiments.models.entries import CONFIG
 from experiments.models.pretrained import LanguageModel
@@ -136,6 +136,7 @@ def _task(
         name=DIALOGSUM,
         model=model,
         network=model.network(),
+        texts=texts_of(model),
         max_length=learning.max_length,
         train=TokenizedExamples(tuple(train), 0, 0),
         validation=TokenizedExamples(tuple(examples(others, 1)), 0, 0),

@@ -26,6 +26,7 @@ KEYS = {
         "device",
         "method",
         "rank",
+        "soft_prompt",
         "quantize",
         "dtype",
         "mesh",

@@ -28,6 +28,7 @@ from experiments.models.layers import (
     Logits,
     RMSNorm,
     cut_along,
+    embedded,
     rows_of,
     stack_of,
 )
@@ -118,17 +119,23 @@ class Llama(nn.Module):
       remat: whether the backward pass computes each layer again instead of keeping what is inside.
       cut: how hidden states between layers are cut over the mesh at hand, along batch, length and
         width; unless given, the compiler decides.
+      prompt_length: how many vectors of a soft prompt there are, which are the tokens -1, -2, ...
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: bool = False
     cut: PartitionSpec | None = None
+    prompt_length: int = 0
 
     def setup(self) -> None:
         """Makes the layers."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=self.dtype)
+        self.prompt = None
+        if self.prompt_length:
+            shape = self.prompt_length, config.hidden_size
+            self.prompt = self.param("soft_prompt", nn.initializers.zeros, shape)
         stack = stack_of(Layer, config.num_hidden_layers, shared=2, remat=self.remat)
         self.layers = stack(config, self.dtype, self.cut)
         self.norm = RMSNorm(config.rms_norm_eps)
@@ -177,6 +184,10 @@ class Llama(nn.Module):
         assert longer is not None
         return hidden, longer.longer(places)
 
+    def embedded(self, tokens: Tokens) -> Hidden:
+        """Returns the vectors that the first layer reads."""
+        return embedded(tokens, self.embed, self.prompt)
+
     def logits(self, hidden: Hidden) -> Logits:
         """Returns the logits of hidden states."""
         return self.embed.attend(hidden) if self.config.tie_word_embeddings else self.head(hidden)
@@ -215,6 +226,6 @@ class Llama(nn.Module):
     def _run(self, tokens: Tokens, places: Places, cache: Cache | None) -> Carried:
         angles = rotary_angles(self.config, places.positions)
         numbers = jnp.arange(self.config.num_hidden_layers)
-        carried = cut_along(self.embed(tokens), self.cut), cache
+        carried = cut_along(self.embedded(tokens), self.cut), cache
         (hidden, cache), _ = self.layers(carried, numbers, places, angles)
         return cut_along(self.norm(hidden), rows_of(self.cut)), cache

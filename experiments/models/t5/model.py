@@ -16,7 +16,15 @@ from jaxtyping import Array, Float, Int
 
 from experiments.models.attention import Places, Tokens
 from experiments.models.cache import Cache
-from experiments.models.layers import Hidden, Logits, RMSNorm, cut_along, rows_of, stack_of
+from experiments.models.layers import (
+    Hidden,
+    Logits,
+    RMSNorm,
+    cut_along,
+    embedded,
+    rows_of,
+    stack_of,
+)
 from experiments.models.t5.config import T5Config
 from experiments.models.t5.layers import DecoderLayer, EncoderLayer, Source, SourcePair
 from experiments.models.t5.relative import ByDifference, buckets
@@ -106,17 +114,23 @@ class T5(nn.Module):
       remat: whether the backward pass computes each layer again instead of keeping what is inside.
       cut: how hidden states between layers are cut over the mesh at hand, along batch, length and
         width; unless given, the compiler decides.
+      prompt_length: how many vectors of a soft prompt there are, which are the tokens -1, -2, ...
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     remat: bool = False
     cut: PartitionSpec | None = None
+    prompt_length: int = 0
 
     def setup(self) -> None:
         """Makes the embedding, the two stacks and the output layer."""
         config = self.config
         self.embed = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype)
+        self.prompt = None
+        if self.prompt_length:
+            shape = self.prompt_length, config.d_model
+            self.prompt = self.param("soft_prompt", nn.initializers.zeros, shape)
         self.encoder = Encoder(config, self.dtype, self.remat, self.cut)
         self.decoder = Decoder(config, self.dtype, self.remat, self.cut)
         if not config.tie_word_embeddings:
@@ -157,7 +171,7 @@ class T5(nn.Module):
     def encode(self, inputs: Tokens, places: Places | None = None) -> Source:
         """Returns what the decoder looks at; arguments as for `hidden_states`."""
         places = Places.of(inputs, None, None) if places is None else places
-        return Source(self.encoder(self.embed(inputs), places), places)
+        return Source(self.encoder(self.embedded(inputs), places), places)
 
     def with_cache(
         self, tokens: Tokens, cache: DecoderCache, source: Hidden | None = None
@@ -180,6 +194,10 @@ class T5(nn.Module):
         )
         assert longer is not None
         return hidden, DecoderCache(longer.longer(places), known, cache.source_places)
+
+    def embedded(self, tokens: Tokens) -> Hidden:
+        """Returns the vectors that the first layer reads."""
+        return embedded(tokens, self.embed, self.prompt)
 
     def logits(self, hidden: Hidden) -> Logits:
         """Returns the logits of hidden states."""

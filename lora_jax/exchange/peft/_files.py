@@ -11,11 +11,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax._folders import CheckpointError, as_checkpoint_error, interruption_hint, undisturbed
+from lora_jax._folders import (
+    CheckpointError,
+    as_checkpoint_error,
+    check_destination,
+    complete_folder,
+    interruption_hint,
+    undisturbed,
+)
 from lora_jax._paths import listed
+from lora_jax._processes import on_first_process
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+PROMPT_TUNING = "PROMPT_TUNING"
 _PICKLE_FILE = "adapter_model.bin"
 
 # PEFT's own defaults, for what a config leaves out.
@@ -67,7 +76,16 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
       ...     peft.read_config(folder)["base_model_name_or_path"]
       'bert-base-cased'
     """
-    source = Path(path)
+    file = Path(path) / CONFIG_FILE
+    config = read_any_config(Path(path))
+    with as_checkpoint_error(f"{file} is damaged, take another copy"):
+        check_supported(config, str(file))
+        check_types(config, str(file))
+    return config
+
+
+def read_any_config(source: Path) -> dict[str, Any]:
+    """Returns the config in a folder, of whatever PEFT has trained."""
     file = source / CONFIG_FILE
     with as_checkpoint_error(f"`path` {source} can't be read"):
         if not file.is_file():
@@ -79,9 +97,6 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{file} is damaged, take another copy: it holds a {type(config).__name__}; expected "
             "an object."
         )
-    with as_checkpoint_error(f"{file} is damaged, take another copy"):
-        check_supported(config, str(file))
-        check_types(config, str(file))
     return config
 
 
@@ -89,7 +104,10 @@ def check_supported(config: Mapping[str, Any], subject: str) -> None:
     """Raises if a config asks for what lora_jax does not support."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise CheckpointError(f"{subject} has `peft_type` {peft_type!r}; lora_jax supports 'LORA'.")
+        hint = " A soft prompt is read by `load_prompt`." if peft_type == PROMPT_TUNING else ""
+        raise CheckpointError(
+            f"{subject} has `peft_type` {peft_type!r}; lora_jax supports 'LORA'.{hint}"
+        )
     for key, meaning in _NOT_SUPPORTED.items():
         if config.get(key):
             raise CheckpointError(
@@ -171,11 +189,11 @@ def read_adapter(source: Path, peft_version: str | None) -> tuple[dict[str, Any]
     """
     if not isinstance(peft_version, str | None):
         raise TypeError(f"`peft_version` is {peft_version!r}; expected text, such as '0.17.1'.")
-    config, tensors = undisturbed(source, lambda: (read_config(source), _read_tensors(source)))
+    config, tensors = undisturbed(source, lambda: (read_config(source), read_tensors(source)))
     return (config if peft_version is None else {**config, "peft_version": peft_version}), tensors
 
 
-def _read_tensors(source: Path) -> Tensors:
+def read_tensors(source: Path) -> Tensors:
     """Returns the tensors of the adapter in a folder, in the dtypes of the file."""
     file = source / TENSORS_FILE
     with as_checkpoint_error(f"`path` {source} can't be read"):
@@ -207,13 +225,40 @@ def read_file(file: Path, module: str = "lora_jax.exchange.peft") -> tuple[Tenso
     return tensors, metadata
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors as PEFT's loader expects them."""
+def write_adapter(
+    destination: Path,
+    tensors: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes the two files of an adapter, from the first process; the folder is whole or absent."""
     from safetensors.numpy import save_file
 
     # What is not contiguous would be written in the order of its memory.
     contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
-    save_file(contiguous, folder / TENSORS_FILE, metadata={"format": "pt"})
+
+    def write() -> str:
+        check_destination(
+            destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite
+        )
+        with complete_folder(destination, overwrite=overwrite) as folder:
+            save_file(contiguous, folder / TENSORS_FILE, metadata={"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
+            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return ""
+
+    on_first_process(write)
+
+
+def _obstacle(destination: Path) -> str | None:
+    """Returns what keeps an adapter from replacing what is at `destination`, or None."""
+    others = (
+        sorted({file.name for file in destination.iterdir()} - {CONFIG_FILE, TENSORS_FILE})
+        if destination.is_dir()
+        else [destination.name]
+    )
+    return f"holds {listed(others)}, which is not part of an adapter" if others else None
 
 
 def check_finite(subject: str, key: str, tensor: np.ndarray) -> None:

@@ -1,7 +1,6 @@
 """Writing an adapter that PEFT reads, with the config that belongs to it."""
 
 import collections
-import json
 import math
 import os
 import re
@@ -12,9 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import PyTree
 
-from lora_jax._folders import CheckpointError, check_destination, complete_folder
-from lora_jax._paths import listed
-from lora_jax._processes import on_first_process
+from lora_jax._folders import CheckpointError
 from lora_jax.exchange.peft._export import (
     Adapter,
     Adapters,
@@ -24,16 +21,14 @@ from lora_jax.exchange.peft._export import (
     exported_weights,
 )
 from lora_jax.exchange.peft._files import (
-    CONFIG_FILE,
     ROWS_KEY,
-    TENSORS_FILE,
     changes_base,
     check_finite,
     check_supported,
     check_types,
     rank_divisor,
     safetensors_package,
-    write_tensors,
+    write_adapter,
 )
 from lora_jax.exchange.peft._layout import WRITTEN_AS, is_written_as_now
 from lora_jax.exchange.peft._names import GivenAxes, NamedTree, named_tree
@@ -120,28 +115,7 @@ def save(
     for key, tensor in tensors.items():
         check_finite("`wrapped`", key, tensor)
     content = written_config(start, adapters, rows, weights, tree)
-
-    def write() -> str:
-        check_destination(
-            destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite
-        )
-        with complete_folder(destination, overwrite=overwrite) as folder:
-            write_tensors(folder, tensors)
-            text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        return ""
-
-    on_first_process(write)
-
-
-def _obstacle(destination: Path) -> str | None:
-    """Returns what keeps an adapter from replacing what is at `destination`, or None."""
-    others = (
-        sorted({file.name for file in destination.iterdir()} - {CONFIG_FILE, TENSORS_FILE})
-        if destination.is_dir()
-        else [destination.name]
-    )
-    return f"holds {listed(others)}, which is not part of an adapter" if others else None
+    write_adapter(destination, tensors, content, overwrite=overwrite)
 
 
 def starting_config(given: Mapping[str, Any] | None) -> dict[str, Any]:
