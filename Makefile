@@ -37,7 +37,7 @@ ifneq ($(wildcard ../shared/dialogsum),)
 export DIALOGSUM_DIR ?= $(abspath ../shared/dialogsum)
 endif
 
-.PHONY: help mnist rank-study text llm bench bench-llm check test test-peft test-plan test-llamacpp
+.PHONY: help mnist rank-study text llm images bench bench-llm check test test-peft test-plan test-llamacpp
 .PHONY: test-tunix lowest nightly wheel docs peers format clean
 
 help: ## Show this list
@@ -58,6 +58,9 @@ llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a hundred dialogues, six min
 	$(bin)/python -m experiments.llm_lora --data dialogsum --train-examples 100 $(ARGS)
 	$(bin)/python -m experiments.llm_lora evaluate --data dialogsum --limit 16 --base \
 	  --adapter runs/llm_lora/adapter
+
+images: $(VENV)/test.stamp ## Teach a small diffusion model two digits, from a short base, ten minutes (ARGS=...)
+	$(bin)/python -m experiments.image_lora --base-steps 400 --drawn 10 --out runs/images $(ARGS)
 
 bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes
 	$(bin)/python -m benchmarks.peft_mnist

@@ -12,7 +12,7 @@ from experiments.common.console import Console, device_name
 from experiments.common.memory import MEGABYTE
 from experiments.common.run import Run
 from experiments.images.drawing import DIGITS, Drawn
-from experiments.images.options import Options
+from experiments.images.options import BaseOptions, Options
 
 # Pixels are between -1 and 1; two ways of adding the same numbers, over all steps of the way.
 _SAME = 0.02
@@ -174,6 +174,11 @@ def _same(text: str, one: Drawn, other: Drawn) -> Claim:
     return Claim(text, alike >= 0.999, f"at most {difference:.1e} apart")
 
 
+def _shortness(base: BaseOptions) -> str:
+    """Returns what a picture has to say of a base that has learned less than it could."""
+    return " (a short training)" if base.base_steps < BaseOptions.base_steps else ""
+
+
 def _save_grid(findings: Findings, folder: Path, options: Options) -> None:
     # Matplotlib takes half a second to import, which --no-plots saves.
     from experiments.images.plots import save_grid
@@ -182,7 +187,7 @@ def _save_grid(findings: Findings, folder: Path, options: Options) -> None:
         folder / "grid.png",
         findings.rows(),
         list(findings.tuned),
-        f"base: {options.base.base_steps:,} steps without "
+        f"base: {options.base.base_steps:,} steps{_shortness(options.base)} without "
         f"{' and '.join(map(str, options.base.held_out))}; "
         f"LoRA of rank {options.tuning.rank}: {options.tuning.steps} steps on "
         f"{options.tuning.examples} pictures",

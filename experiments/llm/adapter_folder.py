@@ -1,10 +1,13 @@
 """The best adapter on disk, with everything that writing texts needs besides the model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.common import adapter_folder
 from experiments.llm.options import ModelOptions
+from experiments.models.added_tokens import AddedToken
+from experiments.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Card:
       dtype: the dtype of its weights in training.
       method: how it was trained.
       soft_prompt: how many vectors of a soft prompt it has.
+      added_tokens: the tokens that were added to the model, each with what it starts from.
     """
 
     model: str | None
@@ -24,6 +28,12 @@ class Card:
     dtype: str
     method: str
     soft_prompt: int = 0
+    added_tokens: Sequence[tuple[str, str | None]] = ()
+
+    def language_model(self, model: Path | None) -> LanguageModel:
+        """Reads the settings of the model of the training, which may have moved to `model`."""
+        found = LanguageModel.read(self.model_options(model).model)
+        return found.with_tokens([AddedToken(*each) for each in self.added_tokens])
 
     def model_options(self, model: Path | None) -> ModelOptions:
         """Returns the model of the training, which may have moved to `model`."""

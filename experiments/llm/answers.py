@@ -60,7 +60,7 @@ class Writer:
             folder = AdapterFolder(adapter)
             card = folder.read_card()
             chosen, prompt_length = card.model_options(model), card.soft_prompt
-            found = LanguageModel.read(chosen.model)
+            found = card.language_model(model)
             base = with_prompt(loaded_params(found, chosen, Devices(), console), prompt_length)
             params = lora_jax.merge(folder.restore(base))
         network = found.network(dtype=jnp.dtype(chosen.dtype), prompt_length=prompt_length)
@@ -81,7 +81,7 @@ class Writer:
                 "any; pass one adapter at a time"
             )
         chosen = cards[0].model_options(model)
-        found = LanguageModel.read(chosen.model)
+        found = cards[0].language_model(model)
         params = loaded_params(found, chosen, Devices(), console)
         with as_input_error():
             bank = lora_jax.serving.bank([folder.restore(params) for folder in folders])

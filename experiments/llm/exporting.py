@@ -72,8 +72,13 @@ def export(options: ExportingOptions) -> None:
             f"--adapter {options.adapter} has a soft prompt, for which --to {options.to} has no "
             "place; pass peft"
         )
+    if card.added_tokens and options.to == "gguf":
+        raise InputError(
+            f"--adapter {options.adapter} has tokens that the model's GGUF file has not; pass peft "
+            "or huggingface"
+        )
     chosen = card.model_options(options.model)
-    model = LanguageModel.read(chosen.model)
+    model = card.language_model(options.model)
     console = Console.beside_output()
     params = with_prompt(loaded_params(model, chosen, Devices(), console), card.soft_prompt)
     wrapped = folder.restore(params)

@@ -10,6 +10,7 @@ from jaxtyping import PRNGKeyArray
 import lora_jax
 from experiments.common import method
 from experiments.common.errors import as_input_error
+from experiments.models.added_tokens import TABLES
 from experiments.models.names import huggingface_rules
 from experiments.models.pretrained import Config
 from lora_jax.exchange import peft
@@ -19,6 +20,17 @@ METHODS = ("lora", "dora", "full", "none")
 # The kernels of attention and of the feed-forward layers. Adapters of attention alone learn less
 # (Schulman et al., LoRA Without Regret, 2025).
 ALL_LINEAR = r"(\w+/)?layers/(attention|cross_attention|mlp)/\w+/kernel"
+
+
+def with_rows(wrapped: Any, ids: Sequence[int]) -> Any:
+    """Returns a tree in which the embeddings of these tokens train too, on top of what does."""
+    # The axis of the tokens is that of the rows, in the output layer too.
+    axes = {
+        "/".join(path): ("in", "out") if axis == 0 else ("out", "in")
+        for path, axis in TABLES.items()
+        if path[0] in wrapped
+    }
+    return lora_jax.wrap(wrapped, {path: {"rows": list(ids)} for path in axes}, axes=axes)
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,15 @@ class DataOptions:
     ] = 512
     learn_prompts: Annotated[bool, Option("learn all of a text, and not the answers alone")] = False
     drop_long: Annotated[bool, Option("leave out longer examples instead of cutting them")] = False
+    add_tokens: Annotated[
+        Path | None,
+        Option(
+            "a file of tokens that the model gets, one in each line; its embedding starts from the "
+            "mean of all, or of the text behind a tab, and trains",
+            Path,
+            metavar="FILE",
+        ),
+    ] = None
     no_packing: Annotated[bool, Option("put each example into a row of its own")] = False
 
 
@@ -165,7 +174,7 @@ class TrainingOptions:
         str,
         Option(
             "lora; dora (which also trains the size of each output); full (every weight); or none, "
-            "with --soft-prompt",
+            "with --soft-prompt or --add-tokens",
             choices=METHODS,
         ),
     ] = "lora"

@@ -14,6 +14,7 @@ from experiments.llm.report import Findings, present
 from experiments.llm.soft_prompt import with_prompt
 from experiments.llm.task import describe, language_task, loaded_params
 from experiments.llm.training import Examination, Training
+from experiments.models.added_tokens import read_added_tokens
 from experiments.models.pretrained import LanguageModel
 from lora_jax.checkpoint import TrainingCheckpoints
 
@@ -32,7 +33,9 @@ def train_once(options: Options, run: Run) -> None:
 
 def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     chosen, out = options.what_learns, options.output.out
+    added = options.data.add_tokens
     model = LanguageModel.read(chosen.model)
+    model = model.with_tokens(() if added is None else read_added_tokens(added))
     task = language_task(model, options.data, options.training, dtype=chosen.dtype, devices=devices)
     describe(task, run.console)
     params = loaded_params(model, chosen, devices, run.console)
@@ -43,7 +46,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     base = with_prompt(params, options.training.soft_prompt or 0)
     examine = Examination(task, base, options.training, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
-    _train(training, examine, folder, options, run)
+    _train(training, examine, folder, options, run, model)
     best = folder.restore(base)
     ways = {
         "off": examine.of_base,
@@ -55,7 +58,7 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
         for name, found in ways.items():
             evaluations[name] = found()
             progress.advance()
-    if options.training.method != "full":
+    if _is_for_peft(options):
         with as_input_error():
             write_peft(out / _PEFT, best, model, overwrite=True)
     run.phase_ended("testing")
@@ -74,10 +77,18 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     present(findings, options, run)
 
 
+def _is_for_peft(options: Options) -> bool:
+    """Says whether PEFT has a kind of folder for what trains: none for single rows alone."""
+    method = options.training.method
+    return method in ("lora", "dora") or (method == "none" and options.data.add_tokens is None)
+
+
 def _check(options: Options) -> None:
     training = options.training
-    if training.method == "none" and training.soft_prompt is None:
-        raise InputError("--method none trains nothing; pass --soft-prompt N with it")
+    if training.method == "none" and training.soft_prompt is None and not options.data.add_tokens:
+        raise InputError(
+            "--method none trains nothing; pass --soft-prompt N or --add-tokens FILE with it"
+        )
     if training.soft_prompt_from is not None and training.soft_prompt is None:
         raise InputError("--soft-prompt-from is what a soft prompt starts from; pass --soft-prompt")
     if options.training.method == "full" and options.what_learns.quantize != "none":
@@ -93,6 +104,7 @@ def _train(
     folder: AdapterFolder,
     options: Options,
     run: Run,
+    model: LanguageModel,
 ) -> None:
     """Takes the steps that are left, and puts the best adapter into the folder."""
     console, chosen = run.console, options.what_learns
@@ -111,6 +123,7 @@ def _train(
             dtype=chosen.dtype,
             method=options.training.description,
             soft_prompt=options.training.soft_prompt or 0,
+            added_tokens=[(each.text, each.start) for each in model.added],
         )
         training.run(
             examine,

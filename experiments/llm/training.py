@@ -15,6 +15,7 @@ from experiments.common.errors import InputError
 from experiments.common.memory import MEGABYTE, peak_bytes, return_freed_memory
 from experiments.common.resumable import Evaluated, ResumableTraining
 from experiments.llm.mesh import Devices
+from experiments.llm.methods import with_rows
 from experiments.llm.objectives import Answers
 from experiments.llm.options import TrainingOptions
 from experiments.llm.packing import Batch, TrainingSteps
@@ -50,6 +51,8 @@ class Training(ResumableTraining):
             alpha=training.alpha,
             key=jax.random.key(training.seed),
         )
+        if task.model.added and training.method != "full":
+            wrapped = with_rows(wrapped, task.model.added_ids)
         if training.soft_prompt is not None:
             start = start_of(
                 task.model.network().apply,

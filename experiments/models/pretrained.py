@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from experiments.common.errors import InputError, as_input_error
 from experiments.models import llama, t5
+from experiments.models.added_tokens import AddedToken, grown, smaller
 from experiments.models.entries import CONFIG, read_entries
 from experiments.models.llama.gguf_file import GGUFFile
 from experiments.models.names import huggingface_rules
@@ -61,11 +62,13 @@ class LanguageModel:
     Attributes:
       path: a folder in Hugging Face's format, or a GGUF file.
       config: its settings.
+      added: the tokens that it has more than on the disk.
     """
 
     path: Path
     config: Config
     _file: GGUFFile | None = None
+    added: tuple[AddedToken, ...] = ()
 
     @classmethod
     def read(cls, chosen: Path | None) -> "LanguageModel":
@@ -83,6 +86,30 @@ class LanguageModel:
         entries = read_entries(path / CONFIG)
         family = _family_of(entries, path / CONFIG)
         return cls(path, family.config_of_folder(path, entries))
+
+    def with_tokens(self, added: Sequence[AddedToken]) -> "LanguageModel":
+        """Returns the model with tokens added, or itself if there are none.
+
+        Raises:
+          InputError: one of them is a token already.
+        """
+        if not added:
+            return self
+        known = self.tokenizer()
+        for each in added:
+            if known.id_of(each.text) is not None:
+                raise InputError(f"{each.text!r} is a token of {self.path}; leave it out")
+        largest = known.with_tokens([each.text for each in added]).largest_id
+        config = dataclasses.replace(
+            self.config, vocab_size=max(self.config.vocab_size, largest + 1)
+        )
+        return dataclasses.replace(self, config=config, added=tuple(added))
+
+    @property
+    def added_ids(self) -> list[int]:
+        """The tokens that were added."""
+        tokenizer = self.tokenizer()
+        return [tokenizer.id_of(each.text) for each in self.added]
 
     @property
     def greatest_length(self) -> int:
@@ -127,6 +154,8 @@ class LanguageModel:
             if self._file is None
             else tokenizer_of_gguf(self.path, self._file.metadata)
         )
+        if self.added:
+            tokenizer = tokenizer.with_tokens([each.text for each in self.added])
         # JAX would look up a row that is not there without an error.
         if tokenizer.largest_id >= self.config.vocab_size:
             raise InputError(
@@ -138,8 +167,9 @@ class LanguageModel:
     def huggingface_entries(self) -> dict[str, Any]:
         """Returns what the `config.json` of its folder holds, or would hold."""
         if self._file is not None:
-            return llama.entries_of(self._file.config)
-        return read_entries(self.path / CONFIG)
+            return llama.entries_of(self.config)
+        entries = read_entries(self.path / CONFIG)
+        return {**entries, "vocab_size": self.config.vocab_size} if self.added else entries
 
     def shapes(self, dtype: Any = jnp.float32) -> Any:
         """Returns the shapes of its parameters."""
@@ -161,8 +191,24 @@ class LanguageModel:
           InputError: a tensor is missing, left over or of another shape; it is named.
         """
         wanted = self.shapes() if shapes is None else shapes
+        stored = smaller(wanted, self._stored.config.vocab_size) if self.added else wanted
         with self._tensors(as_stored) as tensors, as_input_error():
-            return place(tensors, wanted, names=self.rules, convert=convert)
+            params = place(tensors, stored, names=self.rules, convert=convert)
+        return self._grown(params, wanted) if self.added else params
+
+    def _grown(self, params: Any, shapes: Any) -> Any:
+        """Returns the parameters on the disk with rows for added tokens."""
+        tokenizer = self._stored.tokenizer()
+        starts = [
+            None if each.start is None else tokenizer.encoded(each.start, begins=False)
+            for each in self.added
+        ]
+        return grown(params, shapes, self.added_ids, starts)
+
+    @property
+    def _stored(self) -> "LanguageModel":
+        """The model as it is on the disk."""
+        return LanguageModel.read(self.path)
 
     @contextlib.contextmanager
     def _tensors(self, as_stored: bool) -> Iterator[Tensors]:

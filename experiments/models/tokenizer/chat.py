@@ -1,5 +1,6 @@
 """Texts and conversations as the tokens that a model was trained on."""
 
+import copy
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -53,11 +54,25 @@ class ChatTokenizer:
         self._tokenizer, self._source, self._template = tokenizer, source, template
         self._begin, self._end = begin, end
         self._begins_texts, self._ends_texts = begins_texts, ends_texts
+        self._is_changed = False
         found = tokenizer.token_to_id(end) if end else None
         if found is None:
             raise InputError(f"{source} has no token that ends a text; expected an eos token")
         self.end_ids: tuple[int, ...] = (found,)
         self.padding_id = found
+
+    def with_tokens(self, texts: Sequence[str]) -> "ChatTokenizer":
+        """Returns the tokenizer with these texts as tokens of their own."""
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        tokenizer.add_tokens(list(texts))
+        changed = copy.copy(self)
+        changed._tokenizer, changed._is_changed = tokenizer, True
+        return changed
+
+    def id_of(self, text: str) -> int | None:
+        """Returns the token that is this text, if there is one."""
+        found: int | None = self._tokenizer.token_to_id(text)
+        return found
 
     @property
     def has_template(self) -> bool:
@@ -72,13 +87,18 @@ class ChatTokenizer:
     def files(self, folder: Path) -> list[Path]:
         """Writes the files of a tokenizer in Hugging Face's format into a folder, and returns them.
 
-        Where the tokenizer comes from such a folder, they are its own.
+        Where the tokenizer comes from such a folder, they are its own, unless tokens were added.
         """
         source = Path(self._source)
-        if source.is_dir():
-            names = (TOKENIZER_FILE, PIECES_FILE, SETTINGS_FILE, TEMPLATE_FILE)
-            return [source / name for name in names if (source / name).is_file()]
         tokenizer, settings = folder / TOKENIZER_FILE, folder / SETTINGS_FILE
+        if source.is_dir():
+            kept = (SETTINGS_FILE, TEMPLATE_FILE)
+            names = kept if self._is_changed else (TOKENIZER_FILE, PIECES_FILE, *kept)
+            found = [source / name for name in names if (source / name).is_file()]
+            if not self._is_changed:
+                return found
+            self._tokenizer.save(str(tokenizer))
+            return [tokenizer, *found]
         self._tokenizer.save(str(tokenizer))
         entries = {
             "tokenizer_class": "PreTrainedTokenizerFast",
