@@ -5,6 +5,9 @@ in full, all on the same 1,000 dialogues, and answers all 500 test dialogues. A 
 gives LoRA and full fine-tuning learning rates of their own. A cell takes up to 50 minutes on
 two cores. Each finished cell is a file in benchmarks/results/dialogsum, with the commands that
 made it; the command goes on from what is there. After Ctrl-C a cell goes on from its checkpoint.
+
+A grid of its own, in benchmarks/results/dialogsum_t5, is that of the small T5 that
+`python -m experiments.pretrain_t5` leaves: as it is, with LoRA, and fine-tuned in full.
 """
 
 import argparse
@@ -12,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.dialogsum.cells import CELLS
+from benchmarks.dialogsum.cells import GRIDS, Grid
 from benchmarks.dialogsum.computing import Workplace
 from benchmarks.dialogsum.report import tables
 from benchmarks.stored import RESULTS, ResultStore
 from experiments.common.console import Console
-from experiments.common.errors import check_installed, exit_code
+from experiments.common.errors import InputError, check_installed, exit_code
 from experiments.common.options import Parser
 
 _EPILOG = """\
@@ -25,7 +28,8 @@ examples:
   python -m benchmarks.dialogsum                           all that is missing, several hours
   python -m benchmarks.dialogsum --only base --only lora-8
   python -m benchmarks.dialogsum --report --markdown       nothing is computed
-  python -m benchmarks.dialogsum -- --model path/to/another-model
+  python -m benchmarks.dialogsum --grid t5                 half an hour
+  python -m benchmarks.dialogsum --model path/to/another-model --results results/another
 """
 
 
@@ -35,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    console, store = Console(), ResultStore(options.results or RESULTS / "dialogsum")
+    grid = GRIDS[options.grid]
+    console, store = Console(), ResultStore(options.results or RESULTS / grid.results)
     if not options.report:
         check_installed("rouge_score", "llm")
-        _compute(options, store, console)
-    found = store.load_all(list(CELLS))
-    for table in tables(found):
+        _compute(options, grid, store, console)
+    found = store.load_all(list(grid.cells))
+    for table in tables(grid, found):
         if options.markdown:
             print(table.as_markdown())
         else:
@@ -49,45 +54,59 @@ def _run(options: argparse.Namespace) -> None:
         # Matplotlib takes half a second to import, which other calls save.
         from benchmarks.dialogsum.picture import save_picture
 
-        save_picture(options.picture, found)
+        save_picture(options.picture, grid, found)
 
 
-def _compute(options: argparse.Namespace, store: ResultStore, console: Console) -> None:
-    wanted = options.only or list(CELLS)
-    found = store.load_all(list(CELLS))
-    missing = [cell for name, cell in CELLS.items() if name in wanted and name not in found]
+def _compute(options: argparse.Namespace, grid: Grid, store: ResultStore, console: Console) -> None:
+    wanted = options.only or list(grid.cells)
+    others = sorted(set(wanted) - set(grid.cells))
+    if others:
+        raise InputError(f"--only {others[0]} is no cell of the grid; {_choices(grid)}")
+    found = store.load_all(list(grid.cells))
+    missing = [cell for name, cell in grid.cells.items() if name in wanted and name not in found]
     console.note(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {store.folder}")
     console.table(
         ["to compute", "minutes on two cores"],
         [[cell.label, f"{cell.expected_minutes:.0f}"] for cell in missing],
     )
-    workplace = Workplace(options.work, store, tuple(options.study))
+    folder = options.work or Path("runs") / grid.results
+    workplace = Workplace(folder, store, options.model or grid.model, tuple(options.study))
     for number, cell in enumerate(missing, start=1):
         console.rule(f"{number} of {len(missing)}: {cell.label}")
-        workplace.compute(cell, store.load_all(list(CELLS)))
+        workplace.compute(cell, store.load_all(list(grid.cells)))
+
+
+def _choices(grid: Grid) -> str:
+    return f"one of {', '.join(grid.cells)}"
 
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.dialogsum", description=__doc__, epilog=_EPILOG)
+    parser.add_argument("--grid", choices=list(GRIDS), default="smollm2", help="which cells")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="another model than that of the grid, as `llm_lora` takes it",
+    )
     parser.add_argument(
         "--only",
         action="append",
-        choices=list(CELLS),
         metavar="CELL",
-        help=f"a cell to compute (repeatable; default: all that are missing): {', '.join(CELLS)}",
+        help="a cell to compute (repeatable; default: all that are missing): "
+        + "; ".join(f"{_choices(grid)} of {name}" for name, grid in GRIDS.items()),
     )
     parser.add_argument(
         "--results",
         type=Path,
         metavar="DIR",
-        help="the folder of finished cells (default: benchmarks/results/dialogsum)",
+        help="the folder of finished cells (default: that of the grid in benchmarks/results)",
     )
     parser.add_argument(
         "--work",
         type=Path,
-        default=Path("runs/dialogsum"),
         metavar="DIR",
-        help="the folder of adapters and checkpoints",
+        help="the folder of adapters and checkpoints (default: that of the grid in runs)",
     )
     parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")

@@ -1,7 +1,8 @@
-"""The cells of the grid: each is one training, one round of answers, or both."""
+"""The cells of the grids: each is one training, one round of answers, or both."""
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments.llm.dialogsum import NAME as DIALOGSUM
@@ -63,6 +64,30 @@ class Cell:
         return ["evaluate", "--data", DIALOGSUM, "--limit", str(self.answers), "--batch-size", "16"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Cells that are compared with each other.
+
+    Attributes:
+      results: the name of the folder of results.
+      search: the cells that look for learning rates.
+      methods: the cells that are compared.
+      ranks: the cells that compare ranks on a smaller budget.
+      model: the model, where it is not the packaged one.
+    """
+
+    results: str
+    search: Mapping[str, Cell]
+    methods: Mapping[str, Cell]
+    ranks: Mapping[str, Cell]
+    model: Path | None = None
+
+    @property
+    def cells(self) -> dict[str, Cell]:
+        """All of them in the order in which they are computed: a search before what it decides."""
+        return {**self.search, **self.methods, **self.ranks}
+
+
 def best_rate(found: Mapping[str, Found], names: tuple[str, ...]) -> float:
     """Returns the learning rate whose training has the least held-out loss."""
     best = min((found[name]["training"] for name in names), key=lambda each: each["best"]["loss"])
@@ -85,6 +110,8 @@ def _searched(method: str, options: tuple[str, ...], rates: tuple[str, ...]) -> 
 
 _SMALL = 250
 _FULL = ("--method", "full")
+# It starts from what is asked for.
+_PROMPT = ("--soft-prompt", "20", "--soft-prompt-from", "Summarize the following dialogue.")
 FULL_SEARCH = _searched("full", _FULL, ("3e-5", "1e-4", "3e-4"))
 LORA_SEARCH = _searched("lora", ("--rank", "8"), ("3e-4", "1e-3", "3e-3"))
 _RATE_OF_FULL, _RATE_OF_LORA = tuple(FULL_SEARCH), tuple(LORA_SEARCH)
@@ -101,6 +128,13 @@ _METHODS = (
         _RATE_OF_LORA,
     ),
     Cell("dora-8", "DoRA, rank 8", ("--method", "dora", "--rank", "8"), _RATE_OF_LORA),
+    Cell("prompt-20", "a soft prompt of 20", ("--method", "none", *_PROMPT)),
+    Cell(
+        "lora-8-prompt-20",
+        "LoRA, rank 8, and a soft prompt of 20",
+        ("--rank", "8", *_PROMPT),
+        _RATE_OF_LORA,
+    ),
     Cell("lora-8-seed-1", "LoRA, rank 8, another seed", ("--seed", "1"), _RATE_OF_LORA),
     Cell(
         "full-seed-1",
@@ -123,5 +157,32 @@ RANKS = {
     for rank in (4, 8, 16, 32)
 }
 
-# In the order in which they are computed: a search before what it decides.
-CELLS = {**FULL_SEARCH, **LORA_SEARCH, **METHODS, **RANKS}
+# The small T5 that `experiments.pretrain_t5` leaves has learned from no summary: it needs all of
+# them. Its learning rates were not searched for.
+_EVERY = ("--batch-size", "8", "--epochs", "2")
+_T5_METHODS = (
+    Cell("base", "the model as it is", None),
+    Cell(
+        "lora-8",
+        "LoRA, rank 8",
+        ("--rank", "8", "--learning-rate", "5e-3", *_EVERY),
+        examples=12_460,
+    ),
+    Cell(
+        "full",
+        "full fine-tuning",
+        (*_FULL, "--learning-rate", "1e-3", *_EVERY),
+        examples=12_460,
+    ),
+)
+
+GRIDS = {
+    "smollm2": Grid("dialogsum", {**FULL_SEARCH, **LORA_SEARCH}, METHODS, RANKS),
+    "t5": Grid(
+        "dialogsum_t5",
+        {},
+        {cell.name: cell for cell in _T5_METHODS},
+        {},
+        Path("runs/pretrain_t5/model"),
+    ),
+}

@@ -44,12 +44,14 @@ class Workplace:
     Attributes:
       folder: for adapters and checkpoints, from which an interrupted cell goes on.
       store: for results.
+      model: the model; None for the packaged one.
       options: options of `llm_lora` for every training, besides those of the cells.
     """
 
     folder: Path
     store: ResultStore
-    options: tuple[str, ...]
+    model: Path | None = None
+    options: tuple[str, ...] = ()
 
     def compute(self, cell: Cell, found: Mapping[str, Found]) -> None:
         """Trains and answers as the cell says, and stores what comes out.
@@ -59,17 +61,18 @@ class Workplace:
           RuntimeError: a command failed.
         """
         commands, result = [], {}
-        adapter: list[str] = []
+        model = [] if self.model is None else ["--model", str(self.model)]
+        chosen = model
         options = cell.training_options(found)
         if options is not None:
             out = self.folder / cell.name
-            commands.append([*options, *self.options, "--out", str(out)])
+            commands.append([*options, *model, *self.options, "--out", str(out)])
             result["training"] = _kept(self._trained(commands[-1], out), _KEPT_OF_TRAINING)
-            adapter = ["--adapter", str(out / "adapter")]
+            chosen = ["--adapter", str(out / "adapter")]
         options = cell.answering_options()
         if options is not None:
             out = self.folder / f"{cell.name}-answers"
-            commands.append([*options, *adapter, "--out", str(out)])
+            commands.append([*options, *chosen, "--out", str(out)])
             result["answers"] = _kept(_metrics_of(commands[-1], out), _KEPT_OF_ANSWERS)
         shown = [shlex.join(["python", "-m", _STUDY, *command]) for command in commands]
         self.store.save(cell.name, result, commands=shown)

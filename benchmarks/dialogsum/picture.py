@@ -6,17 +6,19 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.dialogsum.cells import METHODS, RANKS, Cell, Found
+from benchmarks.dialogsum.cells import Cell, Found, Grid
 from benchmarks.dialogsum.report import scores_of
 from experiments.common.plots import COLOURS, save_figure
 
 
-def save_picture(path: Path, found: Mapping[str, Found]) -> None:
+def save_picture(path: Path, grid: Grid, found: Mapping[str, Found]) -> None:
     """Draws ROUGE-1 of every method, and of every rank on a smaller budget."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     methods, ranks = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_methods(methods, {cell: found[name] for name, cell in METHODS.items() if name in found})
-    _draw_ranks(ranks, {name: found[name] for name in RANKS if name in found})
+    _draw_methods(
+        methods, {cell: found[name] for name, cell in grid.methods.items() if name in found}
+    )
+    _draw_ranks(ranks, {name: found[name] for name in grid.ranks if name in found})
     save_figure(figure, methods, ranks, path=path)
 
 

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.dialogsum.cells import FULL_SEARCH, LORA_SEARCH, METHODS, RANKS, Found
+from benchmarks.dialogsum.cells import Cell, Found, Grid
 from experiments.common.console import Console
 from experiments.common.memory import MEGABYTE
 from experiments.llm.rouge import KINDS, Score, mean_score
 
 _ROUGE = ("ROUGE-1", "ROUGE-2", "ROUGE-L")
 _REFERENCE = "full"
+
+Cells = Mapping[str, Cell]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,20 @@ class Table:
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def tables(found: Mapping[str, Found]) -> list[Table]:
+def tables(grid: Grid, found: Mapping[str, Found]) -> list[Table]:
     """Returns the tables that have at least one row.
 
     Args:
+      grid: the grid.
       found: what the finished cells have found, by name.
     """
-    every = (_answers(found), _costs(found), _differences(found), _ranks(found), _search(found))
+    every = (
+        _answers(grid.methods, found),
+        _costs(grid.methods, found),
+        _differences(grid.methods, found),
+        _ranks(grid.ranks, found),
+        _search(grid.search, found),
+    )
     return [table for table in every if table.rows]
 
 
@@ -55,23 +64,23 @@ def scores_of(found: Found) -> dict[str, Score]:
     return {kind: Score(**own[kind]) for kind in KINDS}
 
 
-def _answers(found: Mapping[str, Found]) -> Table:
+def _answers(methods: Cells, found: Mapping[str, Found]) -> Table:
     rows = [
         [
-            METHODS[name].label,
+            methods[name].label,
             *map(str, scores_of(found[name]).values()),
             f"{_perplexity(found[name]):.2f}",
         ]
-        for name in METHODS
+        for name in methods
         if name in found
     ]
     title = "Answers to 500 test dialogues, means with 95 % confidence"
     return Table(title, ["", *_ROUGE, "perplexity"], rows)
 
 
-def _costs(found: Mapping[str, Found]) -> Table:
+def _costs(methods: Cells, found: Mapping[str, Found]) -> Table:
     rows = []
-    for name, cell in METHODS.items():
+    for name, cell in methods.items():
         if name not in found or cell.training is None:
             continue
         training = found[name]["training"]
@@ -89,20 +98,20 @@ def _costs(found: Mapping[str, Found]) -> Table:
     return Table("What each training costs", header, rows)
 
 
-def _differences(found: Mapping[str, Found]) -> Table:
+def _differences(methods: Cells, found: Mapping[str, Found]) -> Table:
     """Returns how much more each method scores than full fine-tuning, dialogue by dialogue."""
     rows = []
-    for name, cell in METHODS.items():
+    for name, cell in methods.items():
         if name not in found or _REFERENCE not in found or name == _REFERENCE:
             continue
         own, reference = (_each(found[one]) for one in (name, _REFERENCE))
         differences = [str(mean_score(own[kind] - reference[kind])) for kind in KINDS]
-        rows.append([cell.label, *differences, _memory_ratio(found, name)])
+        rows.append([cell.label, *differences, _memory_ratio(cell, found, name)])
     title = "Difference to full fine-tuning on the same dialogues, with 95 % confidence"
     return Table(title, ["", *_ROUGE, "its memory"], rows)
 
 
-def _ranks(found: Mapping[str, Found]) -> Table:
+def _ranks(ranks: Cells, found: Mapping[str, Found]) -> Table:
     rows = [
         [
             str(found[name]["training"]["rank"]),
@@ -110,21 +119,21 @@ def _ranks(found: Mapping[str, Found]) -> Table:
             f"{found[name]['training']['held_out']['on']['loss']:.3f}",
             f"{found[name]['training']['parameters']['trainable']:,}",
         ]
-        for name in RANKS
+        for name in ranks
         if name in found
     ]
     title = "Ranks on 250 dialogues, answers to 100 test dialogues"
     return Table(title, ["rank", "ROUGE-1", "held-out loss", "trainable"], rows)
 
 
-def _search(found: Mapping[str, Found]) -> Table:
+def _search(search: Cells, found: Mapping[str, Found]) -> Table:
     rows = [
         [
             found[name]["training"]["method"],
             f"{found[name]['training']['training']['learning_rate']:g}",
             f"{found[name]['training']['held_out']['on']['loss']:.4f}",
         ]
-        for name in (*FULL_SEARCH, *LORA_SEARCH)
+        for name in search
         if name in found
     ]
     title = "Search for the learning rate on 250 dialogues"
@@ -141,8 +150,8 @@ def _each(found: Found) -> dict[str, np.ndarray]:
     return {kind: np.array(own[kind]) for kind in KINDS}
 
 
-def _memory_ratio(found: Mapping[str, Found], name: str) -> str:
-    if METHODS[name].training is None:
+def _memory_ratio(cell: Cell, found: Mapping[str, Found], name: str) -> str:
+    if cell.training is None:
         return ""
     own, reference = (found[one]["training"]["step_bytes"] for one in (name, _REFERENCE))
     return f"{own / reference:.2f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.dialogsum import __main__, computing
-from benchmarks.dialogsum.cells import CELLS, METHODS, Cell, best_rate
+from benchmarks.dialogsum.cells import GRIDS, Cell, best_rate
 from benchmarks.dialogsum.computing import Workplace
 from benchmarks.dialogsum.report import tables
 from benchmarks.stored import RESULTS, ResultStore
@@ -25,7 +25,7 @@ SMALL = Cell(
 
 @pytest.fixture
 def study(tmp_path, monkeypatch, promoted_ranks):
-    """Returns options of the study that name a tiny model, with dialogues in a folder."""
+    """Returns a tiny model, with dialogues in a folder."""
     write_model(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     longer = {**json.loads(config.read_text()), "max_position_embeddings": 256}
@@ -37,12 +37,12 @@ def study(tmp_path, monkeypatch, promoted_ranks):
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join([json.dumps(line)] * count))
     monkeypatch.setenv("DIALOGSUM_DIR", str(tmp_path / "data"))
-    return ("--model", str(tmp_path / "model"), "--no-plots")
+    return tmp_path / "model"
 
 
 @pytest.fixture
 def workplace(study, tmp_path):
-    return Workplace(tmp_path / "work", ResultStore(tmp_path / "results"), study)
+    return Workplace(tmp_path / "work", ResultStore(tmp_path / "results"), study, ("--no-plots",))
 
 
 def metrics_of(method, rate, loss):
@@ -56,9 +56,11 @@ def test_the_best_rate_is_that_of_the_least_loss():
     assert cell.training_options(found)[-2:] == ["--learning-rate", "0.0003"]
 
 
-def test_a_search_comes_before_what_it_decides():
-    names = list(CELLS)
-    for place, cell in enumerate(CELLS.values()):
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_search_comes_before_what_it_decides(grid):
+    cells = GRIDS[grid].cells
+    names = list(cells)
+    for place, cell in enumerate(cells.values()):
         assert all(names.index(name) < place for name in cell.search)
 
 
@@ -82,6 +84,17 @@ def test_a_cell_is_computed_once_and_stored_with_its_commands(workplace, monkeyp
     )
     workplace.compute(SMALL, {})
     assert [command[0] for command in commands] == ["evaluate"]
+
+
+def test_the_model_as_it_is_is_the_one_that_was_chosen(workplace, monkeypatch):
+    metrics = dict.fromkeys(computing._KEPT_OF_ANSWERS, 0)
+    commands = []
+    monkeypatch.setattr(
+        computing, "_metrics_of", lambda options, out: commands.append(options) or metrics
+    )
+    workplace.compute(Cell("base", "", None, answers=3), {})
+    ((*_, option, model, _, _),) = commands
+    assert (option, model) == ("--model", str(workplace.model))
 
 
 @pytest.mark.slow
@@ -127,7 +140,7 @@ def test_the_tables_compare_dialogue_by_dialogue():
         "lora-8": stored_cell("lora", [0.3, 0.4]),
         "full": stored_cell("full", [0.4, 0.5]),
     }
-    by_title = {table.title: table for table in tables(found)}
+    by_title = {table.title: table for table in tables(GRIDS["smollm2"], found)}
     (differences,) = (table for title, table in by_title.items() if title.startswith("Difference"))
     rows = {row[0]: row[1:] for row in differences.rows}
     assert rows["LoRA, rank 8"] == ["-0.100 (-0.100 to -0.100)"] * 3 + ["0.50"]
@@ -138,14 +151,16 @@ def test_the_tables_compare_dialogue_by_dialogue():
 
 
 def test_the_command_refuses_other_cells(capsys):
+    pytest.importorskip("rouge_score")
     assert __main__.main(["--only", "nothing"]) == 2
-    assert "invalid choice: 'nothing'" in capsys.readouterr().err
+    assert "--only nothing is no cell of the grid; one of search-full" in capsys.readouterr().err
 
 
-def test_every_table_of_the_documentation_is_that_of_the_stored_results():
-    found = ResultStore(RESULTS / "dialogsum").load_all(list(CELLS))
-    if not set(METHODS) <= set(found):
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+def test_every_table_of_the_documentation_is_that_of_the_stored_results(grid):
+    found = ResultStore(RESULTS / grid.results).load_all(list(grid.cells))
+    if not set(grid.methods) <= set(found):
         pytest.skip("not all methods have been computed")
     text = (DOCS / "llm.md").read_text()
-    for table in tables(found):
+    for table in tables(grid, found):
         assert table.as_markdown() in re.sub(r"\n{2,}", "\n", text), table.title
