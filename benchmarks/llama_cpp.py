@@ -29,7 +29,7 @@ from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import Dialogue, dialogues
 from experiments.llm.exporting import ExportingOptions, export
-from experiments.llm.task import read_model
+from experiments.models.pretrained import LanguageModel
 
 _CONTEXT = 2_048
 _FLOAT32, _STORED = "float32", "as stored"
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> None:
 def _model_file(adapter: Path) -> Path:
     """Returns the GGUF file of the adapter's model."""
     chosen = AdapterFolder(adapter).read_card().model_options(None)
-    path = read_model(chosen.model).path
+    path = LanguageModel.read(chosen.model).path
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected the adapter of a model in a GGUF file")
     return path

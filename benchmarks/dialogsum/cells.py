@@ -159,7 +159,7 @@ RANKS = {
 
 # The small T5 that `experiments.pretrain_t5` leaves has learned from no summary: it needs all of
 # them. Its learning rates were not searched for.
-_EVERY = ("--batch-size", "8", "--epochs", "2")
+_EVERY = ("--batch-size", "8")
 _T5_METHODS = (
     Cell("base", "the model as it is", None),
     Cell(

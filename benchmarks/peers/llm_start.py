@@ -14,9 +14,11 @@ from experiments.common.console import Console
 from experiments.llm.exporting import write_huggingface, write_peft
 from experiments.llm.mesh import Devices
 from experiments.llm.options import Options, parsed
-from experiments.llm.task import language_task, loaded_params, read_model
+from experiments.llm.packing import Batch
+from experiments.llm.task import language_task, loaded_params
 from experiments.llm.texts import TokenizedExample
 from experiments.llm.training import Training
+from experiments.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Start:
         """
         options, folder = parsed(study_arguments), self._folder
         console = Console(to_stderr=True).without_progress()
-        model = read_model(options.what_learns.model)
+        model = LanguageModel.read(options.what_learns.model)
         task = language_task(
             model,
             options.data,
@@ -104,11 +106,16 @@ class Start:
         steps = [training.steps[number] for number in range(min(most_steps, training.total))]
         write_huggingface(folder.model, params, model)
         write_peft(folder.adapter, training.wrapped, model)
-        write_batches(folder.batches, [step._asdict() for step in steps])
+        write_batches(folder.batches, [_arrays(step) for step in steps])
         held_out = task.validation.examples[:most_prompts]
         write_batches(folder.prompts, [{"tokens": _prompt(example)} for example in held_out])
         folder.write_settings(_settings(options, study_arguments, training.total))
         return [int((step.segments != 0).sum()) for step in steps]
+
+
+def _arrays(step: Batch) -> dict[str, np.ndarray]:
+    """Returns the arrays of a batch, which has no source where the model continues texts."""
+    return {name: array for name, array in step._asdict().items() if array is not None}
 
 
 def _prompt(example: TokenizedExample) -> np.ndarray:

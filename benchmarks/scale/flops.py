@@ -28,8 +28,8 @@ def _flops(jaxpr: Jaxpr) -> int:
 def _equation_flops(equation: Equation) -> int:
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        inner = math.prod(shape[axis] for axis in contracted)
-        return 2 * math.prod(equation.outvars[0].aval.shape) * inner
+        read, written = (each[0].aval.shape for each in (equation.invars, equation.outvars))  # type: ignore[attr-defined]
+        inner = math.prod(read[axis] for axis in contracted)
+        return 2 * math.prod(written) * inner
     found = sum(map(_flops, inner_jaxprs(equation)))
     return found * equation.params["length"] if equation.primitive.name == "scan" else found

@@ -13,7 +13,7 @@ def keep_programs() -> None:
     JAX finds them by the program, the device and its own version. `JAX_COMPILATION_CACHE_DIR`
     chooses another folder, and `JAX_ENABLE_COMPILATION_CACHE=false` keeps none.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = kept_files() / "programs"
     with contextlib.suppress(OSError):  # without a place to write to, each run compiles

@@ -25,7 +25,7 @@ from experiments.data.prepared import (
 NAME = "glue/sst2"
 
 
-class SST2(Glue, skip_registration=True):
+class SST2(Glue, skip_registration=True):  # type: ignore[call-arg]
     """TFDS's GLUE, with an archive that Python unpacks."""
 
     name = Glue.name

@@ -31,7 +31,7 @@ FILES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 _UNSIGNED_BYTES = 0x08
 
 
-class MNIST(tfds.image_classification.MNIST, skip_registration=True):
+class MNIST(tfds.image_classification.MNIST, skip_registration=True):  # type: ignore[call-arg]
     """TFDS's MNIST, generated with NumPy and Pillow."""
 
     name = tfds.image_classification.MNIST.name

@@ -84,7 +84,7 @@ class ServedTasks:
     @property
     def programs(self) -> int:
         """How many programs were compiled."""
-        return self._serve._cache_size()
+        return self._serve._cache_size()  # type: ignore[attr-defined]
 
 
 def _log_probabilities(

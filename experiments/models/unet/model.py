@@ -60,13 +60,13 @@ class UNet(nn.Module):
         hidden = self._conv("conv_in", first)(images)
         skipped = [hidden]
         for level, width in enumerate(channels):
-            block = DownBlock(config, level, self.dtype, name=f"down_blocks_{level}")
-            hidden, outputs = block(hidden, time, text, width)
+            down = DownBlock(config, level, self.dtype, name=f"down_blocks_{level}")
+            hidden, outputs = down(hidden, time, text, width)
             skipped += outputs
         hidden = MiddleBlock(config, self.dtype, name="mid_block")(hidden, time, text)
         for number, width in enumerate(reversed(channels)):
-            block = UpBlock(config, number, self.dtype, name=f"up_blocks_{number}")
-            hidden = block(hidden, skipped, time, text, width)
+            up = UpBlock(config, number, self.dtype, name=f"up_blocks_{number}")
+            hidden = up(hidden, skipped, time, text, width)
         norm = nn.GroupNorm(
             config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out"
         )

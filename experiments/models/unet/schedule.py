@@ -143,8 +143,8 @@ def sampled(
             return predict(images, times, text)
         without = jnp.broadcast_to(empty, text.shape)
         # One call for both, as one batch.
-        twice = (jnp.concatenate([each, each]) for each in (images, times))
-        both = predict(*twice, jnp.concatenate([without, text]))
+        images, times = (jnp.concatenate([each, each]) for each in (images, times))
+        both = predict(images, times, jnp.concatenate([without, text]))
         unconditional, conditional = jnp.split(both, 2)
         return unconditional + guidance * (conditional - unconditional)
 
