@@ -126,7 +126,11 @@ class T5(nn.Module):
     def setup(self) -> None:
         """Makes the embedding, the two stacks and the output layer."""
         config = self.config
-        self.embed = nn.Embed(config.vocab_size, config.d_model, dtype=self.dtype)
+        # As large as T5's: a tied output layer divides by √d_model.
+        init = nn.initializers.normal(1.0)
+        self.embed = nn.Embed(
+            config.vocab_size, config.d_model, dtype=self.dtype, embedding_init=init
+        )
         self.prompt = None
         if self.prompt_length:
             shape = self.prompt_length, config.d_model
