@@ -1,12 +1,11 @@
 """What the stored cells say, as tables: for the terminal, and for the documentation."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from benchmarks.dialogsum.cells import Cell, Found, Grid
-from experiments.common.console import Console
+from benchmarks.tables import Table
 from experiments.common.memory import MEGABYTE
 from experiments.llm.rouge import KINDS, Score, mean_score
 
@@ -14,31 +13,6 @@ _ROUGE = ("ROUGE-1", "ROUGE-2", "ROUGE-L")
 _REFERENCE = "full"
 
 Cells = Mapping[str, Cell]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table, and what it is about.
-
-    Attributes:
-      title: what it is about.
-      header: the names of the columns.
-      rows: the cells of each row.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def show(self, console: Console) -> None:
-        """Prints it."""
-        console.rule(self.title)
-        console.table(list(self.header), [list(row) for row in self.rows])
-
-    def as_markdown(self) -> str:
-        """Returns it as the documentation writes tables."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def tables(grid: Grid, found: Mapping[str, Found]) -> list[Table]:
