@@ -126,7 +126,7 @@ def test_a_mesh_of_devices_computes_the_same(arguments, tmp_path):
     for name, mesh in {"one": [], "eight": ["--mesh", "data=2,fsdp=2,tensor=2"]}.items():
         assert main([*arguments, *options, *mesh, "--out", str(tmp_path / name)]) == 0
         losses[name] = json.loads((tmp_path / name / "metrics.json").read_text())["losses"]
-    np.testing.assert_allclose(losses["eight"], losses["one"], tolerance=1e-4)
+    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-4)
 
 
 def test_it_writes_what_it_has_learned(adapter, capsys):

@@ -225,6 +225,15 @@ def read_file(file: Path, module: str = "lora_jax.exchange.peft") -> tuple[Tenso
     return tensors, metadata
 
 
+def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors as PEFT's loader expects them."""
+    from safetensors.numpy import save_file
+
+    # What is not contiguous would be written in the order of its memory.
+    contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
+    save_file(contiguous, folder / TENSORS_FILE, metadata={"format": "pt"})
+
+
 def write_adapter(
     destination: Path,
     tensors: Mapping[str, np.ndarray],
@@ -233,17 +242,13 @@ def write_adapter(
     overwrite: bool,
 ) -> None:
     """Writes the two files of an adapter, from the first process; the folder is whole or absent."""
-    from safetensors.numpy import save_file
-
-    # What is not contiguous would be written in the order of its memory.
-    contiguous = {key: np.asarray(tensor, order="C") for key, tensor in tensors.items()}
 
     def write() -> str:
         check_destination(
             destination, obstacle=_obstacle, content="an adapter", overwrite=overwrite
         )
         with complete_folder(destination, overwrite=overwrite) as folder:
-            save_file(contiguous, folder / TENSORS_FILE, metadata={"format": "pt"})
+            write_tensors(folder, tensors)
             text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
             (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         return ""

@@ -93,6 +93,7 @@ def test_vectors_for_a_decoder_are_left_out(tmp_path):
     np.testing.assert_array_equal(peft.load_prompt(folder), PROMPT)
 
 
+@pytest.mark.wrong_types
 def test_what_can_not_be_read_or_written(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         peft.load_prompt(tmp_path / "nothing")

@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax
 from lora_jax import CheckpointError, _folders
-from lora_jax.exchange.peft import Rule, _save, load, read_config, save
+from lora_jax.exchange.peft import Rule, _files, load, read_config, save
 from tests.agreement import assert_identical
 from tests.exchange.peft.files import NAMES, params, tensors_of, wrapped
 from tests.exchange.peft.models import LAYERS, WIDTH
@@ -262,7 +262,7 @@ class TestSaveRefuses:
 
     @pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
     @pytest.mark.parametrize(
-        ("module", "step"), [(_save, "write_tensors"), (_folders, "_put_in_place")]
+        ("module", "step"), [(_files, "write_tensors"), (_folders, "_put_in_place")]
     )
     def test_an_interrupted_save(self, adapter, monkeypatch, module, step, failure):
         before = contents(adapter.parent)
