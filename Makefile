@@ -59,7 +59,7 @@ llm: $(VENV)/llm.stamp ## Fine-tune SmolLM2-135M on a hundred dialogues, six min
 	$(bin)/python -m experiments.llm_lora evaluate --data dialogsum --limit 16 --base \
 	  --adapter runs/llm_lora/adapter
 
-images: $(VENV)/test.stamp ## Teach a small diffusion model two digits, from a short base, ten minutes (ARGS=...)
+images: $(VENV)/test.stamp ## Teach a small diffusion model two digits, from a short base, twelve minutes (ARGS=...)
 	$(bin)/python -m experiments.image_lora --base-steps 300 --steps 100 --drawn 8 --out runs/images $(ARGS)
 
 bench: $(VENV)/peers.stamp ## Measure the steps of MNIST and text beside PEFT's, about ten minutes

@@ -34,7 +34,7 @@ The pictures, all numbers, and the adapters as Orbax, diffusers and kohya files 
 _EXAMPLES = """\
 examples:
   python -m experiments.image_lora                        about an hour on two cores
-  python -m experiments.image_lora --base-steps 300       a quarter of an hour, rough digits
+  python -m experiments.image_lora --base-steps 300       a short base, rough digits
   python -m experiments.image_lora --held-out 3 --rank 4
 """
 
