@@ -9,7 +9,7 @@ _NAMES = {
     "dora": "DoRA",
     "full": "full fine-tuning",
     "head": "head alone",
-    "none": "nothing",
+    "none": "no adapters",
 }
 
 

@@ -23,14 +23,19 @@ ALL_LINEAR = r"(\w+/)?layers/(attention|cross_attention|mlp)/\w+/kernel"
 
 
 def with_rows(wrapped: Any, ids: Sequence[int]) -> Any:
-    """Returns a tree in which the embeddings of these tokens train too, on top of what does."""
+    """Returns a tree in which the embeddings of these tokens train too, on top of what does.
+
+    Raises:
+      InputError: `lora_jax.wrap` refuses them, as beside DoRA of the same table.
+    """
     # The axis of the tokens is that of the rows, in the output layer too.
     axes = {
         "/".join(path): ("in", "out") if axis == 0 else ("out", "in")
         for path, axis in TABLES.items()
         if path[0] in wrapped
     }
-    return lora_jax.wrap(wrapped, {path: {"rows": list(ids)} for path in axes}, axes=axes)
+    with as_input_error():
+        return lora_jax.wrap(wrapped, {path: {"rows": list(ids)} for path in axes}, axes=axes)
 
 
 @dataclass(frozen=True)

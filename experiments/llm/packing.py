@@ -138,19 +138,13 @@ def batch_of(
       source_length: the number of tokens of a row of the source, where an encoder reads one.
       groups: into how many groups the rows are divided, in their order; they are a multiple.
     """
-    tokens, positions, segments = _filled_up(
-        [[examples[number].tokens for number in row.numbers] for row in rows], length
-    )
-    source = (
-        None
-        if source_length is None
-        else Source(
-            *_filled_up(
-                [[_source_of(examples[number]) for number in row.numbers] for row in rows],
-                source_length,
-            )
-        )
-    )
+    in_rows = [[examples[number] for number in row.numbers] for row in rows]
+    texts = [[each.tokens for each in row] for row in in_rows]
+    tokens, positions, segments = _filled_up(texts, length)
+    source = None
+    if source_length is not None:
+        sources = [[each.source for each in row] for row in in_rows]
+        source = Source(*_filled_up(sources, source_length))
     places, targets, weights, owners = (
         np.zeros((groups, room), dtype) for dtype in (np.int32, np.int32, np.float32, np.int32)
     )
@@ -176,7 +170,7 @@ def batch_of(
     return Batch(tokens, positions, segments, places, targets, weights, owners, source)
 
 
-def _filled_up(rows: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.ndarray, ...]:
+def _filled_up(rows: Sequence[Sequence[Any]], length: int) -> tuple[np.ndarray, ...]:
     """Returns the tokens, the positions and the segments of rows of texts."""
     tokens, positions, segments = (np.zeros((len(rows), length), np.int32) for _ in range(3))
     for row, texts in enumerate(rows):
@@ -188,11 +182,6 @@ def _filled_up(rows: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.nd
             segments[row, part] = segment
             start += len(text)
     return tokens, positions, segments
-
-
-def _source_of(example: TokenizedExample) -> Int[np.ndarray, " source"]:
-    assert example.source is not None
-    return example.source
 
 
 def stacked(batches: Sequence[Batch]) -> Batch:
@@ -314,7 +303,7 @@ class TrainingSteps:
     def fullness(self) -> float:
         """The part of the rows that is tokens of examples."""
         used = sum(
-            self._tokens_of(self._examples[number])
+            self._examples[number].count
             for step in self._steps
             for batch in step.batches
             for row in batch
@@ -325,10 +314,6 @@ class TrainingSteps:
             * (self._rows * self._accumulate)
             for step in self._steps
         )
-
-    @staticmethod
-    def _tokens_of(example: TokenizedExample) -> int:
-        return len(example.tokens) + (0 if example.source is None else len(example.source))
 
     def _written_count(self, row: Row) -> int:
         return sum(len(self._examples[number].tokens) for number in row.numbers)

@@ -5,6 +5,7 @@ from experiments.common.claims import frozen_unchanged
 from experiments.common.errors import InputError, as_input_error
 from experiments.common.files import bytes_in, used_alone
 from experiments.common.memory import peak_bytes
+from experiments.common.resumable import Keep
 from experiments.common.run import Run
 from experiments.llm.adapter_folder import AdapterFolder, Card
 from experiments.llm.exporting import write_peft
@@ -46,7 +47,15 @@ def _train_and_test(options: Options, run: Run, devices: Devices) -> None:
     base = with_prompt(params, options.training.soft_prompt or 0)
     examine = Examination(task, base, options.training, packed=packed, devices=devices)
     folder = AdapterFolder(out / _ADAPTER)
-    _train(training, examine, folder, options, run, model)
+    card = Card(
+        model=str(chosen.model.resolve()) if chosen.model else None,
+        quantize=chosen.quantize,
+        dtype=chosen.dtype,
+        method=options.training.description,
+        soft_prompt=options.training.soft_prompt or 0,
+        added_tokens=[(each.text, each.start) for each in model.added],
+    )
+    _train(training, examine, lambda wrapped: folder.save(wrapped, card), options, run)
     best = folder.restore(base)
     ways = {
         "off": examine.of_base,
@@ -101,13 +110,12 @@ def _check(options: Options) -> None:
 def _train(
     training: Training,
     examine: Examination,
-    folder: AdapterFolder,
+    keep: Keep,
     options: Options,
     run: Run,
-    model: LanguageModel,
 ) -> None:
-    """Takes the steps that are left, and puts the best adapter into the folder."""
-    console, chosen = run.console, options.what_learns
+    """Takes the steps that are left, and keeps what is the best so far."""
+    console = run.console
     with TrainingCheckpoints(options.output.out / _CHECKPOINTS, keep=1) as checkpoints:
         training.begin(checkpoints, resume=options.resume, console=console)
         console.note(lora_jax.summary(training.wrapped))
@@ -117,18 +125,5 @@ def _train(
         )
         training.compile(console)
         run.phase_ended("compiling")
-        card = Card(
-            model=str(chosen.model.resolve()) if chosen.model else None,
-            quantize=chosen.quantize,
-            dtype=chosen.dtype,
-            method=options.training.description,
-            soft_prompt=options.training.soft_prompt or 0,
-            added_tokens=[(each.text, each.start) for each in model.added],
-        )
-        training.run(
-            examine,
-            lambda wrapped: folder.save(wrapped, card),
-            console=console,
-            checkpoints=checkpoints,
-        )
+        training.run(examine, keep, console=console, checkpoints=checkpoints)
     run.phase_ended("training")

@@ -25,18 +25,13 @@ from lora_jax.exchange import peft
 LEAF = "soft_prompt"
 
 
-def prompt_tokens(count: int) -> Int[np.ndarray, " count"]:
-    """Returns the tokens of a prompt."""
-    return -1 - np.arange(count, dtype=np.int32)
-
-
 class PromptedTexts(Texts):
     """Texts that begin with a soft prompt, as another kind of texts otherwise."""
 
     def __init__(self, texts: Texts, count: int) -> None:
         """Takes the other texts, and how many vectors come before each."""
         super().__init__(texts.tokenizer)
-        self._texts, self._prompt = texts, prompt_tokens(count)
+        self._texts, self._prompt = texts, -1 - np.arange(count, dtype=np.int32)
 
     def question(self, messages: Sequence[Message]) -> Int[np.ndarray, " length"]:
         return self._prompted(self._texts.question(messages))

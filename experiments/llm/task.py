@@ -15,11 +15,7 @@ from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.llm.dialogsum import NAME as DIALOGSUM
 from experiments.llm.dialogsum import dialogues
-from experiments.llm.examples import (
-    Example,
-    read_examples,
-    read_preferences,
-)
+from experiments.llm.examples import Example, read_examples, read_preferences
 from experiments.llm.mesh import Devices
 from experiments.llm.options import DataOptions, ModelOptions, TrainingOptions
 from experiments.llm.soft_prompt import PromptedTexts

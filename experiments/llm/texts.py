@@ -34,7 +34,16 @@ class TokenizedExample:
 
     def __len__(self) -> int:
         """How many tokens a row has room for if it has room for this example."""
-        return len(self.tokens) if self.source is None else max(len(self.tokens), len(self.source))
+        return max(len(self.tokens), self._source_count)
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are, those of the source included."""
+        return len(self.tokens) + self._source_count
+
+    @property
+    def _source_count(self) -> int:
+        return 0 if self.source is None else len(self.source)
 
     def cut(self, length: int) -> "TokenizedExample":
         """Returns the first tokens; the last one of a source, which ends it, stays."""

@@ -83,6 +83,7 @@ class Training(ResumableTraining):
             "train_examples": len(task.train.examples),
             "validation_examples": len(task.validation.examples),
             "max_length": task.max_length,
+            "add_tokens": [[each.text, each.start] for each in task.model.added],
             "no_packing": not packed,
         }
         super().__init__(wrapped, tx, evaluate_every=training.evaluate_every, settings=settings)

@@ -21,6 +21,7 @@ from experiments.common.shared_options import (
     Seed,
     Warmup,
 )
+from experiments.pretraining.vocabulary import SENTINELS
 
 _DESCRIPTION = """\
 Pretrains a small T5 from nothing, as T5 was: spans of a text are missing, the encoder
@@ -53,17 +54,13 @@ class SizeOptions:
     layers: Annotated[int, Option("of the encoder, and of the decoder", positive_int)] = 3
     heads: Annotated[int, Option("of attention", positive_int)] = 4
 
-    def entries(self, vocabulary: int) -> dict[str, Any]:
-        """Returns what `config.json` holds.
-
-        Args:
-          vocabulary: how many tokens there are, sentinels included.
-        """
+    def entries(self) -> dict[str, Any]:
+        """Returns what `config.json` holds."""
         return {
             "architectures": ["T5ForConditionalGeneration"],
             "model_type": "t5",
             "is_encoder_decoder": True,
-            "vocab_size": vocabulary,
+            "vocab_size": self.vocabulary + SENTINELS,
             "d_model": self.width,
             "d_kv": self.width // self.heads,
             "d_ff": self.hidden,

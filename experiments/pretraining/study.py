@@ -22,9 +22,8 @@ from experiments.llm.options import TrainingOptions
 from experiments.llm.task import LanguageTask
 from experiments.llm.texts import TokenizedExample, TokenizedExamples, texts_of
 from experiments.llm.training import Examination, Training
-from experiments.models.entries import CONFIG
+from experiments.models.entries import CONFIG, read_entries
 from experiments.models.pretrained import LanguageModel
-from experiments.models.tokenizer.chat import TOKENIZER_FILE
 from experiments.pretraining.gaps import with_gaps
 from experiments.pretraining.options import Options
 from experiments.pretraining.vocabulary import SENTINELS, write_tokenizer
@@ -98,10 +97,17 @@ def _pretrain(options: Options, run: Run) -> None:
 
 def _begun(folder: Path, texts: Sequence[str], options: Options) -> LanguageModel:
     """Returns the model before it has weights: its settings, and a tokenizer of these texts."""
-    if not (options.resume and (folder / TOKENIZER_FILE).is_file()):
+    entries = options.size.entries()
+    if options.resume and (folder / CONFIG).is_file():
+        if read_entries(folder / CONFIG) != entries:
+            raise InputError(
+                "--resume continues a model of another size; pass that with which it began, or "
+                "leave out --resume to train again"
+            )
+    else:
         writable_folder(folder, "--out")
-        size = write_tokenizer(folder, texts, options.size.vocabulary)
-        write_json(folder / CONFIG, options.size.entries(size))
+        write_tokenizer(folder, texts, options.size.vocabulary)
+        write_json(folder / CONFIG, entries)
     return LanguageModel.read(folder)
 
 

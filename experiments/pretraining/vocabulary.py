@@ -23,8 +23,8 @@ SENTINELS = 100
 _PADDING, _UNKNOWN = "<pad>", "<unk>"
 
 
-def write_tokenizer(folder: Path, texts: Iterable[str], size: int) -> int:
-    """Trains pieces on texts and writes their tokenizer into a folder, and returns its size.
+def write_tokenizer(folder: Path, texts: Iterable[str], size: int) -> None:
+    """Trains pieces on texts, and writes their tokenizer with the sentinels into a folder.
 
     Args:
       folder: the folder, in Hugging Face's format.
@@ -44,7 +44,6 @@ def write_tokenizer(folder: Path, texts: Iterable[str], size: int) -> int:
         "extra_ids": SENTINELS,
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    return int(tokenizer.get_vocab_size())
 
 
 def _trained(texts: Iterable[str], size: int) -> Pieces:

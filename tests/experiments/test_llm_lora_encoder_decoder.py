@@ -122,6 +122,7 @@ def test_preferences_are_learned(arguments, tmp_path):
 
 def test_a_mesh_of_devices_computes_the_same(arguments, tmp_path):
     options = ("--batch-size", "8", "--accumulate", "1", "--epochs", "2", "--no-plots")
+    options += ("--soft-prompt", "4")
     losses = {}
     for name, mesh in {"one": [], "eight": ["--mesh", "data=2,fsdp=2,tensor=2"]}.items():
         assert main([*arguments, *options, *mesh, "--out", str(tmp_path / name)]) == 0

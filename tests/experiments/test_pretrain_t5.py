@@ -87,11 +87,13 @@ def test_it_is_fine_tuned(out, tmp_path):
     assert held_out["on"]["loss"] < held_out["off"]["loss"]
 
 
-def test_an_interrupted_run_ends_as_an_unbroken_one(out, metrics, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_an_unbroken_one(out, metrics, tmp_path, monkeypatch, error_of):
     options = [*SMALL, "--no-plots", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
         interrupted_after(training.Training, 5, patch)
         assert pretrain_t5.main(options) == 130
+    other = error_of(pretrain_t5.main, [*options, "--width", "32", "--resume"])
+    assert "--resume continues a model of another size" in other
     assert pretrain_t5.main([*options, "--resume"]) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["evaluations"] == metrics["evaluations"]

@@ -14,7 +14,7 @@ SIZE = 31
 
 def written(folder):
     folder.mkdir()
-    assert write_tokenizer(folder, TEXTS, SIZE) == SIZE + SENTINELS
+    write_tokenizer(folder, TEXTS, SIZE)
     return (folder / "tokenizer.json").read_bytes()
 
 
