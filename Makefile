@@ -37,7 +37,7 @@ ifneq ($(wildcard ../shared/dialogsum),)
 export DIALOGSUM_DIR ?= $(abspath ../shared/dialogsum)
 endif
 
-.PHONY: help mnist rank-study text llm images bench bench-llm check test test-peft test-plan test-llamacpp
+.PHONY: help mnist rank-study text llm images bench bench-llm check test test-all test-peft test-plan test-llamacpp
 .PHONY: test-tunix lowest nightly wheel docs peers format clean
 
 help: ## Show this list
@@ -76,10 +76,13 @@ check: $(VENV)/lint.stamp ## Formatting, lint and types
 	$(bin)/ruff check .
 	$(bin)/mypy
 
-test: $(VENV)/test.stamp ## Run the whole test suite (ARGS go to pytest)
+test: $(VENV)/test.stamp ## Run the tests, of those with many cases a quarter, ten minutes (ARGS go to pytest)
+	$(bin)/python $(pytest) -m "not slow" --share 0.25 $(ARGS)
+
+test-all: $(VENV)/test.stamp ## Run all of them in all cases, half an hour
 	$(bin)/python $(pytest) $(ARGS)
 
-test-peft: $(VENV)/peers.stamp ## Run it with PyTorch and PEFT, so that no comparison is skipped
+test-peft: $(VENV)/peers.stamp ## Run all with PyTorch and PEFT, so that no comparison is skipped
 	$(bin)/python $(pytest) $(ARGS)
 
 test-plan: $(VENV)/test.stamp ## Compile for a TPU and an H100, which need not be there

@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import math
 import os
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -36,6 +38,15 @@ gc.set_threshold(200_000, 50, 100)
 MEMORY = 3 * 1024**3
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--share",
+        type=float,
+        default=1.0,
+        help="of the cases of each test, the share that runs; one of each at least",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Shares compiled programs between modules, workers and runs: most are small and repeat."""
     programs = str(config.cache.mkdir("programs"))
@@ -48,14 +59,29 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts modules with slow tests first, so that no worker is left alone with one at the end.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out cases, and puts modules with slow tests first.
 
-    Before them come tests that read costs off optimised programs: between those and others all
-    programs are dropped.
+    So no worker is left alone with one of these at the end. Before them come tests that read costs
+    off optimised programs: between those and others all programs are dropped.
     """
+    if config.option.share < 1:
+        leave_out(config, items, config.option.share)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (not is_optimised(item), item.path not in slow))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], share: float) -> None:
+    """Leaves a share of the cases of each test, the same ones each time."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept: set[pytest.Item] = set()
+    for own in cases.values():
+        in_any_order = sorted(own, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        kept.update(in_any_order[: math.ceil(len(own) * share)])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -45,7 +45,7 @@ def study():
 
 
 MODELS = {"llama": lambda: LLAMA, "feed-forward": lambda: SMALLER, "study": study}
-pytestmark = pytest.mark.usefixtures("optimised", "promoted_ranks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised", "promoted_ranks")]
 
 
 def array(leaf):

@@ -20,6 +20,8 @@ from experiments.models.unet import Schedule, shapes_of
 from tests.experiments.interruptions import interrupted_after
 from tests.tiny_bert import write_model
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 

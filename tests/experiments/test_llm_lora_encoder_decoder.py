@@ -28,7 +28,10 @@ from tests.experiments.small_llm_study import (
 for module in ("safetensors", "tokenizers", "jinja2"):
     pytest.importorskip(module)
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
 
 # Of an encoder attention and a gated feed-forward layer, of a decoder attention twice.
 KERNELS = 7 * tiny_t5.LAYERS + 11 * (tiny_t5.LAYERS + 1)

@@ -12,6 +12,8 @@ import pytest
 
 from tests.agreement import assert_agree
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS, DIES_AT = 6, 5
 

@@ -187,16 +187,17 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
       ValueError: two leaves have the same name.
     """
     _check_rules(names)
+    rule_of = _FirstRule(names)
     found: list[list[NamedLeaf]] = [[] for _ in names]
     without_rule = []
     for path, leaf in NodeIndex.of(tree).tree.items():
         if not hasattr(leaf, "shape"):
             continue
-        matches = [(number, rule.fields_of(path)) for number, rule in enumerate(names)]
-        number, fields = next(((n, each) for n, each in matches if each is not None), (-1, None))
-        if fields is None:
+        match = rule_of(path)
+        if match is None:
             without_rule.append(path)
             continue
+        number, fields = match
         rule = names[number]
         named = NamedLeaf(path, leaf, rule, fields, _axes_of(rule, path, leaf, axes))
         _check_stack(named)
@@ -208,6 +209,33 @@ def named_tree(tree: Any, names: Sequence[Rule], axes: GivenAxes) -> NamedTree:
         idle_rules=tuple(rule for rule, has in zip(names, found, strict=True) if not has),
         by_name=_by_name(leaves),
     )
+
+
+class _FirstRule:
+    """The first of some rules that a path has; those without fields are found by the path itself.
+
+    A rule for each leaf, as of a U-Net, would otherwise be a product of both numbers.
+    """
+
+    def __init__(self, names: Sequence[Rule]) -> None:
+        self._whole: dict[str, int] = {}
+        self._patterns = []
+        for number, rule in enumerate(names):
+            if rule.path_fields:
+                self._patterns.append((number, rule))
+            else:
+                self._whole.setdefault(rule.path, number)
+
+    def __call__(self, path: str) -> tuple[int, dict[str, str]] | None:
+        """Returns the rule's number, and the text of each of its fields."""
+        whole = self._whole.get(path)
+        for number, rule in self._patterns:
+            if whole is not None and whole < number:
+                break
+            fields = rule.fields_of(path)
+            if fields is not None:
+                return number, fields
+        return None if whole is None else (whole, {})
 
 
 def taken(leaf: Any, named: NamedLeaf, place: Place) -> np.ndarray:

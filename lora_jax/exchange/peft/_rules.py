@@ -92,6 +92,11 @@ class Rule:
         _ = self._pattern
 
     @property
+    def path_fields(self) -> tuple[str, ...]:
+        """The fields of the path; without any, it is that of one leaf."""
+        return tuple(_fields(self.path))
+
+    @property
     def stack_fields(self) -> tuple[str, ...]:
         """The fields that number places of a stack, in the order of the stack's axes."""
         in_path = _fields(self.path)

@@ -12,6 +12,8 @@ from lora_jax.exchange import kohya
 from tests.small_unets import UNETS, given, in_torch, written
 from tests.trained import as_if_trained
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")

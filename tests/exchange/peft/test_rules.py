@@ -36,6 +36,25 @@ class TestRules:
         with pytest.raises(TypeError, match="expected a sequence of rules"):
             load(adapter, params(), names=names)
 
+    def test_the_first_one_that_a_path_has_counts(self):
+        one, every = Rule("own.weight", "a/kernel"), Rule("{layer}.weight", "{layer}/kernel")
+        other = Rule("other.weight", "a/kernel")
+        tree = {"a": {"kernel": jnp.ones((4, 3))}, "b": {"kernel": jnp.ones((4, 3))}}
+        for names, expected in (
+            ([one, every], ["own.weight", "b.weight"]),
+            ([every, one], ["a.weight", "b.weight"]),
+            ([other, one, every], ["other.weight", "b.weight"]),
+        ):
+            assert [row[0] for row in preview(tree, names=names).rows] == expected
+
+    def test_a_rule_for_each_leaf_is_found_by_its_path(self, monkeypatch):
+        names = [Rule(f"layers.{n}.weight", f"layer_{n}/kernel") for n in range(50)]
+        tree = {f"layer_{n}": {"kernel": jnp.ones((4, 3))} for n in range(50)}
+        looked = []
+        monkeypatch.setattr(Rule, "fields_of", lambda self, path: looked.append(path))
+        assert len(preview(tree, names=names).rows) == 50
+        assert not looked
+
     def test_that_give_two_leaves_one_name(self):
         names = [Rule("x.weight", "a"), Rule("x.weight", "b")]
         with pytest.raises(ValueError, match="'a' and 'b' the same PyTorch name 'x.weight'"):

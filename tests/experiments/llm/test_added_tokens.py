@@ -18,6 +18,8 @@ from tests.experiments.small_llm_study import (
     write_model,
 )
 
+pytestmark = pytest.mark.slow
+
 for module in ("safetensors", "tokenizers", "jinja2"):
     pytest.importorskip(module)
 

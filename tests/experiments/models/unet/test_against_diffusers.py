@@ -8,6 +8,8 @@ import pytest
 from experiments.models.unet import ImageModel, Schedule, UNet, sampled, save_unet
 from tests.small_unets import UNETS, given, in_torch, torch_unet, written
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
