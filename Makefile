@@ -76,8 +76,8 @@ check: $(VENV)/lint.stamp ## Formatting, lint and types
 	$(bin)/ruff check .
 	$(bin)/mypy
 
-test: $(VENV)/test.stamp ## Run the tests, of those with many cases a quarter, ten minutes (ARGS go to pytest)
-	$(bin)/python $(pytest) -m "not slow" --share 0.25 $(ARGS)
+test: $(VENV)/test.stamp ## Run the tests, of those with many cases a fifth, ten minutes (ARGS go to pytest)
+	$(bin)/python $(pytest) -m "not slow" --share 0.2 $(ARGS)
 
 test-all: $(VENV)/test.stamp ## Run all of them in all cases, half an hour
 	$(bin)/python $(pytest) $(ARGS)

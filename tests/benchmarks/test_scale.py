@@ -14,6 +14,8 @@ from benchmarks.scale.flops import product_flops
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.shapes import ONE_TOKEN, param_shapes
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LlamaConfig(
     model_type="qwen3",
     vocab_size=128,

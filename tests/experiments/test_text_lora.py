@@ -19,6 +19,8 @@ from experiments.text_lora import main
 from tests.experiments.interruptions import interrupted_after
 from tests.tiny_bert import sentences_tsv, write_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--batch-size", "4", "--epochs", "2", "--evaluate-every", "3", "--max-length", "8")
 SIZES = ("--train-examples", "16", "--validation-examples", "8")
 SENTENCES = 48

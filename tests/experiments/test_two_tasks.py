@@ -8,6 +8,8 @@ import pytest
 from experiments import text_lora, two_tasks
 from tests.tiny_bert import sentences_tsv, write_model
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = ("the film is great", "a very dull plot", "good film")
 SMALL = ("--batch-size", "4", "--epochs", "1", "--max-length", "12", "--no-plots")
 SIZES = ("--train-examples", "16", "--validation-examples", "8", "--learning-rate", "0.05")

@@ -7,7 +7,7 @@ from tests.fuzz import running
 from tests.fuzz.__main__ import main
 from tests.typechecking import annotations_unchecked
 
-pytestmark = pytest.mark.usefixtures("promoted_ranks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("promoted_ranks")]
 
 SEED, CHUNKS, CASES = 0, 12, 15
 

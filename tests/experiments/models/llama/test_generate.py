@@ -14,6 +14,8 @@ from experiments.models.llama import Llama
 from tests import tiny_llama
 from tests.trained import as_if_trained
 
+pytestmark = pytest.mark.slow
+
 NEW = 6
 
 

@@ -97,6 +97,7 @@ def test_spans_of_queries_compute_the_same(monkeypatch, model_type, length):
     assert_agree(by_spans, whole, tolerance=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("remat", [True, False])
 def test_the_matrix_of_scores_is_never_in_memory(monkeypatch, remat):

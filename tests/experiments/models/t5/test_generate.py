@@ -15,6 +15,8 @@ from lora_jax.exchange import peft
 from tests import tiny_t5
 from tests.trained import as_if_trained
 
+pytestmark = pytest.mark.slow
+
 NEW = 8
 TARGETS = "(attention|cross_attention|mlp)/.*kernel"
 

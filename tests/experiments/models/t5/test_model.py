@@ -101,6 +101,7 @@ def test_blocks_of_queries_compute_the_same(monkeypatch, length):
     assert_agree(jax.jit(jax.value_and_grad(loss))(variables), whole, tolerance=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_the_matrix_of_scores_is_never_in_memory(monkeypatch):
     """Neither forward nor backward: what a step holds grows with the length, not as its square."""
