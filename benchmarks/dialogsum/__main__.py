@@ -67,7 +67,7 @@ def _compute(options: argparse.Namespace, grid: Grid, store: ResultStore, consol
     console.note(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {store.folder}")
     console.table(
         ["to compute", "minutes on two cores"],
-        [[cell.label, f"{cell.expected_minutes:.0f}"] for cell in missing],
+        [[cell.label, f"{grid.expected_minutes(cell):.0f}"] for cell in missing],
     )
     folder = options.work or Path("runs") / grid.results
     workplace = Workplace(folder, store, options.model or grid.model, tuple(options.study))

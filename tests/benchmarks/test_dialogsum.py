@@ -156,6 +156,16 @@ def test_the_command_refuses_other_cells(capsys):
     assert "--only nothing is no cell of the grid; one of search-full" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("grid", "minutes"), [("smollm2", "42"), ("t5", "11")])
+def test_the_command_says_beforehand_how_long_a_cell_takes(
+    grid, minutes, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("rouge_score")
+    monkeypatch.setattr(Workplace, "compute", lambda *_: None)
+    assert __main__.main(["--grid", grid, "--only", "lora-8", "--results", str(tmp_path)]) == 0
+    assert re.search(rf"LoRA, rank 8 +{minutes}\b", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_every_table_of_the_documentation_is_that_of_the_stored_results(grid):
     found = ResultStore(RESULTS / grid.results).load_all(list(grid.cells))
