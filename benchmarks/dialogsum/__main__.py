@@ -5,12 +5,14 @@ in full, all on the same 1,000 dialogues, and answers all 500 test dialogues. A 
 gives LoRA and full fine-tuning learning rates of their own. A cell takes up to 50 minutes on
 two cores. Each finished cell is a file in benchmarks/results/dialogsum, with the commands that
 made it; the command goes on from what is there. After Ctrl-C a cell goes on from its checkpoint.
+Seconds of cells that were computed at other times do not compare: --speed measures all together.
 
 A grid of its own, in benchmarks/results/dialogsum_t5, is that of the small T5 that
 `python -m experiments.pretrain_t5` leaves: as it is, with LoRA, and fine-tuned in full.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +20,20 @@ from pathlib import Path
 from benchmarks.dialogsum.cells import GRIDS, Grid
 from benchmarks.dialogsum.computing import Workplace
 from benchmarks.dialogsum.report import tables
+from benchmarks.dialogsum.speed import NAME as SPEED
+from benchmarks.dialogsum.speed import as_result, speeds
 from benchmarks.stored import RESULTS, ResultStore
 from experiments.common.console import Console
 from experiments.common.errors import InputError, check_installed, exit_code
-from experiments.common.options import Parser
+from experiments.common.options import Parser, positive_int
 
+_MODULE = "benchmarks.dialogsum"
 _EPILOG = """\
 examples:
   python -m benchmarks.dialogsum                           all that is missing, several hours
   python -m benchmarks.dialogsum --only base --only lora-8
   python -m benchmarks.dialogsum --report --markdown       nothing is computed
+  python -m benchmarks.dialogsum --speed                   ten minutes
   python -m benchmarks.dialogsum --grid t5                 half an hour
   python -m benchmarks.dialogsum --model path/to/another-model --results results/another
 """
@@ -41,10 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     grid = GRIDS[options.grid]
     console, store = Console(), ResultStore(options.results or RESULTS / grid.results)
-    if not options.report:
+    if options.speed:
+        _measure(options, grid, store, console)
+    elif not options.report:
         check_installed("rouge_score", "llm")
         _compute(options, grid, store, console)
-    found = store.load_all(list(grid.cells))
+    found = store.load_all([*grid.cells, SPEED])
     for table in tables(grid, found):
         if options.markdown:
             print(table.as_markdown())
@@ -74,6 +82,19 @@ def _compute(options: argparse.Namespace, grid: Grid, store: ResultStore, consol
     for number, cell in enumerate(missing, start=1):
         console.rule(f"{number} of {len(missing)}: {cell.label}")
         workplace.compute(cell, store.load_all(list(grid.cells)))
+
+
+def _measure(options: argparse.Namespace, grid: Grid, store: ResultStore, console: Console) -> None:
+    found = speeds(
+        grid,
+        rounds=options.rounds,
+        model=options.model or grid.model,
+        options=options.study,
+        console=console,
+    )
+    command = ["python", "-m", _MODULE, "--grid", options.grid, "--speed"]
+    command += ["--rounds", str(options.rounds)]
+    store.save(SPEED, as_result(found), commands=[shlex.join(command)])
 
 
 def _choices(grid: Grid) -> str:
@@ -107,6 +128,17 @@ def _parser() -> Parser:
         type=Path,
         metavar="DIR",
         help="the folder of adapters and checkpoints (default: that of the grid in runs)",
+    )
+    parser.add_argument(
+        "--speed",
+        action="store_true",
+        help="measure how fast each method trains instead, a step of each in turn",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive_int,
+        default=10,
+        help="of --speed: how many steps each takes (default: %(default)s)",
     )
     parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from benchmarks.dialogsum.cells import Cell, Found, Grid
+from benchmarks.dialogsum.speed import NAME as SPEED
 from benchmarks.tables import Table
 from experiments.common.memory import MEGABYTE
 from experiments.llm.rouge import KINDS, Score, mean_score
@@ -25,6 +26,7 @@ def tables(grid: Grid, found: Mapping[str, Found]) -> list[Table]:
     every = (
         _answers(grid.methods, found),
         _costs(grid.methods, found),
+        _speeds(grid.methods, found),
         _differences(grid.methods, found),
         _ranks(grid.ranks, found),
         _search(grid.search, found),
@@ -70,6 +72,21 @@ def _costs(methods: Cells, found: Mapping[str, Found]) -> Table:
         )
     header = ["", "learning rate", "held-out loss", "trainable", "stored", "memory of a step"]
     return Table("What each training costs", header, rows)
+
+
+def _speeds(methods: Cells, found: Mapping[str, Found]) -> Table:
+    """Returns how fast each method trains beside full fine-tuning, in the same rounds."""
+    rounds = found[SPEED]["tokens_per_second"] if SPEED in found else {}
+    rows = [
+        [
+            methods[name].label,
+            f"{np.median(own):.0f}",
+            f"{np.median(np.divide(own, rounds[_REFERENCE])):.2f}",
+        ]
+        for name, own in rounds.items()
+    ]
+    title = "Speed of training, a step of each in turn"
+    return Table(title, ["", "tokens a second", "× full fine-tuning"], rows)
 
 
 def _differences(methods: Cells, found: Mapping[str, Found]) -> Table:

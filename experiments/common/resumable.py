@@ -171,7 +171,7 @@ class ResumableTraining(abc.ABC):
             with console.progress("Training", self._left) as progress:
                 self._evaluate_if_due(examine, keep, console, checkpoints)
                 for batch in left:
-                    self._take_step(batch)
+                    self.take_step(batch)
                     self._show(progress)
                     self._evaluate_if_due(examine, keep, console, checkpoints)
         except KeyboardInterrupt:
@@ -181,6 +181,16 @@ class ResumableTraining(abc.ABC):
                     f"A checkpoint of step {self._step} is kept: --resume continues from it"
                 )
             raise
+
+    def take_step(self, batch: Any) -> None:
+        """Takes the next step, and adds what it measured to the history."""
+        start = time.perf_counter()
+        # An interruption finds a step either taken or not begun.
+        with interrupts_held():
+            self._trainable, self._state, measured = self.taken(batch)
+            measured = jax.device_get(measured)
+            self.history.add_step({**measured, "seconds": time.perf_counter() - start})
+            self._step += 1
 
     def save(self, checkpoints: TrainingCheckpoints) -> None:
         """Saves the state, unless it is saved already."""
@@ -218,15 +228,6 @@ class ResumableTraining(abc.ABC):
     @property
     def _left(self) -> int:
         return self.total - self._step
-
-    def _take_step(self, batch: Any) -> None:
-        start = time.perf_counter()
-        # An interruption finds a step either taken or not begun.
-        with interrupts_held():
-            self._trainable, self._state, measured = self.taken(batch)
-            measured = jax.device_get(measured)
-            self.history.add_step({**measured, "seconds": time.perf_counter() - start})
-            self._step += 1
 
     def _show(self, progress: Steps) -> None:
         progress.show(self.progress_note())

@@ -1,9 +1,11 @@
 """The grid on DialogSum, small: what a cell runs and stores, what the tables say of it."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.dialogsum import __main__, computing
@@ -115,6 +117,32 @@ def test_what_fails_is_said_and_stores_nothing(workplace):
     with pytest.raises(RuntimeError, match="--rank 0 .* ended with 2"):
         workplace.compute(broken, {})
     assert workplace.store.load("broken") is None
+
+
+@pytest.mark.slow
+def test_methods_take_steps_in_turns(study, tmp_path, monkeypatch, capsys):
+    cells = (
+        Cell("base", "", None),
+        Cell("lora-8", "LoRA", ("--rank", "2")),
+        Cell("again", "", ("--rank", "2", "--seed", "1")),
+        Cell("full", "full fine-tuning", ("--method", "full")),
+    )
+    methods = {cell.name: cell for cell in cells}
+    monkeypatch.setitem(GRIDS, "t5", dataclasses.replace(GRIDS["t5"], methods=methods))
+    command = ["--grid", "t5", "--speed", "--rounds", "2", "--results", str(tmp_path / "results")]
+    command += ["--model", str(study)]
+    options = ["--train-examples", "12", "--validation-examples", "4", "--max-length", "48"]
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes its counters
+        assert __main__.main([*command, "--", *options]) == 0
+        assert re.search(r"full fine-tuning +\d+ +1\.00\b", capsys.readouterr().out)
+        command[command.index("2")] = "1000"
+        assert __main__.main([*command, "--", *options]) == 2
+        assert "--rounds is 1000; expected at most" in capsys.readouterr().err
+    stored = ResultStore(tmp_path / "results").load("speed")
+    assert stored["commands"] == ["python -m benchmarks.dialogsum --grid t5 --speed --rounds 2"]
+    speeds = stored["tokens_per_second"]
+    assert list(speeds) == ["lora-8", "full"]
+    assert all(len(each) == 2 and min(each) > 0 for each in speeds.values())
 
 
 def stored_cell(name, scores):
