@@ -94,13 +94,15 @@ def best_rate(found: Mapping[str, Found], names: tuple[str, ...]) -> float:
     return float(best["training"]["learning_rate"])
 
 
-def _searched(method: str, options: tuple[str, ...], rates: tuple[str, ...]) -> dict[str, Cell]:
+def _searched(
+    method: str, options: tuple[str, ...], rates: tuple[str, ...], *, examples: int
+) -> dict[str, Cell]:
     cells = (
         Cell(
             name=f"search-{method}-{rate}",
             label=f"{method}, learning rate {rate}",
             training=(*options, "--learning-rate", rate),
-            examples=_SMALL,
+            examples=examples,
             answers=0,
         )
         for rate in rates
@@ -110,29 +112,30 @@ def _searched(method: str, options: tuple[str, ...], rates: tuple[str, ...]) -> 
 
 _SMALL = 250
 _FULL = ("--method", "full")
+_LORA = ("--rank", "8")
 # It starts from what is asked for.
 _PROMPT = ("--soft-prompt", "20", "--soft-prompt-from", "Summarize the following dialogue.")
-FULL_SEARCH = _searched("full", _FULL, ("3e-5", "1e-4", "3e-4"))
-LORA_SEARCH = _searched("lora", ("--rank", "8"), ("3e-4", "1e-3", "3e-3"))
+FULL_SEARCH = _searched("full", _FULL, ("3e-5", "1e-4", "3e-4"), examples=_SMALL)
+LORA_SEARCH = _searched("lora", _LORA, ("3e-4", "1e-3", "3e-3"), examples=_SMALL)
 _RATE_OF_FULL, _RATE_OF_LORA = tuple(FULL_SEARCH), tuple(LORA_SEARCH)
 
 _METHODS = (
     Cell("base", "the model as it is", None),
-    Cell("lora-8", "LoRA, rank 8", ("--rank", "8"), _RATE_OF_LORA),
+    Cell("lora-8", "LoRA, rank 8", _LORA, _RATE_OF_LORA),
     Cell("full", "full fine-tuning", _FULL, _RATE_OF_FULL),
     Cell("lora-32", "LoRA, rank 32", ("--rank", "32"), _RATE_OF_LORA),
     Cell(
         "qlora-8",
         "QLoRA, rank 8, on the codes as stored",
-        ("--rank", "8", "--quantize", "as-stored"),
+        (*_LORA, "--quantize", "as-stored"),
         _RATE_OF_LORA,
     ),
-    Cell("dora-8", "DoRA, rank 8", ("--method", "dora", "--rank", "8"), _RATE_OF_LORA),
+    Cell("dora-8", "DoRA, rank 8", ("--method", "dora", *_LORA), _RATE_OF_LORA),
     Cell("prompt-20", "a soft prompt of 20", ("--method", "none", *_PROMPT)),
     Cell(
         "lora-8-prompt-20",
         "LoRA, rank 8, and a soft prompt of 20",
-        ("--rank", "8", *_PROMPT),
+        (*_LORA, *_PROMPT),
         _RATE_OF_LORA,
     ),
     Cell("lora-8-seed-1", "LoRA, rank 8, another seed", ("--seed", "1"), _RATE_OF_LORA),
@@ -157,23 +160,15 @@ RANKS = {
     for rank in (4, 8, 16, 32)
 }
 
-# The small T5 that `experiments.pretrain_t5` leaves has learned from no summary: it needs all of
-# them. Its learning rates were not searched for.
-_EVERY = ("--batch-size", "8")
+# The small T5 that `experiments.pretrain_t5` leaves has seen no summary: it learns from all.
+_ALL = 12_460
+_PART = 2_000
+_T5_FULL_SEARCH = _searched("full", _FULL, ("3e-4", "1e-3", "3e-3"), examples=_PART)
+_T5_LORA_SEARCH = _searched("lora", _LORA, ("3e-3", "1e-2", "3e-2"), examples=_PART)
 _T5_METHODS = (
     Cell("base", "the model as it is", None),
-    Cell(
-        "lora-8",
-        "LoRA, rank 8",
-        ("--rank", "8", "--learning-rate", "5e-3", *_EVERY),
-        examples=12_460,
-    ),
-    Cell(
-        "full",
-        "full fine-tuning",
-        (*_FULL, "--learning-rate", "1e-3", *_EVERY),
-        examples=12_460,
-    ),
+    Cell("lora-8", "LoRA, rank 8", _LORA, tuple(_T5_LORA_SEARCH), examples=_ALL),
+    Cell("full", "full fine-tuning", _FULL, tuple(_T5_FULL_SEARCH), examples=_ALL),
 )
 
 GRIDS = {
@@ -187,7 +182,7 @@ GRIDS = {
     ),
     "t5": Grid(
         results="dialogsum_t5",
-        search={},
+        search={**_T5_FULL_SEARCH, **_T5_LORA_SEARCH},
         methods={cell.name: cell for cell in _T5_METHODS},
         ranks={},
         seconds_to_train=0.05,

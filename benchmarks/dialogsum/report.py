@@ -127,7 +127,8 @@ def _search(search: Cells, found: Mapping[str, Found]) -> Table:
         for name in search
         if name in found
     ]
-    title = "Search for the learning rate on 250 dialogues"
+    (examples,) = {cell.examples for cell in search.values()}
+    title = f"Search for the learning rate on {examples:,} dialogues"
     return Table(title, ["method", "learning rate", "held-out loss"], rows)
 
 

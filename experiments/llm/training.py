@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ from experiments.llm.soft_prompt import prompted, start_of, without_prompt
 from experiments.llm.step import training_step
 from experiments.llm.task import LanguageTask
 
+Optimizer = Callable[[optax.Schedule], optax.GradientTransformation]
+
 
 class Training(ResumableTraining):
     """One training of a language model, by one method."""
@@ -35,8 +37,18 @@ class Training(ResumableTraining):
         *,
         packed: bool,
         devices: Devices,
+        optimizer: Optimizer | None = None,
     ) -> None:
         """Packs the examples, and puts adapters beside the weights.
+
+        Args:
+          task: the model, and the examples.
+          params: its weights.
+          training: how it trains.
+          packed: whether several examples share a row.
+          devices: where it trains.
+          optimizer: what takes steps with given learning rates; AdamW with clipped gradients if
+            None.
 
         Raises:
           InputError: `lora_jax.wrap` refuses a setting, or a soft prompt can't start as it should.
@@ -75,7 +87,10 @@ class Training(ResumableTraining):
             groups=devices.groups,
         )
         rates = warmed_up(training.greatest_learning_rate, warmup=training.warmup, steps=self.total)
-        tx = clipped_adamw(rates, weight_decay=training.weight_decay)
+        if optimizer is None:
+            tx = clipped_adamw(rates, weight_decay=training.weight_decay)
+        else:
+            tx = optimizer(rates)
         objective = training.chosen_objective
         self.compiled = CompiledSteps(training_step(task.network.apply, tx, objective))
         settings = {

@@ -94,11 +94,14 @@ class LearningOptions:
     ] = None
     held_out: Annotated[int, Option("how many others to test with", positive_int)] = 200
     max_length: Annotated[int, Option("tokens of a text, and of a row", positive_int)] = 512
-    epochs: Epochs = 3
-    batch_size: Annotated[int, Option("rows of a batch", positive_int)] = 8
-    learning_rate: Annotated[float, Option("AdamW's greatest", positive_float)] = 3e-3
+    epochs: Epochs = 6
+    batch_size: Annotated[int, Option("rows of a batch", positive_int)] = 2
+    learning_rate: Annotated[
+        float,
+        Option("Adafactor's greatest, in proportion to the size of each matrix", positive_float),
+    ] = 1e-2
     warmup: Warmup = 0.05
-    evaluate_every: EvaluateEvery = 200
+    evaluate_every: EvaluateEvery = 500
     seed: Seed = 0
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import lora_jax
 from experiments.common.console import Console, device_name
@@ -74,7 +75,16 @@ def _pretrain(options: Options, run: Run) -> None:
         no_remat=True,
         seed=learning.seed,
     )
-    training = Training(task, params, training_options, packed=True, devices=Devices())
+    training = Training(
+        task,
+        params,
+        training_options,
+        packed=True,
+        devices=Devices(),
+        # T5's own. Its steps are in proportion to each matrix: embeddings begin with a standard
+        # deviation of 1, the queries of attention with 1/64, and AdamW's steps are of one size.
+        optimizer=optax.adafactor,
+    )
     examine = Examination(task, params, training_options, packed=True, devices=Devices())
     before = examine(params)
     console = run.console
