@@ -2,10 +2,10 @@
 
 import contextlib
 import gc
+import hashlib
 import math
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import pytest
@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1.0,
         help="of the cases of each test, the share that runs; one of each at least",
     )
+    parser.addoption("--draw", default="", help="a text; another one draws other cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,22 +67,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     off optimised programs: between those and others all programs are dropped.
     """
     if config.option.share < 1:
-        leave_out(config, items, config.option.share)
+        kept = drawn([item.nodeid for item in items], config.option.share, config.option.draw)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (not is_optimised(item), item.path not in slow))
 
 
-def leave_out(config: pytest.Config, items: list[pytest.Item], share: float) -> None:
-    """Leaves a share of the cases of each test, the same ones each time."""
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept: set[pytest.Item] = set()
+def drawn(names: Sequence[str], share: float, draw: str) -> set[str]:
+    """Returns a share of the cases of each test, one at least: the same ones for the same draw."""
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        cases.setdefault(name.partition("[")[0], []).append(name)
+    kept: set[str] = set()
     for own in cases.values():
-        in_any_order = sorted(own, key=lambda item: zlib.crc32(item.nodeid.encode()))
-        kept.update(in_any_order[: math.ceil(len(own) * share)])
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+        shuffled = sorted(own, key=lambda name: hashlib.sha256((draw + name).encode()).digest())
+        kept.update(shuffled[: math.ceil(len(own) * share)])
+    return kept
 
 
 @pytest.fixture(autouse=True, scope="module")
