@@ -116,7 +116,7 @@ _LORA = ("--rank", "8")
 # It starts from what is asked for.
 _PROMPT = ("--soft-prompt", "20", "--soft-prompt-from", "Summarize the following dialogue.")
 FULL_SEARCH = _searched("full", _FULL, ("3e-5", "1e-4", "3e-4"), examples=_SMALL)
-LORA_SEARCH = _searched("lora", _LORA, ("3e-4", "1e-3", "3e-3"), examples=_SMALL)
+LORA_SEARCH = _searched("lora", _LORA, ("3e-4", "1e-3", "3e-3", "1e-2"), examples=_SMALL)
 _RATE_OF_FULL, _RATE_OF_LORA = tuple(FULL_SEARCH), tuple(LORA_SEARCH)
 
 _METHODS = (
