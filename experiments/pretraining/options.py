@@ -35,7 +35,7 @@ checkpoint, from which --resume continues as if nothing had happened.
 
 _EXAMPLES = """\
 examples:
-  python -m experiments.pretrain_t5                               about an hour on two cores
+  python -m experiments.pretrain_t5                               an hour and a quarter on one core
   python -m experiments.pretrain_t5 --resume                      continue after Ctrl-C
   python -m experiments.pretrain_t5 --texts 500 --epochs 1        a minute, to see it work
   python -m experiments.llm_lora --model runs/pretrain_t5/model --data dialogsum
