@@ -164,7 +164,7 @@ RANKS = {
 _ALL = 12_460
 _PART = 2_000
 _T5_FULL_SEARCH = _searched("full", _FULL, ("3e-4", "1e-3", "3e-3"), examples=_PART)
-_T5_LORA_SEARCH = _searched("lora", _LORA, ("3e-3", "1e-2", "3e-2"), examples=_PART)
+_T5_LORA_SEARCH = _searched("lora", _LORA, ("1e-3", "3e-3", "1e-2"), examples=_PART)
 _T5_METHODS = (
     Cell("base", "the model as it is", None),
     Cell("lora-8", "LoRA, rank 8", _LORA, tuple(_T5_LORA_SEARCH), examples=_ALL),
