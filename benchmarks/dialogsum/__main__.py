@@ -85,6 +85,8 @@ def _compute(options: argparse.Namespace, grid: Grid, store: ResultStore, consol
 
 
 def _measure(options: argparse.Namespace, grid: Grid, store: ResultStore, console: Console) -> None:
+    if options.only:
+        raise InputError("--only chooses cells, and --speed measures all methods; pass one of them")
     found = speeds(
         grid,
         rounds=options.rounds,
@@ -94,6 +96,8 @@ def _measure(options: argparse.Namespace, grid: Grid, store: ResultStore, consol
     )
     command = ["python", "-m", _MODULE, "--grid", options.grid, "--speed"]
     command += ["--rounds", str(options.rounds)]
+    command += ["--model", str(options.model)] if options.model else []
+    command += ["--", *options.study] if options.study else []
     store.save(SPEED, as_result(found), commands=[shlex.join(command)])
 
 
@@ -129,18 +133,19 @@ def _parser() -> Parser:
         metavar="DIR",
         help="the folder of adapters and checkpoints (default: that of the grid in runs)",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--speed",
         action="store_true",
         help="measure how fast each method trains instead, a step of each in turn",
     )
+    instead.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument(
         "--rounds",
         type=positive_int,
         default=10,
         help="of --speed: how many steps each takes (default: %(default)s)",
     )
-    parser.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw ROUGE as a PNG")
     parser.add_argument(

@@ -49,13 +49,12 @@ def speeds(
       InputError: a training has fewer steps.
     """
     chosen = [*options, *([] if model is None else ["--model", str(model)])]
+    chosen_of = {cell.name: _options_of(cell, chosen) for cell in timed_cells(grid)}
     # Methods on the same weights share them.
     params_of = functools.cache(functools.partial(_params, console=console))
-    trainings = {}
-    for cell in timed_cells(grid):
-        data = ["--data", DIALOGSUM, "--train-examples", str(_EXAMPLES)]
-        parsed_options = parsed([*data, *(cell.training or ()), *chosen])
-        trainings[cell.name] = _begun(parsed_options, params_of(parsed_options.what_learns))
+    trainings = {
+        name: _begun(each, params_of(each.what_learns)) for name, each in chosen_of.items()
+    }
     steps = min(each.total for each in trainings.values())
     if rounds + _WARM_UP_ROUNDS > steps:
         raise InputError(f"--rounds is {rounds}; expected at most {steps - _WARM_UP_ROUNDS}")
@@ -68,6 +67,11 @@ def speeds(
                 trainings[name].take_step(next(batches[name]))
             progress.advance()
     return {name: _tokens_per_second(each) for name, each in trainings.items()}
+
+
+def _options_of(cell: Cell, others: Sequence[str]) -> Options:
+    data = ["--data", DIALOGSUM, "--train-examples", str(_EXAMPLES)]
+    return parsed([*data, *(cell.training or ()), *others])
 
 
 def _params(chosen: ModelOptions, *, console: Console) -> Any:

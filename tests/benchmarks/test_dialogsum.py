@@ -139,7 +139,8 @@ def test_methods_take_steps_in_turns(study, tmp_path, monkeypatch, capsys):
         assert __main__.main([*command, "--", *options]) == 2
         assert "--rounds is 1000; expected at most" in capsys.readouterr().err
     stored = ResultStore(tmp_path / "results").load("speed")
-    assert stored["commands"] == ["python -m benchmarks.dialogsum --grid t5 --speed --rounds 2"]
+    shown = "python -m benchmarks.dialogsum --grid t5 --speed --rounds 2"
+    assert stored["commands"] == [f"{shown} --model {study} -- {' '.join(options)}"]
     speeds = stored["tokens_per_second"]
     assert list(speeds) == ["lora-8", "full"]
     assert all(len(each) == 2 and min(each) > 0 for each in speeds.values())
@@ -182,6 +183,8 @@ def test_the_command_refuses_other_cells(capsys):
     pytest.importorskip("rouge_score")
     assert __main__.main(["--only", "nothing"]) == 2
     assert "--only nothing is no cell of the grid; one of search-full" in capsys.readouterr().err
+    assert __main__.main(["--speed", "--only", "base"]) == 2
+    assert "--only chooses cells, and --speed measures all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("grid", "minutes"), [("smollm2", "42"), ("t5", "11")])
