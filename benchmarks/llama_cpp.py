@@ -31,6 +31,7 @@ from experiments.llm.dialogsum import Dialogue, dialogues
 from experiments.llm.exporting import ExportingOptions, export
 from experiments.models.pretrained import LanguageModel
 
+_LLAMA_CPP = "llama-cpp-python"
 _CONTEXT = 2_048
 _FLOAT32, _STORED = "float32", "as stored"
 _BASE, _ADAPTED = "the model", "with its adapter"
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    needed_module("llama_cpp", "llm")
+    needed_module("llama_cpp", _LLAMA_CPP)
     from benchmarks.peers.gguf_float32 import write_float32
 
     console, asked = Console(), dialogues("test")[: options.dialogues]
@@ -174,7 +175,7 @@ def _in_llama_cpp(
 @contextlib.contextmanager
 def _loaded(path: Path, adapter: Path | None, threads: int) -> Iterator[Any]:
     """Yields llama.cpp with a model, and with an adapter that it has accepted."""
-    llama_cpp = needed_module("llama_cpp", "llm")
+    llama_cpp = needed_module("llama_cpp", _LLAMA_CPP)
     llama = llama_cpp.Llama(
         model_path=str(path),
         lora_path=None if adapter is None else str(adapter),

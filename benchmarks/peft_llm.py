@@ -4,7 +4,9 @@ Each contender has a process of its own, with the same number of threads, and st
 files; they take turns, a block of steps each, and nothing else should run on the machine meanwhile.
 Each side has a contender that keeps what the backward pass needs, and one that computes the inside
 of each layer again. Then both sides write with the adapter that was trained, merged into the
-weights. Only losses that differ make the exit code 1: times and memory depend on the machine.
+weights, unless these are quantised. Only losses that differ make the exit code 1: times and memory
+depend on the machine. On a machine with a GPU both sides compute there, and memory is the GPU's;
+XLA_PYTHON_CLIENT_PREALLOCATE=false leaves some to the other processes.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from benchmarks.peers.llm_contender import Writing
 from benchmarks.peers.llm_report import Findings, present
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
+from benchmarks.peers.random_model import SIZES
 from experiments.common.console import Console
 from experiments.common.errors import InputError, check_installed, exit_code
 from experiments.common.options import Parser, positive_int
@@ -37,11 +40,14 @@ _WRITING = {
 }
 _BLOCK = 5
 _ROUNDS = 5
+_QUANTIZED = ("none", "nf4")
 _DEFAULT = ("--data", "dialogsum", "--train-examples", "250")
 _EPILOG = """\
 examples:
   python -m benchmarks.peft_llm
   python -m benchmarks.peft_llm --first-steps 20 -- --data my.jsonl --max-length 256 --rank 16
+  python -m benchmarks.peft_llm --sizes llama-3.2-1b -- --data dialogsum --train-examples 250 \\
+    --batch-size 8 --dtype bfloat16 --quantize nf4
 """
 
 
@@ -53,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> None:
     """Lets all train and both write, and reports on them."""
     for package in ("peft", "transformers"):
-        check_installed(package, "bench")
+        check_installed(package, "--group peers")
     study_arguments = _study_arguments(options)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         console.note("Preparing the model, the examples and the adapter")
         sizes = _write_start(folder, study_arguments, options)
         training = _trained(folder, sizes, options, console)
-        writing = _written(folder, options, console)
+        is_quantized = parsed(study_arguments).what_learns.quantize != "none"
+        writing = {} if is_quantized else _written(folder, options, console)
     present(Findings(training, writing, options.threads, study_arguments), options, console)
 
 
@@ -71,16 +78,22 @@ def _study_arguments(options: argparse.Namespace) -> list[str]:
     compared = {
         "--method": (training.method, "lora"),
         "--objective": (training.objective, "sft"),
-        "--dtype": (model.dtype, "float32"),
-        "--quantize": (model.quantize, "none"),
         "--mesh": (model.mesh, None),
     }
     for option, (chosen, expected) in compared.items():
         if chosen != expected:
             raise InputError(
-                f"{option} {chosen} is not compared: both sides train LoRA on answers, in float32 "
-                "on one device; leave it out"
+                f"{option} {chosen} is not compared: both sides train LoRA on answers, on one "
+                "device; leave it out"
             )
+    if model.quantize not in _QUANTIZED:
+        raise InputError(
+            f"--quantize {model.quantize} is not compared; expected one of {', '.join(_QUANTIZED)}"
+        )
+    if model.quantize == "nf4":
+        check_installed("bitsandbytes", "--group peers")
+    if options.sizes is not None and model.model is not None:
+        raise InputError("--sizes is for weights of the packaged model's kind; leave out --model")
     if training.no_remat:
         raise InputError("--no-remat is compared anyway, beside training without it; leave it out")
     return list(options.study)
@@ -95,6 +108,7 @@ def _write_start(folder: str, study_arguments: list[str], options: argparse.Name
             study_arguments=study_arguments,
             most_steps=options.first_steps,
             most_prompts=options.prompts,
+            sizes=options.sizes,
         )
 
 
@@ -136,6 +150,11 @@ def _written(folder: str, options: argparse.Namespace, console: Console) -> dict
 def _parser() -> Parser:
     parser = comparison_parser("peft_llm", __doc__)
     parser.epilog = _EPILOG
+    parser.add_argument(
+        "--sizes",
+        choices=SIZES,
+        help="random weights in the sizes of this model, with the tokenizer of the packaged one",
+    )
     parser.add_argument(
         "--first-steps",
         type=positive_int,

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Lets the contenders take turns, and reports on them."""
-    check_installed("peft", "bench")
+    check_installed("peft", "--group peers")
     console = Console()
     names = [name for name in _CONTENDERS if name != "PEFT, torch.compile" or options.compile]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

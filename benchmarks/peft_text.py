@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> None:
     """Lets both train, and reports on them."""
     for package in ("peft", "transformers"):
-        check_installed(package, "bench")
+        check_installed(package, "--group peers")
     study_arguments = _study_arguments(options)
     console = Console()
     with tempfile.TemporaryDirectory() as name:

@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.speed:
         _measure(options, grid, store, console)
     elif not options.report:
-        check_installed("rouge_score", "llm")
+        check_installed("rouge_score", "lora-jax[llm]")
         _compute(options, grid, store, console)
     found = store.load_all([*grid.cells, SPEED])
     for table in tables(grid, found):

@@ -15,8 +15,9 @@ from benchmarks.stored import ResultStore
 from experiments.common.errors import EXIT_INTERRUPTED, EXIT_OK
 
 _STUDY = "experiments.llm_lora"
-# What metrics.json holds of the machine at hand, or of each step, is not stored.
+# What metrics.json holds of paths, or of each step, is not stored.
 _KEPT_OF_TRAINING = (
+    "device",
     "method",
     "rank",
     "quantize",
@@ -34,7 +35,15 @@ _KEPT_OF_TRAINING = (
     "evaluations",
     "seconds",
 )
-_KEPT_OF_ANSWERS = ("answers", "references", "perplexity", "rouge", "rouge_of_each", "seconds")
+_KEPT_OF_ANSWERS = (
+    "device",
+    "answers",
+    "references",
+    "perplexity",
+    "rouge",
+    "rouge_of_each",
+    "seconds",
+)
 
 
 @dataclasses.dataclass(frozen=True)

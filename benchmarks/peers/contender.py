@@ -109,12 +109,10 @@ def loss_differences(ours: Contender, theirs: Contender) -> NDArray[np.float64]:
     return np.abs(np.divide(theirs.losses[0], ours.losses[0]) - 1)
 
 
-def check_losses(greatest: float) -> None:
+def check_losses(greatest: float, bound: float = GREATEST_LOSS_DIFFERENCE) -> None:
     """Raises a `RuntimeError` unless losses that differ by this much are the same computation's."""
-    if not greatest < GREATEST_LOSS_DIFFERENCE:
-        raise RuntimeError(
-            f"the losses differ by {greatest:.1e}, expected less than {GREATEST_LOSS_DIFFERENCE}"
-        )
+    if not greatest < bound:
+        raise RuntimeError(f"the losses differ by {greatest:.1e}, expected less than {bound}")
 
 
 def versions(contenders: Mapping[str, Contender]) -> str:

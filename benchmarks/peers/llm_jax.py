@@ -15,12 +15,15 @@ from benchmarks.peers.llm_start import StartFolder
 from benchmarks.peers.steps import timed_steps
 from experiments.common.adamw import clipped_adamw
 from experiments.common.compiled_steps import CompiledSteps
-from experiments.common.memory import keep_freed_memory, return_freed_memory
+from experiments.common.console import Console, device_name
+from experiments.common.memory import accelerator_peak_bytes, keep_freed_memory, return_freed_memory
 from experiments.llm.answers import filled_up
 from experiments.llm.exporting import write_peft
+from experiments.llm.mesh import Devices
 from experiments.llm.objectives import Answers
 from experiments.llm.packing import Batch
 from experiments.llm.step import training_step
+from experiments.llm.task import loaded_params
 from experiments.models.generation import generate
 from experiments.models.pretrained import LanguageModel
 from lora_jax.exchange import peft
@@ -29,7 +32,16 @@ from lora_jax.exchange import peft
 _NO_END = (-1,)
 
 
-class LoraJax:
+class _OnJax:
+    """A side whose memory is that of JAX's device."""
+
+    def accelerator_peak(self, *, forgotten: bool) -> int | None:
+        """Returns the most memory of an accelerator so far; JAX can't begin to count anew."""
+        del forgotten
+        return accelerator_peak_bytes()
+
+
+class LoraJax(_OnJax):
     """The study's model and its training; see `benchmarks.peers.llm_torch` for PEFT's."""
 
     def __init__(self, folder: str, remat: bool) -> None:
@@ -42,15 +54,16 @@ class LoraJax:
         keep_freed_memory()  # as on the other side, and in the study
         self._folder = StartFolder(Path(folder))
         self._model = LanguageModel.read(self._folder.model)
+        dtype = self._folder.model_options().dtype
         settings = self._folder.settings()
         rates = jnp.array(settings["learning_rates"])
         self._tx = clipped_adamw(lambda step: rates[step], weight_decay=settings["weight_decay"])
-        apply = self._model.network(remat=remat).apply
+        apply = self._model.network(dtype=jnp.dtype(dtype), remat=remat).apply
         self._steps = CompiledSteps(training_step(apply, self._tx, Answers()))
 
     def begin(self) -> None:
         """Takes the adapter and the batches."""
-        wrapped = _adapted(self._model, self._folder.adapter)
+        wrapped = _adapted(self._folder, self._folder.adapter)
         self._trainable, self._frozen = lora_jax.split(wrapped)
         self._state = self._tx.init(self._trainable)
         self._batches = [Batch(**batch) for batch in read_batches(self._folder.batches)]
@@ -72,7 +85,7 @@ class LoraJax:
 
     def versions(self) -> dict[str, str]:
         """Returns what computes."""
-        return {"device": str(jax.devices()[0]), "jax": jax.__version__}
+        return {"device": device_name(), "jax": jax.__version__}
 
     def _step(self, number: int) -> float:
         batch = self._batches[number]
@@ -85,7 +98,7 @@ class LoraJax:
         return self._trainable, self._state, self._frozen, batch
 
 
-class LoraJaxWriter:
+class LoraJaxWriter(_OnJax):
     """The model with its adapter merged, which answers all prompts in one batch."""
 
     def __init__(self, folder: str, new_tokens: int) -> None:
@@ -97,11 +110,11 @@ class LoraJaxWriter:
         """
         keep_freed_memory()
         start = StartFolder(Path(folder))
-        model = LanguageModel.read(start.model)
-        self._params = jax.jit(lora_jax.merge)(_adapted(model, start.trained))
+        self._params = jax.jit(lora_jax.merge)(_adapted(start, start.trained))
         prompts = [prompt["tokens"] for prompt in read_batches(start.prompts)]
         self._prompts = filled_up(prompts, rows=len(prompts))
-        apply = model.network().apply
+        dtype = jnp.dtype(start.model_options().dtype)
+        apply = LanguageModel.read(start.model).network(dtype=dtype).apply
         self._generate = jax.jit(
             functools.partial(generate, apply, new_tokens=new_tokens, end_ids=_NO_END)
         )
@@ -114,5 +127,7 @@ class LoraJaxWriter:
         return {"seconds": time.perf_counter() - start, "tokens": written.tolist()}
 
 
-def _adapted(model: LanguageModel, adapter: Path) -> Any:
-    return peft.load(adapter, model.params(), names=model.rules)
+def _adapted(start: StartFolder, adapter: Path) -> Any:
+    model, quiet = LanguageModel.read(start.model), Console(to_stderr=True).without_progress()
+    params = loaded_params(model, start.model_options(), Devices(), quiet)
+    return peft.load(adapter, params, names=model.rules)

@@ -1,19 +1,22 @@
 """What both sides of the comparison of language models start from: files that are written once."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from benchmarks.peers.batches import write_batches
+from benchmarks.peers.random_model import in_sizes_of, random_params
 from experiments.common.adamw import GREATEST_GRADIENT, warmed_up
 from experiments.common.console import Console
 from experiments.llm.exporting import write_huggingface, write_peft
 from experiments.llm.mesh import Devices
-from experiments.llm.options import Options, parsed
+from experiments.llm.options import ModelOptions, Options, parsed
 from experiments.llm.packing import Batch
 from experiments.llm.task import language_task, loaded_params
 from experiments.llm.texts import TokenizedExample
@@ -33,7 +36,7 @@ class StartFolder:
 
     @property
     def model(self) -> Path:
-        """The model, in Hugging Face's format and in float32."""
+        """The model, in Hugging Face's format, not quantised."""
         return self.path / "model"
 
     @property
@@ -61,6 +64,13 @@ class StartFolder:
         found: dict[str, Any] = json.loads(self._settings.read_text(encoding="utf-8"))
         return found
 
+    def model_options(self) -> ModelOptions:
+        """Returns which model both sides have, and what its frozen weights are."""
+        settings = self.settings()
+        return ModelOptions(
+            model=self.model, dtype=settings["dtype"], quantize=settings["quantize"]
+        )
+
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Writes what `settings` returns."""
         self._settings.write_text(json.dumps(settings), encoding="utf-8")
@@ -78,7 +88,11 @@ class Start:
         self._folder = StartFolder(Path(folder))
 
     def write(
-        self, study_arguments: Sequence[str], most_steps: int, most_prompts: int
+        self,
+        study_arguments: Sequence[str],
+        most_steps: int,
+        most_prompts: int,
+        sizes: str | None = None,
     ) -> list[int]:
         """Writes the model, a new adapter, the batches of the first steps, and prompts.
 
@@ -86,21 +100,29 @@ class Start:
           study_arguments: what `python -m experiments.llm_lora` would be called with.
           most_steps: how many steps to write at most.
           most_prompts: how many prompts to write at most.
+          sizes: the name of a model; if given, the weights are random, in its sizes.
 
         Returns:
           The tokens of each step, without those that fill rows up.
         """
         options, folder = parsed(study_arguments), self._folder
         console = Console(to_stderr=True).without_progress()
-        model = LanguageModel.read(options.what_learns.model)
+        chosen = dataclasses.replace(options.what_learns, quantize="none")
+        model = LanguageModel.read(chosen.model)
+        if sizes is not None:
+            model = in_sizes_of(model, sizes)
         task = language_task(
             model,
             options.data,
             options.training,
-            dtype=options.what_learns.dtype,
+            dtype=chosen.dtype,
             devices=Devices(),
         )
-        params = loaded_params(model, options.what_learns, Devices(), console)
+        params = (
+            loaded_params(model, chosen, Devices(), console)
+            if sizes is None
+            else random_params(model, chosen.dtype)
+        )
         packed = not options.data.no_packing
         training = Training(task, params, options.training, packed=packed, devices=Devices())
         steps = [training.steps[number] for number in range(min(most_steps, training.total))]
@@ -128,6 +150,9 @@ def _settings(options: Options, study_arguments: Sequence[str], steps: int) -> d
     rates = warmed_up(training.greatest_learning_rate, warmup=training.warmup, steps=steps)
     return {
         "arguments": list(study_arguments),
+        "platform": jax.default_backend(),
+        "dtype": options.what_learns.dtype,
+        "quantize": options.what_learns.quantize,
         "learning_rates": [float(rates(step)) for step in range(steps)],
         "weight_decay": training.weight_decay,
         "greatest_gradient": GREATEST_GRADIENT,

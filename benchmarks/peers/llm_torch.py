@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.peers.batches import read_batches
 from benchmarks.peers.llm_start import StartFolder
-from benchmarks.peers.torch_training import TorchTraining, prepare_process
+from benchmarks.peers.torch_training import OnTorch, TorchTraining, prepare_process
 
 
 class Peft(TorchTraining):
@@ -31,11 +33,13 @@ class Peft(TorchTraining):
         """
         self._folder = StartFolder(Path(folder))
         self._checkpointing = checkpointing
-        super().__init__(self._folder.settings())
+        settings = self._folder.settings()
+        self._dtype = getattr(torch, settings["dtype"])
+        super().__init__(settings, settings["platform"])
 
     def begin(self) -> None:
         """Takes the adapter and the batches."""
-        model = _language_model(self._folder)
+        model = _language_model(self._folder, self.device)
         if self._checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         adapted = peft.PeftModel.from_pretrained(model, self._folder.adapter, is_trainable=True)
@@ -51,7 +55,8 @@ class Peft(TorchTraining):
         parts = max(float(batch["weights"].sum()), 1.0)
         losses = []
         for number in range(len(batch["tokens"])):
-            loss = self._loss({name: array[number] for name, array in batch.items()}) / parts
+            with self._precision():
+                loss = self._loss({name: array[number] for name, array in batch.items()}) / parts
             loss.backward()
             losses.append(loss.item())
         return sum(losses)
@@ -59,21 +64,27 @@ class Peft(TorchTraining):
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Returns the sum of the cross-entropies of the tokens that are learned."""
         model = self._model.get_base_model()
+        count = int(batch["weights"].sum())
+        places, targets = (self._placed(batch[name][0, :count]) for name in ("places", "targets"))
         hidden = model.model(
-            input_ids=torch.from_numpy(batch["tokens"]).long(),
-            position_ids=torch.from_numpy(batch["positions"]).long(),
-            attention_mask=_visible(torch.from_numpy(batch["segments"])),
+            input_ids=self._placed(batch["tokens"]),
+            position_ids=self._placed(batch["positions"]),
+            attention_mask=_visible(self._placed(batch["segments"])),
             use_cache=False,
         ).last_hidden_state
-        count = int(batch["weights"].sum())
-        places, targets = (
-            torch.from_numpy(batch[name][0, :count]).long() for name in ("places", "targets")
-        )
         logits = model.lm_head(hidden.flatten(0, 1)[places])
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
+    def _precision(self) -> torch.autocast:
+        """Returns a context in which products of adapters, whose factors are float32, are not."""
+        enabled = self._dtype != torch.float32
+        return torch.autocast(self.device.type, self._dtype, enabled=enabled)
 
-class PeftWriter:
+    def _placed(self, array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array).to(self.device).long()
+
+
+class PeftWriter(OnTorch):
     """The model with its adapter merged, which answers all prompts in one batch."""
 
     def __init__(self, folder: str, new_tokens: int) -> None:
@@ -85,10 +96,12 @@ class PeftWriter:
         """
         prepare_process()
         start = StartFolder(Path(folder))
-        adapted = peft.PeftModel.from_pretrained(_language_model(start), start.trained)
+        super().__init__(start.settings()["platform"])
+        adapted = peft.PeftModel.from_pretrained(_language_model(start, self.device), start.trained)
         self._model = adapted.merge_and_unload().eval()
         self._prompts = [
-            torch.from_numpy(prompt["tokens"]).long() for prompt in read_batches(start.prompts)
+            torch.from_numpy(prompt["tokens"]).to(self.device).long()
+            for prompt in read_batches(start.prompts)
         ]
         # The end of an answer is not looked for, so that all sides write the same number of tokens.
         self._model.generation_config = transformers.GenerationConfig(
@@ -104,13 +117,27 @@ class PeftWriter:
         start = time.perf_counter()
         with torch.inference_mode():
             written = self._model.generate(tokens, attention_mask=is_prompt)
+        self.wait()
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": written[:, tokens.shape[1] :].tolist()}
 
 
-def _language_model(folder: StartFolder) -> transformers.PreTrainedModel:
+def _language_model(folder: StartFolder, device: torch.device) -> transformers.PreTrainedModel:
+    chosen = folder.model_options()
+    dtype, quantization = getattr(torch, chosen.dtype), None
+    if chosen.quantize == "nf4":
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder.model, dtype=torch.float32, attn_implementation="sdpa"
+        folder.model,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        quantization_config=quantization,
+        device_map={"": device},
     )
 
 

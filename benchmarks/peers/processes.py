@@ -55,7 +55,7 @@ class Remote:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that the process has had at once, so far."""
+        """The most memory so far that was in use at once: an accelerator's if there is one."""
         return self._ask({"method": None, "forgotten": False})
 
     def forget_peak(self) -> int:

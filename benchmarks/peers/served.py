@@ -30,15 +30,22 @@ def main(target: str, threads: int) -> None:
 
     def called(question: dict[str, Any]) -> Any:
         if question["method"] is None:
-            return _peak(forgotten=question["forgotten"])
+            return _peak(served, forgotten=question["forgotten"])
         return getattr(served, question["method"])(**question["arguments"])
 
     for line in sys.stdin:
         _answer(made if served is None else called, json.loads(line), replies)
 
 
-def _peak(*, forgotten: bool) -> int:
-    """Returns the peak of the process's memory so far, and may begin to count anew."""
+def _peak(served: Any, *, forgotten: bool) -> int:
+    """Returns the peak of the memory so far, and may begin to count anew.
+
+    It is that of the accelerator, if the object has a method `accelerator_peak` that knows it.
+    """
+    if hasattr(served, "accelerator_peak"):
+        found = served.accelerator_peak(forgotten=forgotten)
+        if found is not None:
+            return found
     peak = host_peak_bytes()
     if forgotten:
         forget_host_peak()

@@ -29,15 +29,48 @@ def versions() -> dict[str, str]:
     return {name: package.__version__ for name, package in packages.items()}
 
 
-class TorchTraining(abc.ABC):
+class OnTorch:
+    """A side whose memory is that of PyTorch's device.
+
+    Attributes:
+      device: the kind of device that the other side computes on.
+    """
+
+    def __init__(self, platform: str) -> None:
+        """Takes the name that JAX has for the kind.
+
+        Raises:
+          RuntimeError: PyTorch has no such device.
+        """
+        self.device = torch.device("cuda" if platform == "gpu" else platform)
+        if platform == "gpu" and not torch.cuda.is_available():
+            raise RuntimeError("JAX computes on a GPU, and this PyTorch knows none")
+
+    def accelerator_peak(self, *, forgotten: bool) -> int | None:
+        """Returns the most memory of the GPU so far, and may begin to count anew."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated()
+        if forgotten:
+            torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def wait(self) -> None:
+        """Waits until all is computed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class TorchTraining(OnTorch, abc.ABC):
     """AdamW on what trains of a model, with clipping and given learning rates."""
 
     _model: nn.Module
     _trainable: Sequence[nn.Parameter]
     _batches: Sequence[Mapping[str, Any]]
 
-    def __init__(self, start: Mapping[str, Any]) -> None:
-        """Takes the settings that both sides start from."""
+    def __init__(self, start: Mapping[str, Any], platform: str = "cpu") -> None:
+        """Takes the settings that both sides start from, and where the other side computes."""
+        super().__init__(platform)
         prepare_process()
         self._start = start
 
@@ -76,4 +109,5 @@ class TorchTraining(abc.ABC):
             group["lr"] = self._start["learning_rates"][number]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self.wait()
         return loss

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import shlex
 import signal
 import sys
 import threading
@@ -49,28 +50,31 @@ def as_input_error() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def needed_module(name: str, extra: str) -> ModuleType:
+def needed_module(name: str, source: str) -> ModuleType:
     """Returns a module that only some studies need.
 
+    Args:
+      name: its name.
+      source: what pip installs it from: a requirement, or `--group` and a group's name.
+
     Raises:
-      InputError: it is not installed; the extra that installs it is named.
+      InputError: it is not installed; the message says what installs it.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _missing(error.name, extra) from error
+        raise _missing(error.name, source) from error
 
 
-def check_installed(name: str, extra: str) -> None:
+def check_installed(name: str, source: str) -> None:
     """Raises like `needed_module`, without importing anything."""
     if importlib.util.find_spec(name) is None:
-        raise _missing(name, extra)
+        raise _missing(name, source)
 
 
-def _missing(name: str | None, extra: str) -> InputError:
-    return InputError(
-        f"{name} is not installed, and this study needs it: pip install 'lora-jax[{extra}]'"
-    )
+def _missing(name: str | None, source: str) -> InputError:
+    command = shlex.join(["pip", "install", *source.split()])
+    return InputError(f"{name} is not installed, and this study needs it: {command}")
 
 
 _interrupt_requested = threading.Event()

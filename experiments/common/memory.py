@@ -41,11 +41,18 @@ def _call_glibc(name: str, *arguments: int) -> None:
 
 def peak_bytes() -> int:
     """Returns the peak memory in use: the accelerator's if it is known, otherwise the host's."""
+    found = accelerator_peak_bytes()
+    return host_peak_bytes() if found is None else found
+
+
+def accelerator_peak_bytes() -> int | None:
+    """Returns the peak of the accelerator's memory that JAX has used; None if it is not known."""
     # Imported late: a process that measures PyTorch alone should not hold JAX in memory.
     import jax
 
     statistics = jax.devices()[0].memory_stats() or {}
-    return int(statistics.get("peak_bytes_in_use", host_peak_bytes()))
+    found = statistics.get("peak_bytes_in_use")
+    return None if found is None else int(found)
 
 
 def host_peak_bytes() -> int:

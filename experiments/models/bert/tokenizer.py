@@ -59,7 +59,7 @@ class TextTokenizer:
 
 
 def _read(path: Path) -> Any:
-    tokenizers = needed_module("tokenizers", "text")
+    tokenizers = needed_module("tokenizers", "lora-jax[text]")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower

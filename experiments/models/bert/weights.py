@@ -81,8 +81,8 @@ def _expected_shapes(config: BertConfig) -> dict[tuple[str, ...], tuple[int, ...
 
 def _read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Returns the encoder's tensors, under the names that files have today."""
-    safetensors = needed_module("safetensors", "text")
-    reader = needed_module("safetensors.numpy", "text")
+    safetensors = needed_module("safetensors", "lora-jax[text]")
+    reader = needed_module("safetensors.numpy", "lora-jax[text]")
     try:
         stored = reader.load_file(path)
     except safetensors.SafetensorError as error:

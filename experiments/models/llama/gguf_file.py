@@ -37,7 +37,7 @@ class GGUFFile:
         Raises:
           InputError: it is no GGUF file of an architecture that this model computes.
         """
-        gguf = needed_module("gguf", "llm")
+        gguf = needed_module("gguf", "lora-jax[llm]")
         if not path.is_file():
             raise InputError(f"{path} is not a file; expected a model in GGUF's format")
         try:

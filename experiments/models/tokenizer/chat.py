@@ -145,7 +145,10 @@ class ChatTokenizer:
         """
         if self._template is None:
             raise InputError(f"{self._source} has no chat template; expected a chat model")
-        jinja2, sandbox = needed_module("jinja2", "llm"), needed_module("jinja2.sandbox", "llm")
+        jinja2, sandbox = (
+            needed_module("jinja2", "lora-jax[llm]"),
+            needed_module("jinja2.sandbox", "lora-jax[llm]"),
+        )
 
         def refuse(message: str) -> None:
             raise jinja2.exceptions.TemplateError(message)

@@ -45,7 +45,7 @@ def tokenizer_of_folder(folder: Path) -> ChatTokenizer:
 
 
 def _tokenizer(folder: Path, settings: Mapping[str, Any]) -> Any:
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     path, pieces = folder / TOKENIZER_FILE, folder / PIECES_FILE
     if not path.is_file() and pieces.is_file():
         return tokenizer_of_pieces(read_pieces(pieces), sentinels=settings.get("extra_ids", 100))

@@ -74,7 +74,7 @@ def tokenizer_of_gguf(path: Path, metadata: Mapping[str, Any]) -> ChatTokenizer:
 
 def _byte_level(tokens: Sequence[str], merges: Sequence[str], words: str) -> Any:
     """Returns a tokenizer that merges pairs of bytes (Radford et al., GPT-2, 2019)."""
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     vocabulary = {token: place for place, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     tokenizer = tokenizers.Tokenizer(
@@ -98,7 +98,7 @@ def _of_pieces(tokens: Sequence[str], scores: Sequence[float], *, begins_with_sp
 
     Source: Kudo and Richardson, SentencePiece, 2018; the kind of Llama, Llama 2 and Mistral.
     """
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     vocabulary = {token: place for place, token in enumerate(tokens)}
     of_token = dict(zip(tokens, scores, strict=True))
     pairs = [
@@ -128,7 +128,7 @@ def _of_pieces(tokens: Sequence[str], scores: Sequence[float], *, begins_with_sp
 
 
 def _add_special(tokenizer: Any, tokens: Sequence[str], types: Sequence[int]) -> None:
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     of_type = list(zip(tokens, types, strict=True))
     control = [token for token, kind in of_type if kind == _CONTROL]
     given = [token for token, kind in of_type if kind == _USER_DEFINED]

@@ -111,7 +111,7 @@ def tokenizer_of_pieces(found: Pieces, *, sentinels: int) -> Any:
       sentinels: how many tokens `<extra_id_0>`, `<extra_id_1>`, ... come after the pieces, the last
         one first.
     """
-    tokenizers = needed_module("tokenizers", "llm")
+    tokenizers = needed_module("tokenizers", "lora-jax[llm]")
     names = [f"<extra_id_{number}>" for number in reversed(range(sentinels))]
     vocabulary = [(piece.text, piece.score) for piece in found.pieces]
     vocabulary += [(name, 0.0) for name in names]

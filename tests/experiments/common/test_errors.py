@@ -1,7 +1,10 @@
 """An error is one line, the exit code says whose fault it was, and no Ctrl-C is lost."""
 
+import ast
 import contextlib
 import signal
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,8 @@ from experiments.common.errors import (
     needed_module,
     raise_if_interrupted,
 )
+
+ROOT = Path(__file__).parents[3]
 
 
 def raising(error):
@@ -46,13 +51,36 @@ def test_success_is_zero_and_bugs_keep_their_traceback():
         exit_code(raising(AttributeError("a bug")))
 
 
-def test_a_missing_package_is_named_with_the_extra_that_installs_it():
+def test_a_missing_package_is_named_with_what_installs_it():
     with pytest.raises(InputError, match=r"no_such_package .* pip install 'lora-jax\[text\]'"):
-        check_installed("no_such_package", "text")
+        check_installed("no_such_package", "lora-jax[text]")
     with pytest.raises(InputError, match=r"no_such_package .* pip install 'lora-jax\[text\]'"):
-        needed_module("no_such_package", "text")
-    check_installed("json", "text")
-    assert needed_module("json", "text").loads("1") == 1
+        needed_module("no_such_package", "lora-jax[text]")
+    check_installed("json", "lora-jax[text]")
+    assert needed_module("json", "lora-jax[text]").loads("1") == 1
+
+
+def sources_that_are_named():
+    """Returns what the calls in studies and benchmarks name as the source of a module."""
+    for file in (*(ROOT / "experiments").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = getattr(getattr(node, "func", None), "id", None)
+            if name in ("check_installed", "needed_module"):
+                yield file, node.args[1]
+
+
+def test_what_is_named_can_be_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = settings["project"]["optional-dependencies"]
+    known = {
+        *(f"lora-jax[{extra}]" for extra in extras),
+        *(f"--group {group}" for group in settings["dependency-groups"]),
+    }
+    found = list(sources_that_are_named())
+    assert len(found) > 10
+    for file, source in found:
+        # Another package is a constant of its module.
+        assert isinstance(source, ast.Name) or source.value in known, file
 
 
 @pytest.fixture(autouse=True)
