@@ -122,10 +122,12 @@ def _trained(
     """Returns all contenders after the same steps; ours leaves its adapter in the folder."""
     with contextlib.ExitStack() as stack:
         contenders = {}
-        for name, (target, arguments) in _TRAINING.items():
-            remote = _remote(target, options, folder=folder, **arguments)
-            contenders[name] = Contender(stack.enter_context(contextlib.closing(remote)))
-            contenders[name].begin()
+        with console.progress("Getting ready to train", len(_TRAINING)) as progress:
+            for name, (target, arguments) in _TRAINING.items():
+                remote = _remote(target, options, folder=folder, **arguments)
+                contenders[name] = Contender(stack.enter_context(contextlib.closing(remote)))
+                contenders[name].begin()
+                progress.advance()
         take_turns(contenders, sizes, block=_BLOCK, description="Training", console=console)
         contenders[OURS].remote.call("save")
     return contenders
@@ -135,10 +137,12 @@ def _written(folder: str, options: argparse.Namespace, console: Console) -> dict
     """Returns both sides after they have written with the same adapter."""
     with contextlib.ExitStack() as stack:
         writers = {}
-        for name, target in _WRITING.items():
-            remote = _remote(target, options, folder=folder, new_tokens=options.new_tokens)
-            writers[name] = Writing(stack.enter_context(contextlib.closing(remote)))
-            writers[name].begin()
+        with console.progress("Getting ready to write", len(_WRITING)) as progress:
+            for name, target in _WRITING.items():
+                remote = _remote(target, options, folder=folder, new_tokens=options.new_tokens)
+                writers[name] = Writing(stack.enter_context(contextlib.closing(remote)))
+                writers[name].begin()
+                progress.advance()
         with console.progress("Writing", _ROUNDS) as progress:
             for order in in_turns(list(writers), _ROUNDS):
                 for name in order:

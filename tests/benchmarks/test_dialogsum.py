@@ -200,8 +200,8 @@ def test_the_command_says_beforehand_how_long_a_cell_takes(
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_every_table_of_the_documentation_is_that_of_the_stored_results(grid):
     found = ResultStore(RESULTS / grid.results).load_all(list(grid.cells))
-    if not set(grid.methods) <= set(found):
-        pytest.skip("not all methods have been computed")
+    if not set(grid.methods) & set(found):
+        pytest.skip("no method has been computed")
     text = (DOCS / "llm.md").read_text()
     for table in tables(grid, found):
         assert table.as_markdown() in re.sub(r"\n{2,}", "\n", text), table.title
