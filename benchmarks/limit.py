@@ -203,11 +203,9 @@ def _parser() -> Parser:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the factors (default: float32); weights have float32 here, bfloat16 elsewhere",
+        help="of the factors; weights have float32 here, bfloat16 elsewhere",
     )
-    parser.add_argument(
-        "--rounds", type=positive_int, default=10, help="turns of each step (default: 10)"
-    )
+    parser.add_argument("--rounds", type=positive_int, default=10, help="turns of each step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 

@@ -246,14 +246,10 @@ def _parser() -> Parser:
         help="the folder `adapter` in the --out of a training on a GGUF file",
     )
     parser.add_argument(
-        "--dialogues", type=positive_int, default=16, help="test dialogues to answer (default: 16)"
+        "--dialogues", type=positive_int, default=16, help="test dialogues to answer"
     )
-    parser.add_argument(
-        "--new-tokens", type=positive_int, default=64, help="of an answer (default: 64)"
-    )
-    parser.add_argument(
-        "--threads", type=positive_int, default=2, help="those of llama.cpp (default: 2)"
-    )
+    parser.add_argument("--new-tokens", type=positive_int, default=64, help="of an answer")
+    parser.add_argument("--threads", type=positive_int, default=2, help="those of llama.cpp")
     parser.add_argument(
         "--store", action="store_true", help="write benchmarks/results/llama_cpp.json"
     )

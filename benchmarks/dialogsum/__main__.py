@@ -144,7 +144,7 @@ def _parser() -> Parser:
         "--rounds",
         type=positive_int,
         default=10,
-        help="of --speed: how many steps each takes (default: %(default)s)",
+        help="of --speed: how many steps each takes",
     )
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw ROUGE as a PNG")

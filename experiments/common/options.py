@@ -67,12 +67,17 @@ def parsed_as(
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's paragraphs, and shows each option's default if it has one."""
+    """Keeps the description's paragraphs, and shows each option's default if it has one.
+
+    A text that says itself what the default is, in words, stays as it is.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str:
         help_text = action.help or ""
         default = action.default
         if default is None or default is False or default == argparse.SUPPRESS:
+            return help_text
+        if "(default" in help_text:
             return help_text
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         return f"{help_text} (default: {shown})"

@@ -101,6 +101,16 @@ def test_help_has_the_description_the_groups_the_defaults_and_the_examples(capsy
         assert text in shown
 
 
+def test_help_says_each_default_once(capsys):
+    parser = Parser(prog="study")
+    parser.add_argument("--rank", default=0, help="the rank")
+    parser.add_argument("--machine", default="here", help="where (default: this one)")
+    parser.print_help()
+    shown = capsys.readouterr().out
+    assert "the rank (default: 0)" in shown
+    assert "where (default: this one)\n" in shown
+
+
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
