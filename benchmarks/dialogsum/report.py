@@ -8,6 +8,7 @@ from benchmarks.dialogsum.cells import Cell, Found, Grid
 from benchmarks.dialogsum.speed import NAME as SPEED
 from benchmarks.tables import Table
 from experiments.common.memory import MEGABYTE
+from experiments.llm.options import TrainingOptions
 from experiments.llm.rouge import KINDS, Score, mean_score
 
 _ROUGE = ("ROUGE-1", "ROUGE-2", "ROUGE-L")
@@ -63,10 +64,10 @@ def _costs(methods: Cells, found: Mapping[str, Found]) -> Table:
         rows.append(
             [
                 cell.label,
-                f"{training['training']['learning_rate']:g}",
+                f"{_learning_rate(training):g}",
                 f"{training['held_out']['on']['loss']:.3f}",
                 f"{training['parameters']['trainable']:,}",
-                f"{training['adapter_bytes'] / MEGABYTE:,.1f} MB",
+                _stored(training["adapter_bytes"]),
                 f"{training['step_bytes'] / MEGABYTE:,.0f} MB",
             ]
         )
@@ -130,6 +131,17 @@ def _search(search: Cells, found: Mapping[str, Found]) -> Table:
     (examples,) = {cell.examples for cell in search.values()}
     title = f"Search for the learning rate on {examples:,} dialogues"
     return Table(title, ["method", "learning rate", "held-out loss"], rows)
+
+
+def _learning_rate(training: Found) -> float:
+    """Returns the greatest learning rate: that of the method unless an option gave another."""
+    chosen = training["training"]
+    names = ("method", "objective", "learning_rate")
+    return TrainingOptions(**{name: chosen[name] for name in names}).greatest_learning_rate
+
+
+def _stored(size: float) -> str:
+    return f"{size / 1e3:.0f} kB" if size < MEGABYTE / 10 else f"{size / MEGABYTE:,.1f} MB"
 
 
 def _perplexity(found: Found) -> float:

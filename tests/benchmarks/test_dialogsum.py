@@ -146,15 +146,15 @@ def test_methods_take_steps_in_turns(study, tmp_path, monkeypatch, capsys):
     assert all(len(each) == 2 and min(each) > 0 for each in speeds.values())
 
 
-def stored_cell(name, scores):
+def stored_cell(method, scores, learning_rate=1e-3):
     training = {
-        "training": {"learning_rate": 1e-3},
+        "training": {"method": method, "objective": "sft", "learning_rate": learning_rate},
         "held_out": {"on": {"loss": 1.5}},
         "parameters": {"trainable": 100},
         "adapter_bytes": 1e6,
-        "step_bytes": 2e8 if name == "full" else 1e8,
+        "step_bytes": 2e8 if method == "full" else 1e8,
         "rank": 8,
-        "method": name,
+        "method": method,
     }
     each = dict.fromkeys(("rouge1", "rouge2", "rougeL"), scores)
     mean = sum(scores) / len(scores)
@@ -177,6 +177,19 @@ def test_the_tables_compare_dialogue_by_dialogue():
     assert not any("Ranks" in title for title in by_title)
     markdown = differences.as_markdown()
     assert markdown.splitlines()[1] == "| --- | --- | --- | --- | --- |"
+
+
+def test_a_learning_rate_that_no_option_gave_is_that_of_the_method():
+    found = {"prompt-20": stored_cell("none", [0.3], None), "full": stored_cell("full", [0.4])}
+    (costs,) = (table for table in tables(GRIDS["smollm2"], found) if "costs" in table.title)
+    assert {row[0]: row[1] for row in costs.rows} == {
+        "full fine-tuning": "0.001",
+        "a soft prompt of 20": "0.01",
+    }
+    assert {row[4] for row in costs.rows} == {"1.0 MB"}
+    found["prompt-20"]["training"]["adapter_bytes"] = 46_080
+    (costs,) = (table for table in tables(GRIDS["smollm2"], found) if "costs" in table.title)
+    assert "46 kB" in {row[4] for row in costs.rows}
 
 
 def test_the_command_refuses_other_cells(capsys):
