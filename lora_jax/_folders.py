@@ -8,8 +8,9 @@ dies leaves the previous folder. Linux has this exchange; elsewhere there are tw
 which nothing is at the destination.
 
 A folder is locked while it is written, which distinguishes the remains of a dead process from a
-folder that another process is about to complete. A single file is written into such a folder and
-moved out of it, for which every system has one step.
+folder that another process is about to complete. Readers share a lock of what they read, and
+whoever replaces it waits for them, though not for ever. A single file is written into such a folder
+and moved out of it, for which every system has one step.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +36,11 @@ _UNFINISHED, _PREVIOUS = ".unfinished", ".previous"
 # Of Linux's fcntl.h.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+
+# A process that hangs while it reads must not stop one that saves: after so many seconds it is
+# treated as it is where there are no locks.
+_PATIENCE = 10.0
+_PAUSE = 0.002
 
 
 class CheckpointError(ValueError):
@@ -85,17 +92,22 @@ def complete_file(destination: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def undisturbed(folder: Path, read: Callable[[], Read]) -> Read:
-    """Returns what `read` reads of one version of a folder, which another process may replace."""
+    """Returns what `read` reads of one version of a folder, which another process may replace.
+
+    Where there are locks, it is not replaced meanwhile. Elsewhere `read` may fail half-way or mix
+    two versions, and is called again.
+    """
     while True:
-        before = _identity(folder)
-        try:
-            result = read()
-        except CheckpointError:
+        with _kept_in_place(folder, shared=True):
+            before = _identity(folder)
+            try:
+                result = read()
+            except CheckpointError:
+                if _identity(folder) == before:
+                    raise
+                continue
             if _identity(folder) == before:
-                raise
-            continue
-        if _identity(folder) == before:
-            return result
+                return result
 
 
 def cannot_write(destination: Path) -> str:
@@ -158,7 +170,7 @@ def _locked_folder(destination: Path) -> Iterator[Path]:
         name = f".{destination.name}.{secrets.token_hex(4)}{_UNFINISHED}"
         folder = destination.with_name(name)
         folder.mkdir()
-        lock = _lock(folder, wait=True)
+        lock = _lock(folder)
         if folder.is_dir():
             break
         _unlock(lock)  # it was taken for abandoned before it was locked
@@ -168,24 +180,51 @@ def _locked_folder(destination: Path) -> Iterator[Path]:
         _unlock(lock)
 
 
-def _lock(folder: Path, *, wait: bool) -> int | None:
-    """Returns a lock of a folder; None where another process has it, or where there are none."""
+@contextlib.contextmanager
+def _kept_in_place(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Locks what is at a path: shared, nobody replaces it; otherwise, nobody reads it either."""
+    lock = _lock(folder, shared=shared)
+    while lock is not None and not _is_at(folder, lock):
+        _unlock(lock)  # it was replaced before it was locked
+        lock = _lock(folder, shared=shared)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+def _lock(folder: Path, *, shared: bool = False, patience: float | None = None) -> int | None:
+    """Returns a lock of a folder; None where there are none, or where it stays another's."""
     if sys.platform == "win32":
         return None
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return descriptor
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                os.close(descriptor)
+                return None
+        time.sleep(_PAUSE)
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Says whether an open folder is the one at a path."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _unlock(lock: int | None) -> None:
     if lock is not None:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing leaves it to a process forked meanwhile
         os.close(lock)
 
 
@@ -193,11 +232,12 @@ def _put_in_place(unfinished: Path, destination: Path, overwrite: bool) -> None:
     while not _is_renamed(unfinished, destination):
         if not overwrite:
             raise _taken_meanwhile(destination)
-        if _is_exchanged(unfinished, destination):
-            shutil.rmtree(unfinished, ignore_errors=True)
-            return
-        if _is_put_in_two_steps(unfinished, destination):
-            return
+        with _kept_in_place(destination, shared=False):
+            if _is_exchanged(unfinished, destination):
+                shutil.rmtree(unfinished, ignore_errors=True)
+                return
+            if _is_put_in_two_steps(unfinished, destination):
+                return
 
 
 def _put_file_in_place(file: Path, destination: Path, overwrite: bool) -> None:
@@ -260,7 +300,7 @@ def _is_put_in_two_steps(unfinished: Path, destination: Path) -> bool:
 def _remove_abandoned(destination: Path) -> None:
     """Removes the remains of processes that died while they saved to `destination`."""
     for folder in _siblings(destination, _UNFINISHED, _PREVIOUS):
-        lock = _lock(folder, wait=False)
+        lock = _lock(folder, patience=0)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             _unlock(lock)

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -133,11 +134,11 @@ def test_what_is_being_written_is_not_taken_for_abandoned(destination):
 def test_a_folder_that_was_taken_for_abandoned_before_it_was_locked(destination, monkeypatch):
     lock, removed = _folders._lock, []
 
-    def late(folder, *, wait):
+    def late(folder, **options):
         if not removed:
             removed.append(folder)
             folder.rmdir()
-        return lock(folder, wait=wait)
+        return lock(folder, **options)
 
     monkeypatch.setattr(_folders, "_lock", late)
     write(destination, "text")
@@ -180,7 +181,41 @@ def test_a_new_folder_is_as_readable_as_any(destination):
     assert destination.stat().st_mode == plain.stat().st_mode
 
 
-def test_a_version_that_is_replaced_while_it_is_read_is_read_again(destination):
+def test_a_version_is_not_replaced_while_it_is_read(destination):
+    write(destination, "old")
+    replacement = threading.Thread(target=write, args=(destination, "new"))
+
+    def read():
+        texts = [(destination / FILES[0]).read_text()]
+        replacement.start()
+        replacement.join(0.2)
+        assert replacement.is_alive()
+        return [*texts, (destination / FILES[1]).read_text()]
+
+    assert undisturbed(destination, read) == ["old", "old"]
+    replacement.join(30)
+    assert version(destination) == "new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_version_is_replaced_for_all_who_wait_to_read_it(destination):
+    """A reader that opened the previous version before it was replaced reads the next one."""
+    write(destination, "old")
+    texts = []
+    with _folders._kept_in_place(destination, shared=False):
+        reader = threading.Thread(target=lambda: texts.append(version(destination)))
+        reader.start()
+        reader.join(0.1)
+        previous = destination.rename(destination.with_name("previous"))
+        write(destination, "new")
+    reader.join(30)
+    assert texts == ["new"]
+    assert version(previous) == "old"
+
+
+def test_a_version_that_is_replaced_all_the_same_is_read_again(destination, monkeypatch):
+    """There are file systems without locks, and no save waits for ever."""
+    monkeypatch.setattr(_folders, "_PATIENCE", 0)
     write(destination, "old")
     reads = []
 
