@@ -1,7 +1,9 @@
 """Small random language models: their settings, parameters, folders and GGUF files."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,20 +17,22 @@ from tests.tiny_models import random_params
 LAYERS, VOCABULARY, WIDTH, HIDDEN, HEADS, SHARED, DIM = 2, 300, 64, 96, 4, 2, 16
 
 # A rank that is not a head's size, and one vocabulary for all.
-ENTRIES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": SHARED,
-    "head_dim": DIM,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
+ENTRIES: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": SHARED,
+        "head_dim": DIM,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    }
+)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -61,11 +65,19 @@ def params(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     return random_params(Llama(config(model_type, **changes)), inputs=1, seed=seed)
 
 
-def write_folder(path: Path, model_type: str, *, seed: int = 0, **options: Any) -> None:
+def write_folder(
+    path: Path,
+    model_type: str,
+    *,
+    seed: int = 0,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> None:
     """Writes a folder in Hugging Face's format."""
-    rules = huggingface_rules(config(model_type))
-    weights = params(model_type, seed=seed)
-    huggingface.save(path, weights, names=rules, config=entries(model_type), **options)
+    rules = huggingface_rules(config(model_type, **changes))
+    weights = params(model_type, seed=seed, **changes)
+    settings = entries(model_type, **changes)
+    huggingface.save(path, weights, names=rules, config=settings, **options)
 
 
 def write_gguf(

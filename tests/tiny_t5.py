@@ -1,7 +1,9 @@
 """Small random encoder-decoders: their settings, parameters and folders."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,22 +18,24 @@ from tests.tiny_models import random_params
 VOCABULARY, WIDTH, HIDDEN, HEADS, DIM, LAYERS = 300, 48, 80, 4, 8, 2
 
 # Heads that are not as wide together as a hidden state, and few buckets for short texts.
-ENTRIES: dict[str, Any] = {
-    "model_type": "t5",
-    "is_encoder_decoder": True,
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
-    "d_kv": DIM,
-    "d_ff": HIDDEN,
-    "num_layers": LAYERS,
-    "num_heads": HEADS,
-    "relative_attention_num_buckets": 12,
-    "relative_attention_max_distance": 20,
-    "layer_norm_epsilon": 1e-5,
-    "decoder_start_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+ENTRIES: Mapping[str, Any] = MappingProxyType(
+    {
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": VOCABULARY,
+        "d_model": WIDTH,
+        "d_kv": DIM,
+        "d_ff": HIDDEN,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "relative_attention_num_buckets": 12,
+        "relative_attention_max_distance": 20,
+        "layer_norm_epsilon": 1e-5,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+)
 # What each version has that others don't.
 CHANGES: dict[str, dict[str, Any]] = {
     "1.0": {"feed_forward_proj": "relu", "tie_word_embeddings": True},

@@ -1,5 +1,6 @@
 """The comparisons with PEFT, small: both sides compute the same, and the numbers are written."""
 
+import functools
 import importlib.util
 import json
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.models.pretrained import LanguageModel
-from tests import tiny_llama
+from tests.experiments import small_llm_study
 from tests.experiments.small_llm_study import write_study
 from tests.tiny_bert import sentences_tsv, write_model
 
@@ -107,12 +108,12 @@ def test_all_contenders_take_the_same_steps_on_language(options, tmp_path, capsy
     ("options", "greatest"),
     [(["--quantize", "nf4"], 1e-3), (["--dtype", "bfloat16", "--quantize", "nf4"], 5e-2)],
 )
-def test_they_do_on_weights_of_four_bits_too(options, greatest, tmp_path, monkeypatch):
+def test_they_do_on_weights_of_four_bits_too(options, greatest, tmp_path):
     pytest.importorskip("bitsandbytes")
     # bitsandbytes has blocks of 64 numbers, in which rows of another size begin anywhere.
-    monkeypatch.setitem(tiny_llama.ENTRIES, "intermediate_size", 128)
+    write = functools.partial(small_llm_study.write_model, intermediate_size=128)
     file = tmp_path / "llm.json"
-    study = [*write_study(tmp_path), *options]
+    study = [*write_study(tmp_path, write), *options]
     sizes = ["--first-steps", "6", "--threads", "1", "--json", str(file)]
     assert peft_llm.main([*sizes, "--", *study]) == 0
     found = json.loads(file.read_text())

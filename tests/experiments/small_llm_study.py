@@ -34,9 +34,9 @@ def write_lines(path: Path, entries: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_model(path: Path, *, seed: int = 0) -> None:
-    """Writes a folder with a tiny model and its tokenizer."""
-    tiny_llama.write_folder(path, "llama", seed=seed)
+def write_model(path: Path, *, seed: int = 0, **changes: Any) -> None:
+    """Writes a folder with a tiny model, of other settings where asked, and its tokenizer."""
+    tiny_llama.write_folder(path, "llama", seed=seed, changes=changes)
     tiny_tokenizer.write_folder(path)
 
 
