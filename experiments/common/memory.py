@@ -13,6 +13,8 @@ MEGABYTE = 1e6
 
 # Parameters of glibc's mallopt (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+# Any number of its type, an int, is less than what some programs free.
+_NEVER = -1
 
 
 def keep_freed_memory() -> None:
@@ -25,7 +27,7 @@ def keep_freed_memory() -> None:
     """
     _call_glibc("mallopt", _M_ARENA_MAX, 1)
     _call_glibc("mallopt", _M_MMAP_MAX, 0)
-    _call_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 # In a process of its own: the peak of the one that runs tests may be gigabytes, and never falls.
 GROWING = """
 import numpy as np
@@ -24,6 +26,26 @@ import sys
 print(host_peak_bytes() - before < 450_000_000, "jax" in sys.modules)
 """
 
+# Blocks beyond what any trim threshold but that of `keep_freed_memory` would keep; pages that have
+# been touched once cost no fault again.
+BEYOND_TWO_GIGABYTES = """
+import ctypes, resource
+from experiments.common.memory import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def touch_pages():
+    block = libc.malloc(9 << 28)
+    for page in range(0, 9 << 28, 1 << 24):
+        ctypes.memset(block + page, 1, 1)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch_pages()
+before = touch_pages()
+print(touch_pages() - before)
+"""
+
 
 def printed(program):
     done = subprocess.run(
@@ -38,3 +60,10 @@ def test_the_peak_grows_with_what_is_held():
 
 def test_kept_memory_is_used_again_and_needs_no_jax():
     assert printed(KEEPING) == ["True", "False"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps what is freed")
+def test_more_than_two_gigabytes_are_kept_too():
+    (faults,) = printed(BEYOND_TWO_GIGABYTES)
+    # A step of the block touches 144 pages.
+    assert int(faults) < 50
