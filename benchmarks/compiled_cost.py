@@ -2,17 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import MODELS, Model
 from benchmarks.programs import (
     Cost,
@@ -22,7 +21,7 @@ from benchmarks.programs import (
     program_text,
     programs,
 )
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 from lora_jax._tables import table
 
 TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}
@@ -148,9 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.model or MODELS:
         comparisons.append(compared(MODELS[name], options.repeats))
         print(f"\n{comparisons[-1]}", flush=True)
-    if options.json:
-        found = {"machine": machine(), "models": [one.as_json() for one in comparisons]}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    write_found(options, {"models": [one.as_json() for one in comparisons]})
     return int(any(_misses_an_exact_target(one) for one in comparisons))
 
 
@@ -171,11 +168,10 @@ def _cells(cost: Cost, seconds: Sequence[Seconds]) -> tuple[str, ...]:
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.compiled_cost", description=__doc__)
+    parser = MeasuringParser("compiled_cost", __doc__)
     parser.add_argument(
         "--model", action="append", choices=list(MODELS), help="only this one (may be repeated)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
     parser.add_argument(
         "--repeats",
         type=positive_int,

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +21,13 @@ import numpy as np
 import lora_jax
 from benchmarks.limit_models import LARGE, TIMED
 from benchmarks.machines import MACHINES, devices_of, shapes_on
+from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import Model
 from benchmarks.programs import Cost, Program, adapted, base_function, by_hand, wrapped_params
+from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
-from experiments.common.files import write_json
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 from experiments.common.timing import rounds_of_milliseconds
 
 LIMIT, BY_HAND, ADAPT = "limit", "by hand", "adapt"
@@ -84,11 +84,10 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         # What was measured before an interruption or an error is not lost.
         if found:
-            console.rule(f"{model.description}; {options.dtype} factors; {where}")
-            console.table(_HEADER, list(map(_cells, found)))
-        if found and options.json:
             described = {"machine": where, "model": model.description, "factors": options.dtype}
-            write_json(options.json, {**described, "steps": list(map(dataclasses.asdict, found))})
+            metrics = {**described, "steps": list(map(dataclasses.asdict, found))}
+            table(metrics).show(console)
+            write_found(options, metrics)
 
 
 def steps_of(model: Model, dtype: Any) -> Mapping[str, Program]:
@@ -169,20 +168,27 @@ def _estimated(rank: int, steps: Mapping[str, Program], machine: str) -> Sequenc
     ]
 
 
-def _cells(found: Found) -> list[str]:
+def table(metrics: Mapping[str, Any]) -> Table:
+    """Returns what `--json` writes, as a table."""
+    title = f"{metrics['model']}; {metrics['factors']} factors; {metrics['machine']}"
+    return Table(title, _HEADER, list(map(_cells, metrics["steps"])))
+
+
+def _cells(step: Mapping[str, Any]) -> list[str]:
+    milliseconds, of_limit, cost = step["milliseconds"], step["of_limit"], step["cost"]
     return [
-        str(found.rank),
-        found.step,
-        "" if found.milliseconds is None else f"{found.milliseconds:.1f}",
-        "" if found.of_limit is None else f"{found.of_limit:.3f}",
-        f"{found.cost.flops / 1e9:.1f}",
-        f"{found.cost.bytes / 1e9:.2f}",
-        f"{found.cost.temporary_bytes / 1e6:.0f}",
+        str(step["rank"]),
+        step["step"],
+        "" if milliseconds is None else f"{milliseconds:.1f}",
+        "" if of_limit is None else f"{of_limit:.3f}",
+        f"{cost['flops'] / 1e9:.1f}",
+        f"{cost['bytes'] / 1e9:.2f}",
+        f"{cost['temporary_bytes'] / 1e6:.0f}",
     ]
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.limit", description=__doc__, epilog=_EPILOG)
+def _parser() -> MeasuringParser:
+    parser = MeasuringParser("limit", __doc__, epilog=_EPILOG)
     parser.add_argument(
         "--model",
         choices=list(TIMED),
@@ -206,7 +212,6 @@ def _parser() -> Parser:
         help="of the factors; weights have float32 here, bfloat16 elsewhere",
     )
     parser.add_argument("--rounds", type=positive_int, default=10, help="turns of each step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 
 

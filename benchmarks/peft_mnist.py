@@ -8,7 +8,6 @@ them compute the same is seen in the losses of the first steps.
 
 import argparse
 import contextlib
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import write_found
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
 from experiments.common.console import Console
 from experiments.common.errors import check_installed, exit_code
-from experiments.common.files import write_json
 from experiments.common.options import Parser, positive_int
 from experiments.common.timing import in_turns
 
@@ -176,15 +175,13 @@ def _present(
         f"losses: the greatest relative difference of the first {_COMPARED_LOSSES} from ours\n"
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
-    if options.json:
-        content = {
-            "machine": platform.machine(),
-            "threads": options.threads,
-            "faster": ratios,
-            "loss_differences": differences,
-            "contenders": results,
-        }
-        write_json(options.json, content)
+    found = {
+        "threads": options.threads,
+        "faster": ratios,
+        "loss_differences": differences,
+        "contenders": results,
+    }
+    write_found(options, found)
 
 
 def _parser() -> Parser:

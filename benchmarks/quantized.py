@@ -11,7 +11,6 @@ nothing is run.
 import argparse
 import contextlib
 import importlib.util
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 
 import lora_jax
 from benchmarks.machines import MACHINES, devices_of
+from benchmarks.measuring import write_found
 from benchmarks.models import SCANNED_TRANSFORMER, Model
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
@@ -40,7 +40,6 @@ from benchmarks.quantized_programs import (
 )
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
-from experiments.common.files import write_json
 from experiments.common.memory import keep_freed_memory
 from experiments.common.options import positive_int
 from experiments.common.timing import in_turns, rounds_of_milliseconds
@@ -61,14 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> None:
     console = Console()
     formats = [DENSE, *(name for name in options.format or _DEFAULT_FORMATS if name != DENSE)]
-    found: dict[str, Any] = {"jax": jax.__version__, "machine": platform.machine()}
+    found: dict[str, Any] = {}
     if options.target:
         found[options.target] = _compiled_for(options, formats, console)
     for name in options.model or ([] if options.target else MODELS):
         measured = _mnist if name == "mnist" else _scanned_transformer
         found[name] = measured(options, formats, console)
-    if options.json:
-        write_json(options.json, found)
+    write_found(options, found)
 
 
 # --- the MNIST study's step --------------------------------------------------------------------

@@ -15,17 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
 import lora_jax
+from benchmarks.measuring import MeasuringParser, write_found
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.evaluation import evaluate
-from experiments.common.files import write_json
 from experiments.common.memory import keep_freed_memory
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 from experiments.common.stores import BaseCheckpoint
 from experiments.data.dataset import Dataset
 from experiments.data.images import CLASSES, load_images
@@ -65,8 +64,7 @@ def _compare(options: argparse.Namespace) -> None:
     for study, rows in found.items():
         console.rule(f"{study}; seeds: {options.seeds}; mean, and greatest less least")
         _print(rows, console)
-    if options.json:
-        write_json(options.json, {"jax": jax.__version__, "seeds": options.seeds, **found})
+    write_found(options, {"seeds": options.seeds, **found})
 
 
 def quantized(params: Any, targets: str | Sequence[str], name: str) -> Any:
@@ -186,8 +184,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ({style.format(max(values) - min(values))})"
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.quantized_accuracy", description=__doc__)
+def _parser() -> MeasuringParser:
+    parser = MeasuringParser("quantized_accuracy", __doc__)
     parser.add_argument("--study", action="append", choices=STUDIES, help="one study only")
     parser.add_argument(
         "--format", action="append", choices=FORMATS, help="one format only (may be repeated)"
@@ -200,7 +198,6 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="where pretrained networks are kept",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 
 

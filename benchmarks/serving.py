@@ -6,12 +6,9 @@ call for each adapter.
 """
 
 import functools
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 from experiments.common.timing import in_turns
 from lora_jax._tables import table
 
@@ -42,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[name] = Comparison(*MODELS[name][:2]).measured(options.rounds)
         print(_text(name, results[name]))
     print(f"{jax.devices()[0]}, JAX {jax.__version__}")
-    if options.json:
-        content = {"jax": jax.__version__, "machine": platform.machine(), "models": results}
-        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_found(options, {"models": results})
     return 0
 
 
@@ -156,11 +152,10 @@ def _text(name: str, results: Mapping[str, Mapping[str, float]]) -> str:
     return f"{name}: {description}, rank {RANK}\n\n{table(HEADER, rows, right=HEADER[1:])}\n"
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.serving", description=__doc__)
+def _parser() -> MeasuringParser:
+    parser = MeasuringParser("serving", __doc__)
     parser.add_argument("--model", action="append", choices=list(MODELS), help="one model only")
     parser.add_argument("--rounds", type=positive_int, default=30, help="calls of each kind")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 
 

@@ -34,8 +34,7 @@ class ResultStore:
           commands: what was called to find it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = {"commands": list(commands), "made_on": made_on()}
-        write_json(self._path(name), {**made, **found})
+        write_json(self._path(name), {**made_by(*commands), **found})
 
     def load(self, name: str) -> dict[str, Any] | None:
         """Returns a result, or None if there is none of this name."""
@@ -49,6 +48,11 @@ class ResultStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+
+def made_by(*commands: str) -> dict[str, Any]:
+    """Returns what each result begins with: the commands, and what computed."""
+    return {"commands": list(commands), "made_on": made_on()}
 
 
 def made_on() -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What the comparison of language models found: tables, and targets that are met or missed."""
 
 import argparse
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.measuring import write_found
 from benchmarks.peers.contender import (
     GREATEST_LOSS_DIFFERENCE,
     OURS,
@@ -17,14 +17,19 @@ from benchmarks.peers.contender import (
     versions,
 )
 from benchmarks.peers.llm_contender import Writing
+from benchmarks.tables import Table
 from experiments.common.console import Console
-from experiments.common.files import write_json
 from experiments.common.memory import MEGABYTE
 from experiments.llm.options import parsed
 
 # With eight bits of precision, the order of sums moves a loss by more than in float32.
 _GREATEST_LOSS_DIFFERENCE = {"float32": GREATEST_LOSS_DIFFERENCE, "bfloat16": 5e-2}
 LEAST_SPEED, GREATEST_MEMORY, LEAST_WRITING = 1.2, 0.8, 1.0
+
+_TRAINING_HEADER = (
+    *("training", "tokens/s", "× PEFT's fastest", "MB", "× PEFT's leanest", "losses"),
+    *("ready in s", "MB until then"),
+)
 
 
 @dataclass(frozen=True)
@@ -137,14 +142,20 @@ class Findings:
 
     def metrics(self) -> dict[str, Any]:
         """Returns all of it, fit for JSON."""
+        differences = self.loss_differences()
         return {
-            "machine": platform.machine(),
             "threads": self.threads,
             "study_arguments": list(self.study_arguments),
             "targets": [{**vars(target), "verdict": target.verdict} for target in self.targets()],
-            "loss_differences": self.loss_differences(),
+            "beside": {"speed": self.best(PEFT, _rate), "memory": self.best(PEFT, _leanness)},
+            "loss_differences": differences,
             "training": {
-                name: {"tokens_per_second": each.rate, **each.results()}
+                name: {
+                    "tokens_per_second": each.rate,
+                    "faster": self.faster(name),
+                    "leaner": self.leaner(name),
+                    **each.results(),
+                }
                 for name, each in self.training.items()
             },
             "writing": {name: each.results() for name, each in self.writing.items()},
@@ -153,51 +164,54 @@ class Findings:
 
 def present(findings: Findings, options: argparse.Namespace, console: Console) -> None:
     """Prints and writes what was found; raises if the losses are not those of one computation."""
-    _print(findings, console)
-    if options.json:
-        write_json(options.json, findings.metrics())
+    metrics = findings.metrics()
+    for table in tables(metrics):
+        table.show(console)
+    console.note(versions(findings.training))
+    write_found(options, metrics)
     check_losses(max(findings.loss_differences().values()), findings.loss_bound)
 
 
-def _print(findings: Findings, console: Console) -> None:
-    steps = len(findings.training[OURS].losses[0])
-    console.rule(f"LoRA on a language model, threads: {findings.threads}, steps: {steps}")
-    differences = findings.loss_differences()
-    console.table(
-        ["training", "tokens/s", "× PEFT", "MB", "× PEFT", "losses", "ready in"],
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` found, as tables."""
+    shown = [_training_table(metrics), _writing_table(metrics), _target_table(metrics)]
+    return [table for table in shown if table.rows]
+
+
+def _training_table(metrics: Mapping[str, Any]) -> Table:
+    training = metrics["training"]
+    rows = [
         [
-            [
-                name,
-                f"{each.rate:.0f}",
-                f"{findings.faster(name):.2f}",
-                f"{each.peak_bytes / MEGABYTE:,.0f}",
-                f"{findings.leaner(name):.2f}",
-                f"{differences[name]:.0e}" if name != OURS else "",
-                f"{each.seconds_to_ready:.0f} s, {each.bytes_to_ready / MEGABYTE:,.0f} MB",
-            ]
-            for name, each in findings.training.items()
-        ],
-    )
-    if findings.writing:
-        console.table(
-            ["writing", "tokens/s", "MB"],
-            [
-                [name, f"{each.rate:.1f}", f"{each.peak_bytes / MEGABYTE:,.0f}"]
-                for name, each in findings.writing.items()
-            ],
-        )
-    console.table(
-        ["", "found", "target", ""],
-        [
-            [target.description, f"{target.found:.2g}", target.bound, target.verdict]
-            for target in findings.targets()
-        ],
-    )
-    console.note(
-        f"× PEFT: of {findings.best(PEFT, _rate)} for speed, {findings.best(PEFT, _leanness)} for "
-        f"memory; losses: the greatest relative difference from {OURS}\n"
-        + versions(findings.training)
-    )
+            name,
+            f"{each['tokens_per_second']:.0f}",
+            f"{each['faster']:.2f}",
+            f"{each['peak_bytes'] / MEGABYTE:,.0f}",
+            f"{each['leaner']:.2f}",
+            f"{metrics['loss_differences'][name]:.0e}" if name != OURS else "",
+            f"{each['seconds_to_ready']:.0f}",
+            f"{each['bytes_to_ready'] / MEGABYTE:,.0f}",
+        ]
+        for name, each in training.items()
+    ]
+    steps = len(training[OURS]["losses"][0])
+    title = f"LoRA on a language model, threads: {metrics['threads']}, steps: {steps}"
+    return Table(title, _TRAINING_HEADER, rows)
+
+
+def _writing_table(metrics: Mapping[str, Any]) -> Table:
+    rows = [
+        [name, f"{each['tokens_per_second']:.1f}", f"{each['peak_bytes'] / MEGABYTE:,.0f}"]
+        for name, each in metrics["writing"].items()
+    ]
+    return Table("Writing with the adapter, merged", ["writing", "tokens/s", "MB"], rows)
+
+
+def _target_table(metrics: Mapping[str, Any]) -> Table:
+    rows = [
+        [target["description"], f"{target['found']:.2g}", target["bound"], target["verdict"]]
+        for target in metrics["targets"]
+    ]
+    return Table("Targets", ["", "found", "target", ""], rows)
 
 
 def _rate(contender: Contender) -> float:

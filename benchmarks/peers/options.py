@@ -2,18 +2,17 @@
 
 import argparse
 import os
-from pathlib import Path
 
-from experiments.common.options import Parser, positive_int
+from benchmarks.measuring import MeasuringParser
+from experiments.common.options import positive_int
 
 
-def comparison_parser(name: str, description: str | None) -> Parser:
+def comparison_parser(name: str, description: str | None) -> MeasuringParser:
     """Returns a parser with the options that every comparison has."""
-    parser = Parser(prog=f"python -m benchmarks.{name}", description=description)
+    parser = MeasuringParser(name, description)
     parser.add_argument(
         "--threads", type=_threads, default=_cores(), metavar="N", help="cores of each contender"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     return parser
 
 

@@ -1,7 +1,6 @@
 """What the comparison on text found: a table, a picture, and whether both compute the same."""
 
 import argparse
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.measuring import write_found
 from benchmarks.peers.contender import (
     GREATEST_LOSS_DIFFERENCE,
     OURS,
@@ -20,7 +20,6 @@ from benchmarks.peers.contender import (
 )
 from benchmarks.peers.text_contender import Exchange, TextContender
 from experiments.common.console import Console
-from experiments.common.files import write_json
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Findings:
     def metrics(self) -> dict[str, Any]:
         """Returns all of it, fit for JSON."""
         return {
-            "machine": platform.machine(),
             "threads": self.threads,
             "study_arguments": list(self.study_arguments),
             "greatest_loss_difference": float(self.loss_differences().max()),
@@ -71,8 +69,7 @@ def present(findings: Findings, options: argparse.Namespace, console: Console) -
     _print(findings, console)
     if options.plot:
         _save_plot(findings, options.plot)
-    if options.json:
-        write_json(options.json, findings.metrics())
+    write_found(options, findings.metrics())
     check_losses(findings.loss_differences().max())
     for maker, found in findings.exchanges.items():
         if found.alike < found.sentences:

@@ -18,13 +18,14 @@ from typing import Any
 import jax
 
 from benchmarks.machines import CPU, MACHINES
+from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.scale.models import MODELS, TENSOR
 from benchmarks.scale.picture import save_picture
 from benchmarks.scale.plans import KINDS, Task, plan_of, smallest_plan
-from benchmarks.scale.report import Row, read_rows, show, show_as_markdown, write_rows
+from benchmarks.scale.report import Row, all_numbers, read_rows, show, show_as_markdown
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 
 # Virtual devices have no memory of their own, of which to ask for the fewest that suffice.
 _CPU_DEVICES = 8
@@ -32,11 +33,10 @@ _CPU_DEVICES = 8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints the tables, and returns the exit code."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    return exit_code(lambda: _run(_parser().parse_args(arguments), arguments))
+    return exit_code(lambda: _run(_parser().parse_args(argv)))
 
 
-def _run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+def _run(options: argparse.Namespace) -> None:
     console = Console()
     if options.read:
         show_as_markdown([row for path in options.read for row in read_rows(path)])
@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                     console.note(f"{task.model} {task.kind} fits no slice of {task.machine} here")
                 else:
                     rows.append(row)
-                    _write(rows, options, arguments)
+                    _write(rows, options)
                 progress.advance()
     finally:
         # What was compiled before an interruption or an error is not lost.
@@ -70,9 +70,8 @@ def _row(task: Task, options: argparse.Namespace) -> Row | None:
     return smallest_plan(task)
 
 
-def _write(rows: Sequence[Row], options: argparse.Namespace, arguments: Sequence[str]) -> None:
-    if options.json:
-        write_rows(options.json, rows, " ".join(["python -m benchmarks.scale", *arguments]))
+def _write(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    write_found(options, all_numbers(rows))
     if options.picture:
         save_picture(options.picture, rows)
 
@@ -106,7 +105,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def _parser() -> Any:
-    parser = Parser(prog="python -m benchmarks.scale", description=__doc__)
+    parser = MeasuringParser("scale", __doc__)
     parser.add_argument(
         "--model",
         action="append",
@@ -139,7 +138,6 @@ def _parser() -> Any:
         "--examples", type=positive_int, default=1, help="examples of each group of devices"
     )
     parser.add_argument("--rank", type=positive_int, default=16, help="of the adapters")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory as a PNG")
     parser.add_argument(
         "--from",

@@ -11,7 +11,6 @@ from benchmarks.machines import GIB, MACHINES
 from benchmarks.scale.collectives import Traffic
 from benchmarks.scale.plans import Plan, Task
 from experiments.common.console import Console
-from experiments.common.files import write_json
 
 Row = tuple[Task, Plan]
 
@@ -78,18 +77,18 @@ def _tera(plan: Plan) -> str:
 # --- files -------------------------------------------------------------------------------------
 
 
-def write_rows(path: Path, rows: Sequence[Row], command: str) -> None:
-    """Writes all numbers, with the command and the versions that they come from."""
+def all_numbers(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns all numbers, with the versions that decide them, fit for JSON."""
     plans = [
         {**dataclasses.asdict(task), "batch": task.batch}
         | {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits(task.machine)}
         for task, plan in rows
     ]
-    write_json(path, {"command": command, "versions": _versions(), "plans": plans})
+    return {"versions": _versions(), "plans": plans}
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns what `write_rows` wrote."""
+    """Returns the rows of a file with `all_numbers`."""
     return [(_task(entries), _plan(entries)) for entries in json.loads(path.read_text())["plans"]]
 
 

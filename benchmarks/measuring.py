@@ -1,0 +1,43 @@
+"""Commands that measure: their options, and the file of all numbers that `--json` asks for."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stored import made_by
+from experiments.common.files import write_json
+from experiments.common.options import Parser
+
+
+class MeasuringParser(Parser):
+    """A parser with `--json FILE`. What it returns has the whole command, as `command`.
+
+    Args:
+      name: that of the module in `benchmarks`.
+      description: what the command does.
+    """
+
+    def __init__(self, name: str, description: str | None, **options: Any) -> None:
+        super().__init__(prog=f"python -m benchmarks.{name}", description=description, **options)
+        self.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to a file")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Returns the options and the command."""
+        options = super().parse_args(args, namespace)
+        given = sys.argv[1:] if args is None else args
+        options.command = f"{self.prog} {shlex.join(given)}".strip()
+        return options
+
+
+def write_found(options: argparse.Namespace, found: Mapping[str, Any]) -> None:
+    """Writes what a command has found, if `--json` names a file.
+
+    Args:
+      options: what `MeasuringParser` returned.
+      found: all numbers, fit for JSON.
+    """
+    if options.json:
+        write_json(options.json, {**made_by(options.command), **found})
