@@ -1,0 +1,28 @@
+"""Tables of the documentation are those of the stored results."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import limit
+from benchmarks.peers import llm_report
+from benchmarks.stored import RESULTS, ResultStore
+
+ROOT = Path(__file__).parents[2]
+# The name of a result, the document, and what makes tables of it.
+SHOWN = {
+    "limit_smollm2": ("benchmarks/README.md", lambda found: [limit.table(found)]),
+    "peft_llm": ("benchmarks/README.md", llm_report.tables),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_stored_result_is_shown_with_its_command(name):
+    document, tables = SHOWN[name]
+    found = ResultStore(RESULTS).load(name)
+    text = (ROOT / document).read_text()
+    for table in tables(found):
+        assert table.as_markdown() in text
+    (command,) = found["commands"]
+    assert f"--json benchmarks/results/{name}.json" in command
+    assert f"`benchmarks/results/{name}.json`" in text
