@@ -19,8 +19,9 @@ CHUNK = 512
 def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "groups learned"]:
     """Returns the cross-entropy of each token that a batch learns, and 0 where there is none.
 
-    The logits of a chunk of places are computed, used and forgotten, and computed again in the
-    backward pass: neither all tokens nor all places ever have theirs in memory.
+    Where there are more places than a chunk has, the logits of each chunk are computed, used and
+    forgotten, and computed again in the backward pass: neither all tokens nor all places ever have
+    theirs in memory.
 
     Args:
       apply: `apply` of a language model, or what `lora_jax.adapt` makes of it.
@@ -32,7 +33,6 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "g
     groups, count = batch.places.shape
     of_groups = hidden.reshape(groups, -1, hidden.shape[-1])
 
-    @jax.checkpoint
     def of_chunk(chunk: tuple[Array, Array, Array]) -> Float[Array, "groups chunk"]:
         places, targets, weights = chunk
         learned = jnp.take_along_axis(of_groups, places[..., None], axis=1)
@@ -42,13 +42,15 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "g
         )
         return losses * weights
 
-    size = min(CHUNK, count)
-    missing = -count % size
+    learned = (batch.places, batch.targets, batch.weights)
+    chunks = -(-count // CHUNK)
+    if chunks <= 1:
+        return of_chunk(learned)
+    missing = -count % chunks
 
     def in_chunks(array: Array) -> Array:
         filled = jnp.pad(jnp.asarray(array), ((0, 0), (0, missing)))
-        return jnp.moveaxis(filled.reshape(groups, -1, size), 1, 0)
+        return jnp.moveaxis(filled.reshape(groups, chunks, -1), 1, 0)
 
-    chunks = jax.tree.map(in_chunks, (batch.places, batch.targets, batch.weights))
-    losses = jnp.moveaxis(jax.lax.map(of_chunk, chunks), 0, 1)
-    return losses.reshape(groups, -1)[:, :count]
+    losses = jax.lax.map(jax.checkpoint(of_chunk), jax.tree.map(in_chunks, learned))
+    return jnp.moveaxis(losses, 0, 1).reshape(groups, -1)[:, :count]

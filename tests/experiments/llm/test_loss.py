@@ -107,14 +107,11 @@ def test_the_loss_is_that_of_all_logits(monkeypatch, groups):
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.usefixtures("optimised")
-def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 16)
-    config = tiny_llama.config("llama", vocab_size=20_000)
-    model = Llama(config)
+def cost_with_many_words(words, length):
+    """Returns what the gradient of one text's loss costs, of which the head is most."""
+    model = Llama(tiny_llama.config("llama", vocab_size=words))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    length = 256
     whole = TokenizedExample(np.zeros(length, np.int32), np.arange(length) > 0)
     rows = batch_of([whole], [Row((0,))], length=length, room=length)
 
@@ -123,10 +120,32 @@ def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
         def loss(norm):
             return losses_at_places(model.apply, {**params, "norm": norm}, rows).sum()
 
-        return jax.grad(loss)(params["norm"])
+        return jax.value_and_grad(loss)(params["norm"])
 
-    compiled = jax.jit(gradient).lower(params).compile()
-    assert Cost.of(compiled).temporary_bytes < length * 20_000 * 4 / 2
+    return Cost.of(jax.jit(gradient).lower(params).compile())
+
+
+@pytest.mark.usefixtures("optimised")
+def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
+    assert cost_with_many_words(20_000, 256).temporary_bytes < 256 * 20_000 * 4 / 2
+
+
+@pytest.mark.usefixtures("optimised")
+def test_the_logits_of_one_chunk_are_computed_once():
+    """A product for the logits, and one for the gradient of hidden states; layers are little."""
+    product = 2 * 64 * tiny_llama.WIDTH * 20_000
+    assert cost_with_many_words(20_000, 64).flops < 2.5 * product
+
+
+def test_chunks_are_of_one_size(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 10)
+    params, rows = tiny_llama.params("qwen2"), batch((0,), (3,))
+    apply = Llama(tiny_llama.config("qwen2")).apply
+    assert rows.places.size == 15
+    text = str(jax.make_jaxpr(lambda params: losses_at_places(apply, params, rows))(params))
+    assert f"f32[1,8,{tiny_llama.VOCABULARY}]" in text
+    assert f"f32[1,10,{tiny_llama.VOCABULARY}]" not in text
 
 
 def trained_parts(**options):
