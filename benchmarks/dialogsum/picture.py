@@ -13,8 +13,8 @@ from experiments.common.plots import COLOURS, save_figure
 
 def save_picture(path: Path, grid: Grid, found: Mapping[str, Found]) -> None:
     """Draws ROUGE-1 of every method, and of every rank on a smaller budget."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    methods, ranks = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    methods, ranks = figure.subplots(1, 2, width_ratios=(1, 1))
     _draw_methods(
         methods, {cell: found[name] for name, cell in grid.methods.items() if name in found}
     )
