@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.stored import RESULTS, ResultStore
+from benchmarks.measuring import MeasuringParser, write_found
+from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code, needed_module
-from experiments.common.options import Parser, positive_int
+from experiments.common.options import positive_int
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import Dialogue, dialogues
@@ -34,6 +35,10 @@ from experiments.models.pretrained import LanguageModel
 _LLAMA_CPP = "llama-cpp-python"
 _CONTEXT = 2_048
 _FLOAT32, _STORED = "float32", "as stored"
+_HEADER = (
+    *("llama.cpp's base", "", "same texts", "same likeliest tokens"),
+    *("mean difference", "greatest"),
+)
 _BASE, _ADAPTED = "the model", "with its adapter"
 
 Logits = NDArray[np.float32]
@@ -209,20 +214,18 @@ def _logits(llama: Any, read: Read) -> Logits:
 
 
 def _present(found: Sequence[Agreement], options: argparse.Namespace, console: Console) -> None:
-    console.table(
-        ["base", "", "same texts", "same choices", "mean difference", "greatest"],
-        [_cells(each) for each in found],
-    )
-    if options.store:
-        command = (
-            f"python -m benchmarks.llama_cpp --adapter {options.adapter} --dialogues "
-            f"{options.dialogues} --new-tokens {options.new_tokens} --store"
-        )
-        results = {"agreements": list(map(dataclasses.asdict, found))}
-        ResultStore(RESULTS).save("llama_cpp", results, commands=[command])
+    metrics = {"agreements": list(map(dataclasses.asdict, found))}
+    table(metrics).show(console)
+    write_found(options, metrics)
     different = [each for each in found if each.base == _FLOAT32 and each.same_texts < each.texts]
     if different:
         raise RuntimeError("texts differ on a float32 base; see the table")
+
+
+def table(metrics: Mapping[str, Any]) -> Table:
+    """Returns what `--json` writes, as a table."""
+    rows = [_cells(Agreement(**each)) for each in metrics["agreements"]]
+    return Table("llama.cpp beside JAX", _HEADER, rows)
 
 
 def _cells(found: Agreement) -> list[str]:
@@ -236,8 +239,8 @@ def _cells(found: Agreement) -> list[str]:
     ]
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.llama_cpp", description=__doc__)
+def _parser() -> MeasuringParser:
+    parser = MeasuringParser("llama_cpp", __doc__)
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -250,9 +253,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="of an answer")
     parser.add_argument("--threads", type=positive_int, default=2, help="those of llama.cpp")
-    parser.add_argument(
-        "--store", action="store_true", help="write benchmarks/results/llama_cpp.json"
-    )
     return parser
 
 

@@ -6,7 +6,6 @@ Beside the time of a step stand what the host spends on it: gathering the batch 
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,8 @@ import numpy as np
 import optax
 
 import lora_jax
-from experiments.common.options import Parser, positive_int
+from benchmarks.measuring import MeasuringParser, write_found
+from experiments.common.options import positive_int
 from experiments.common.timing import in_turns
 from experiments.common.training import Training
 from experiments.data.batches import epoch_batches
@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             times[name].append(kinds[name].run(batches[: options.steps]))
     results = {
         "device": str(jax.devices()[0]),
-        "jax": jax.__version__,
         "milliseconds": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
         "lora_over_hand_written": _ratio(times, "lora", "hand-written"),
         "not_donated_over_donated": _ratio(times, "lora, not donated", "lora"),
@@ -50,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dispatch a step": 1e6 * kinds["lora"].seconds_to_dispatch(batches[0]),
         },
     }
-    print(json.dumps(results, indent=2) if options.json else _text(results))
+    print(_text(results))
+    write_found(options, results)
     return 0
 
 
@@ -127,7 +127,7 @@ def _ratio(times: dict[str, list[float]], kind: str, other: str) -> float:
 
 
 def _text(results: dict[str, Any]) -> str:
-    lines = [f"{results['device']}, JAX {results['jax']}, batch {_BATCH_SIZE}, rank 1"]
+    lines = [f"{results['device']}, JAX {jax.__version__}, batch {_BATCH_SIZE}, rank 1"]
     lines += [f"{name:<17} {value:8.3f} ms" for name, value in results["milliseconds"].items()]
     lines.append(f"lora / hand-written, median of rounds: {results['lora_over_hand_written']:.3f}")
     lines.append(f"not donated / donated: {results['not_donated_over_donated']:.3f}")
@@ -135,11 +135,10 @@ def _text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.mnist_step", description=__doc__)
+def _parser() -> MeasuringParser:
+    parser = MeasuringParser("mnist_step", __doc__)
     parser.add_argument("--steps", type=positive_int, default=50, help="steps in a block")
     parser.add_argument("--rounds", type=positive_int, default=20, help="blocks of each kind")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
 

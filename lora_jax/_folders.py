@@ -218,7 +218,7 @@ def _is_at(folder: Path, descriptor: int) -> bool:
     """Says whether an open folder is the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -181,6 +182,7 @@ def test_a_new_folder_is_as_readable_as_any(destination):
     assert destination.stat().st_mode == plain.stat().st_mode
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_a_version_is_not_replaced_while_it_is_read(destination):
     write(destination, "old")
     replacement = threading.Thread(target=write, args=(destination, "new"))
@@ -198,14 +200,21 @@ def test_a_version_is_not_replaced_while_it_is_read(destination):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
-def test_a_version_is_replaced_for_all_who_wait_to_read_it(destination):
+def test_a_version_is_replaced_for_all_who_wait_to_read_it(destination, monkeypatch):
     """A reader that opened the previous version before it was replaced reads the next one."""
     write(destination, "old")
-    texts = []
+    texts, waits = [], threading.Event()
+
+    def sleep(seconds):
+        waits.set()
+        time.sleep(seconds)
+
+    clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(_folders, "time", clock)
     with _folders._kept_in_place(destination, shared=False):
         reader = threading.Thread(target=lambda: texts.append(version(destination)))
         reader.start()
-        reader.join(0.1)
+        assert waits.wait(30)
         previous = destination.rename(destination.with_name("previous"))
         write(destination, "new")
     reader.join(30)

@@ -14,7 +14,7 @@ from experiments.common.plots import COLOURS, save_figure
 def save_picture(path: Path, grid: Grid, found: Mapping[str, Found]) -> None:
     """Draws ROUGE-1 of every method, and of every rank on a smaller budget."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    methods, ranks = figure.subplots(1, 2, width_ratios=(1, 1))
+    methods, ranks = figure.subplots(1, 2)
     _draw_methods(
         methods, {cell: found[name] for name, cell in grid.methods.items() if name in found}
     )

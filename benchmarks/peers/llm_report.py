@@ -165,7 +165,11 @@ def present(findings: Findings, options: argparse.Namespace, console: Console) -
     metrics = findings.metrics()
     for table in tables(metrics):
         table.show(console)
-    console.note(versions(findings.training))
+    beside = metrics["beside"]
+    console.note(
+        f"× PEFT: of {beside['speed']} for speed, {beside['memory']} for memory; losses: the "
+        f"greatest relative difference from {OURS}\n" + versions(findings.training)
+    )
     write_found(options, metrics)
     check_losses(max(findings.loss_differences().values()), findings.loss_bound)
 
@@ -177,7 +181,6 @@ def tables(metrics: Mapping[str, Any]) -> list[Table]:
 
 
 def _training_table(metrics: Mapping[str, Any]) -> Table:
-    training = metrics["training"]
     rows = [
         [
             name,
@@ -188,9 +191,9 @@ def _training_table(metrics: Mapping[str, Any]) -> Table:
             f"{metrics['loss_differences'][name]:.0e}" if name != OURS else "",
             f"{each['seconds_to_ready']:.0f} s, {each['bytes_to_ready'] / MEGABYTE:,.0f} MB",
         ]
-        for name, each in training.items()
+        for name, each in metrics["training"].items()
     ]
-    steps = len(training[OURS]["losses"][0])
+    steps = len(metrics["training"][OURS]["losses"][0])
     title = f"LoRA on a language model, threads: {metrics['threads']}, steps: {steps}"
     return Table(title, _TRAINING_HEADER, rows)
 

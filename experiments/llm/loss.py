@@ -42,15 +42,15 @@ def losses_at_places(apply: Apply, params: Any, batch: Batch) -> Float[Array, "g
         )
         return losses * weights
 
-    learned = (batch.places, batch.targets, batch.weights)
+    whole = (batch.places, batch.targets, batch.weights)
     chunks = -(-count // CHUNK)
     if chunks <= 1:
-        return of_chunk(learned)
+        return of_chunk(whole)
     missing = -count % chunks
 
     def in_chunks(array: Array) -> Array:
         filled = jnp.pad(jnp.asarray(array), ((0, 0), (0, missing)))
         return jnp.moveaxis(filled.reshape(groups, chunks, -1), 1, 0)
 
-    losses = jax.lax.map(jax.checkpoint(of_chunk), jax.tree.map(in_chunks, learned))
+    losses = jax.lax.map(jax.checkpoint(of_chunk), jax.tree.map(in_chunks, whole))
     return jnp.moveaxis(losses, 0, 1).reshape(groups, -1)[:, :count]

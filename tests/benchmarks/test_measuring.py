@@ -11,6 +11,8 @@ from benchmarks.measuring import MeasuringParser, write_found
 COMMANDS = (
     "compiled_cost",
     "limit",
+    "llama_cpp",
+    "mnist_step",
     "quantized",
     "quantized_accuracy",
     "scale.__main__",
@@ -37,6 +39,15 @@ def test_no_file_is_written_unasked(tmp_path, monkeypatch):
     assert options.command == "python -m benchmarks.some"
     write_found(options, {"number": 3})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        MeasuringParser("some", "Measures.").parse_args(["--json", f"{tmp_path}/file/found.json"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --json: its folder ")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
