@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments.models.recomputing import computed_again
+from experiments.models.score_products import mixed, scores_of
 
 Tokens = Int[Array, "batch length"]
 Heads = Float[Array, "batch length heads dim"]
@@ -169,13 +170,12 @@ def _of_block(query: Heads, pair: Pair, queries: Places, keys: Places, scoring: 
     # other orders of axes, XLA transposes scores.
     grouped = query.reshape(batch, length, shared, heads // shared, dim).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, shared, -1, dim)
-    scores = jnp.einsum("bkrd,bksd->bkrs", rows, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*grouped.shape[:-1], -1) * scoring.scale
+    scores = scores_of(rows, key).reshape(*grouped.shape[:-1], -1) * scoring.scale
     if scoring.bias is not None:
         scores += scoring.bias(queries, keys).reshape(scores.shape)
     # Not minus infinity: a query of padding sees nothing.
     seen = scoring.sees(queries, keys)[:, None, None]
     scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
     shares = jax.nn.softmax(scores).astype(value.dtype).reshape(batch, shared, rows.shape[2], -1)
-    mixed = jnp.einsum("bkrs,bksd->bkrd", shares, value)
-    return mixed.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    seen_values = mixed(shares, value).reshape(grouped.shape)
+    return seen_values.transpose(0, 3, 1, 2, 4).reshape(query.shape)
