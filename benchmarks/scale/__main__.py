@@ -22,7 +22,7 @@ from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.scale.models import MODELS, TENSOR
 from benchmarks.scale.picture import save_picture
 from benchmarks.scale.plans import KINDS, Task, plan_of, smallest_plan
-from benchmarks.scale.report import Row, all_numbers, read_rows, show, show_as_markdown
+from benchmarks.scale.report import Row, all_numbers, read_rows, show, tables
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code
 from experiments.common.options import positive_int
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     console = Console()
     if options.read:
-        show_as_markdown([row for path in options.read for row in read_rows(path)])
+        for table in tables([row for path in options.read for row in read_rows(path)]):
+            print(table.as_markdown())
         return
     tasks = _tasks(options)
     # Compilers of accelerators do not need one, and JAX must not look for it.

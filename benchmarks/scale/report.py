@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.machines import GIB, MACHINES
 from benchmarks.scale.collectives import Traffic
 from benchmarks.scale.plans import Plan, Task
+from benchmarks.tables import Table
 from experiments.common.console import Console
 
 Row = tuple[Task, Plan]
@@ -115,18 +116,21 @@ def _plan(entries: Mapping[str, Any]) -> Plan:
 # --- the documentation's tables ----------------------------------------------------------------
 
 
-def show_as_markdown(rows: Sequence[Row]) -> None:
-    """Prints the slices with their memory and operations, and then what devices send each other."""
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Returns the slices with their memory and operations, and what their devices send."""
+    return [_slices(rows), _sent(rows)]
+
+
+def _slices(rows: Sequence[Row]) -> Table:
     machines = [name for name in MACHINES if any(task.machine == name for task, _ in rows)]
     found = {(task.model, task.kind, task.machine): (task, plan) for task, plan in rows}
     steps = list(dict.fromkeys((task.model, task.kind) for task, _ in rows))
     sizes = [f"{name}, {MACHINES[name].memory / GIB:.0f} GiB" for name in machines]
-    _print_table(
+    return Table(
+        "The smallest slices",
         ["model", "step", "TFLOP/token", *sizes],
         [_slice_cells(step, [found.get((*step, name)) for name in machines]) for step in steps],
     )
-    print()
-    _print_table(["model", "step", "chips", "a chip receives in a step"], map(_sent_cells, rows))
 
 
 def _slice_cells(step: tuple[str, str], of_machines: Sequence[Row | None]) -> list[str]:
@@ -138,11 +142,14 @@ def _slice_cells(step: tuple[str, str], of_machines: Sequence[Row | None]) -> li
     return [*step, _tera(plan), *slices]
 
 
+def _sent(rows: Sequence[Row]) -> Table:
+    return Table(
+        "What devices send each other",
+        ["model", "step", "chips", "a chip receives in a step"],
+        [_sent_cells(row) for row in rows if row[0].devices > 1],
+    )
+
+
 def _sent_cells(row: Row) -> list[str]:
     task, plan = row
     return [task.model, task.kind, f"{task.devices} {task.machine}", ", ".join(_moved(plan))]
-
-
-def _print_table(columns: Sequence[str], rows: Any) -> None:
-    for cells in [columns, ["---"] * len(columns), *rows]:
-        print(f"| {' | '.join(cells)} |")

@@ -1,11 +1,13 @@
 """Tables of the documentation are those of the stored results."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import limit, llama_cpp
 from benchmarks.peers import llm_report
+from benchmarks.scale import report
 from benchmarks.stored import RESULTS, ResultStore
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,16 @@ def test_a_stored_result_is_shown_with_its_command(name):
     (command,) = found["commands"]
     assert f"--json benchmarks/results/{name}.json" in command
     assert f"`benchmarks/results/{name}.json`" in text
+
+
+def test_plans_are_shown_with_their_command():
+    text = (ROOT / "docs/shard.md").read_text()
+    path = RESULTS / "scale" / "h100.json"
+    for table in report.tables(report.read_rows(path)):
+        assert table.as_markdown() in text
+    (command,) = json.loads(path.read_text())["commands"]
+    assert "--machine h100" in command
+    assert "`benchmarks/results/scale/h100.json`" in text
 
 
 def test_on_a_float32_base_llama_cpp_writes_what_jax_does():
