@@ -208,7 +208,7 @@ def _writing_table(metrics: Mapping[str, Any]) -> Table:
 
 def _target_table(metrics: Mapping[str, Any]) -> Table:
     rows = [
-        [target["description"], f"{target['found']:.2g}", target["bound"], target["verdict"]]
+        [target["description"], f"{target['found']:.3g}", target["bound"], target["verdict"]]
         for target in metrics["targets"]
     ]
     return Table("Targets", ["", "found", "target", ""], rows)
