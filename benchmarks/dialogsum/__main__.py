@@ -21,7 +21,7 @@ from benchmarks.dialogsum.cells import GRIDS, Grid
 from benchmarks.dialogsum.computing import Workplace
 from benchmarks.dialogsum.report import tables
 from benchmarks.dialogsum.speed import NAME as SPEED
-from benchmarks.dialogsum.speed import as_result, speeds
+from benchmarks.dialogsum.speed import as_result, timed_steps
 from benchmarks.stored import RESULTS, ResultStore
 from experiments.common.console import Console
 from experiments.common.errors import InputError, check_installed, exit_code
@@ -87,7 +87,7 @@ def _compute(options: argparse.Namespace, grid: Grid, store: ResultStore, consol
 def _measure(options: argparse.Namespace, grid: Grid, store: ResultStore, console: Console) -> None:
     if options.only:
         raise InputError("--only chooses cells, and --speed measures all methods; pass one of them")
-    found = speeds(
+    found = timed_steps(
         grid,
         rounds=options.rounds,
         model=options.model or grid.model,
@@ -137,7 +137,7 @@ def _parser() -> Parser:
     instead.add_argument(
         "--speed",
         action="store_true",
-        help="measure how fast each method trains instead, a step of each in turn",
+        help="measure instead how fast each method trains, a step of each in turn, and its memory",
     )
     instead.add_argument("--report", action="store_true", help="compute nothing")
     parser.add_argument(

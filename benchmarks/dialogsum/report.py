@@ -68,7 +68,7 @@ def _costs(methods: Cells, found: Mapping[str, Found]) -> Table:
                 f"{training['held_out']['on']['loss']:.3f}",
                 f"{training['parameters']['trainable']:,}",
                 _stored(training["adapter_bytes"]),
-                f"{training['step_bytes'] / MEGABYTE:,.0f} MB",
+                f"{_step_bytes(found, name) / MEGABYTE:,.0f} MB",
             ]
         )
     header = ["", "learning rate", "held-out loss", "trainable", "stored", "memory of a step"]
@@ -157,5 +157,13 @@ def _each(found: Found) -> dict[str, np.ndarray]:
 def _memory_ratio(cell: Cell, found: Mapping[str, Found], name: str) -> str:
     if cell.training is None:
         return ""
-    own, reference = (found[one]["training"]["step_bytes"] for one in (name, _REFERENCE))
-    return f"{own / reference:.2f}"
+    return f"{_step_bytes(found, name) / _step_bytes(found, _REFERENCE):.2f}"
+
+
+def _step_bytes(found: Mapping[str, Found], name: str) -> float:
+    """Returns the memory of a step, where it can be that of the programs that were timed.
+
+    Those are of one version, and cells that were computed at other times may not be.
+    """
+    timed = found[SPEED]["step_bytes"] if SPEED in found else {}
+    return float(timed.get(name, found[name]["training"]["step_bytes"]))

@@ -1,5 +1,6 @@
-"""How fast each method trains: a step of each in turn, in one process."""
+"""How fast each method trains, and in how much memory: a step of each in turn, in one process."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,18 @@ _WARM_UP_ROUNDS = 1
 # Enough for some twenty steps of the greatest batches.
 _EXAMPLES = 500
 
-Speeds = Mapping[str, Sequence[float]]
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps of a method.
+
+    Attributes:
+      tokens_per_second: how fast each was.
+      bytes: the memory of one: its arguments and temporaries.
+    """
+
+    tokens_per_second: Sequence[float]
+    bytes: int
 
 
 def timed_cells(grid: Grid) -> list[Cell]:
@@ -33,10 +45,10 @@ def timed_cells(grid: Grid) -> list[Cell]:
     return [cell for cell in trained if "--seed" not in (cell.training or ())]
 
 
-def speeds(
+def timed_steps(
     grid: Grid, *, rounds: int, model: Path | None, options: Sequence[str], console: Console
-) -> Speeds:
-    """Returns the tokens a second of each cell's training in each round.
+) -> Mapping[str, Steps]:
+    """Returns a step of each cell's training in each round.
 
     Args:
       grid: the cells.
@@ -66,7 +78,10 @@ def speeds(
             for name in order:
                 trainings[name].take_step(next(batches[name]))
             progress.advance()
-    return {name: _tokens_per_second(each) for name, each in trainings.items()}
+    return {
+        name: Steps(_tokens_per_second(each), each.compiled.bytes)
+        for name, each in trainings.items()
+    }
 
 
 def _options_of(cell: Cell, others: Sequence[str]) -> Options:
@@ -91,6 +106,9 @@ def _tokens_per_second(training: Training) -> list[float]:
     return (seen / seconds)[_WARM_UP_ROUNDS:].tolist()
 
 
-def as_result(found: Speeds) -> dict[str, Any]:
+def as_result(found: Mapping[str, Steps]) -> dict[str, Any]:
     """Returns what is stored of a measurement."""
-    return {"tokens_per_second": {name: list(each) for name, each in found.items()}}
+    return {
+        "tokens_per_second": {name: list(each.tokens_per_second) for name, each in found.items()},
+        "step_bytes": {name: each.bytes for name, each in found.items()},
+    }

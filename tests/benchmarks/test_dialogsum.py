@@ -12,6 +12,7 @@ from benchmarks.dialogsum import __main__, computing
 from benchmarks.dialogsum.cells import GRIDS, Cell, best_rate
 from benchmarks.dialogsum.computing import Workplace
 from benchmarks.dialogsum.report import tables
+from benchmarks.dialogsum.speed import NAME as SPEED
 from benchmarks.stored import RESULTS, ResultStore
 from tests.experiments.small_llm_study import write_model
 
@@ -144,6 +145,7 @@ def test_methods_take_steps_in_turns(study, tmp_path, monkeypatch, capsys):
     speeds = stored["tokens_per_second"]
     assert list(speeds) == ["lora-8", "full"]
     assert all(len(each) == 2 and min(each) > 0 for each in speeds.values())
+    assert 0 < stored["step_bytes"]["lora-8"] < stored["step_bytes"]["full"]
 
 
 def stored_cell(method, scores, learning_rate=1e-3):
@@ -192,6 +194,27 @@ def test_a_learning_rate_that_no_option_gave_is_that_of_the_method():
     assert "46 kB" in {row[4] for row in costs.rows}
 
 
+def test_memory_is_that_of_the_programs_that_were_timed_together():
+    found = {name: stored_cell(name, [0.3]) for name in ("lora-8", "lora-8-seed-1", "full")}
+    found["speed"] = {
+        "tokens_per_second": {"lora-8": [200.0, 220.0], "full": [100.0, 110.0]},
+        "step_bytes": {"lora-8": 3e8, "full": 4e8},
+    }
+    by_title = {table.title.split(",")[0]: table for table in tables(GRIDS["smollm2"], found)}
+    costs, differences, speeds = (
+        {row[0]: row[-1] for row in by_title[title].rows}
+        for title in (
+            "What each training costs",
+            "Difference to full fine-tuning on the same dialogues",
+            "Speed of training",
+        )
+    )
+    assert costs["LoRA, rank 8"] == "300 MB"
+    assert costs["LoRA, rank 8, another seed"] == "100 MB"
+    assert differences["LoRA, rank 8"] == "0.75"
+    assert speeds == {"LoRA, rank 8": "2.00", "full fine-tuning": "1.00"}
+
+
 def test_the_command_refuses_other_cells(capsys):
     pytest.importorskip("rouge_score")
     assert __main__.main(["--only", "nothing"]) == 2
@@ -212,7 +235,7 @@ def test_the_command_says_beforehand_how_long_a_cell_takes(
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
 def test_every_table_of_the_documentation_is_that_of_the_stored_results(grid):
-    found = ResultStore(RESULTS / grid.results).load_all(list(grid.cells))
+    found = ResultStore(RESULTS / grid.results).load_all([*grid.cells, SPEED])
     if not set(grid.methods) & set(found):
         pytest.skip("no method has been computed")
     text = (DOCS / "llm.md").read_text()
