@@ -12,6 +12,7 @@ from benchmarks.scale.collectives import Traffic
 from benchmarks.scale.plans import Plan, Task
 from benchmarks.tables import Table
 from experiments.common.console import Console
+from experiments.common.errors import InputError
 
 Row = tuple[Task, Plan]
 
@@ -89,8 +90,18 @@ def all_numbers(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a file with `all_numbers`."""
-    return [(_task(entries), _plan(entries)) for entries in json.loads(path.read_text())["plans"]]
+    """Returns the rows of a file with `all_numbers`.
+
+    Raises:
+      InputError: it is no such file.
+    """
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))["plans"]
+        return [(_task(entries), _plan(entries)) for entries in plans]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} is no file of plans, such as --json writes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _versions() -> dict[str, str]:

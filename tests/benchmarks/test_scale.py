@@ -250,3 +250,14 @@ def test_what_was_written_becomes_tables_in_markdown(tmp_path, capsys):
     assert lines[2] == "| small | lora | 0.051 | 8 × 6.5 GiB | 8 × 6.5 GiB |"
     assert lines[3] == "| small | full | 0.051 | none | 8 × 6.5 GiB |"
     assert lines[7] == "| small | lora | 8 tpu-v5e | 5 all-gather 2.0 GiB |"
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"plans": [{}]}', '{"plans": 1}'])
+def test_a_file_without_plans_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["--from", str(path)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: ")
+    assert "is no file of plans, such as --json writes" in error
