@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import platform
 import statistics
 import sys
 import time
@@ -21,8 +20,9 @@ from benchmarks.programs import (
     program_text,
     programs,
 )
+from benchmarks.tables import Table
+from experiments.common.console import Console
 from experiments.common.options import positive_int
-from lora_jax._tables import table
 
 TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}
 EXACT = ("flops", "bytes", "temporary_bytes")
@@ -76,26 +76,9 @@ class Comparison:
                 name: [dataclasses.asdict(one) for one in all_of_them]
                 for name, all_of_them in self.seconds.items()
             },
-            "adapt / by hand": self.ratios,
+            "ratios": self.ratios,
             "merged_is_base": self.merged_is_base,
         }
-
-    def __str__(self) -> str:
-        """Returns a table of all of it."""
-        rows = [(name, *_cells(self.costs[name], self.seconds[name])) for name in self.costs]
-        ratios = self.ratios
-        exact = [f"{ratios[name]:.6f}" for name in EXACT]
-        rows.append(("adapt / by hand", *exact, "", "", f"{ratios['seconds']:.2f}"))
-        for name, of in (
-            ("target", lambda name: f"{TARGETS[name]:.2f}"),
-            ("", lambda name: "met" if is_met(name, ratios[name]) else "missed"),
-        ):
-            rows.append((name, *(of(cost) for cost in EXACT), "", "", of("seconds")))
-        same = "the base model's own program" if self.merged_is_base else "another than the base's"
-        return (
-            f"{self.model.name}: {self.model.description}\n\n"
-            f"{table(HEADER, rows, right=HEADER[1:])}\n\nmerged inference: {same}"
-        )
 
 
 def is_met(name: str, ratio: float) -> bool:
@@ -133,20 +116,13 @@ def cost_and_seconds(make: Callable[[], Program]) -> tuple[Cost, Seconds]:
     return Cost.of(compiled), Seconds(traced - start, end - traced)
 
 
-def machine() -> str:
-    """Returns what the numbers were measured on, in words."""
-    device = jax.devices()[0]
-    return f"JAX {jax.__version__}, {device.device_kind} ({device.platform}), {platform.machine()}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table for each model; returns 0 unless a target that is exact is missed."""
-    options = _parsed(argv)
-    print(machine(), flush=True)
+    options, console = _parsed(argv), Console()
     comparisons = []
     for name in options.model or MODELS:
         comparisons.append(compared(MODELS[name], options.repeats))
-        print(f"\n{comparisons[-1]}", flush=True)
+        _table(comparisons[-1].as_json()).show(console)
     write_found(options, {"models": [one.as_json() for one in comparisons]})
     return int(any(_misses_an_exact_target(one) for one in comparisons))
 
@@ -156,15 +132,30 @@ def _misses_an_exact_target(comparison: Comparison) -> bool:
     return not all(is_met(name, ratios[name]) for name in EXACT) or not comparison.merged_is_base
 
 
-def _cells(cost: Cost, seconds: Sequence[Seconds]) -> tuple[str, ...]:
-    return (
-        f"{cost.flops / 1e6:,.3f}",
-        f"{cost.bytes / 1e6:,.3f}",
-        f"{cost.temporary_bytes / 1e6:,.3f}",
-        f"{statistics.median(one.tracing for one in seconds):.2f}",
-        f"{statistics.median(one.compiling for one in seconds):.2f}",
-        f"{statistics.median(one.total for one in seconds):.2f}",
-    )
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes, as a table for each model."""
+    return list(map(_table, found["models"]))
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    costs, seconds, ratios = found["costs"], found["seconds"], found["ratios"]
+    same = "the base model's own program" if found["merged_is_base"] else "another than the base's"
+    rows = [[name, *_cells(costs[name], seconds[name])] for name in costs]
+    for name, of in (
+        ("adapt / by hand", lambda cost: f"{ratios[cost]:.{6 if cost in EXACT else 2}f}"),
+        ("target", lambda cost: f"{TARGETS[cost]:.2f}"),
+        ("", lambda cost: "met" if is_met(cost, ratios[cost]) else "missed"),
+    ):
+        rows.append([name, *map(of, EXACT), "", "", of("seconds")])
+    title = f"{found['model']}: {found['description']}; inference after merge: {same}"
+    return Table(title, HEADER, rows)
+
+
+def _cells(cost: Mapping[str, float], seconds: Sequence[Mapping[str, float]]) -> list[str]:
+    exact = [f"{cost[name] / 1e6:,.3f}" for name in EXACT]
+    tracing, compiling = ([one[name] for one in seconds] for name in ("tracing", "compiling"))
+    totals = [sum(pair) for pair in zip(tracing, compiling, strict=True)]
+    return [*exact, *(f"{statistics.median(each):.2f}" for each in (tracing, compiling, totals))]
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ import numpy as np
 
 import lora_jax
 from benchmarks.limit_models import LARGE, TIMED
-from benchmarks.machines import MACHINES, devices_of, shapes_on
+from benchmarks.machines import MACHINES, compiler_versions, devices_of, shapes_on
 from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import Model
 from benchmarks.programs import Cost, Program, adapted, base_function, by_hand, wrapped_params
@@ -84,9 +84,15 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         # What was measured before an interruption or an error is not lost.
         if found:
-            described = {"machine": where, "model": model.description, "factors": options.dtype}
+            described: dict[str, Any] = {
+                "machine": where,
+                "model": model.description,
+                "factors": options.dtype,
+            }
+            if not is_here:
+                described["versions"] = compiler_versions()
             metrics = {**described, "steps": list(map(dataclasses.asdict, found))}
-            table(metrics).show(console)
+            _table(metrics).show(console)
             write_found(options, metrics)
 
 
@@ -168,8 +174,12 @@ def _estimated(rank: int, steps: Mapping[str, Program], machine: str) -> Sequenc
     ]
 
 
-def table(metrics: Mapping[str, Any]) -> Table:
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Returns what `--json` writes, as a table."""
+    return [_table(metrics)]
+
+
+def _table(metrics: Mapping[str, Any]) -> Table:
     title = f"{metrics['model']}; {metrics['factors']} factors; {metrics['machine']}"
     return Table(title, _HEADER, list(map(_cells, metrics["steps"])))
 

@@ -215,17 +215,18 @@ def _logits(llama: Any, read: Read) -> Logits:
 
 def _present(found: Sequence[Agreement], options: argparse.Namespace, console: Console) -> None:
     metrics = {"agreements": list(map(dataclasses.asdict, found))}
-    table(metrics).show(console)
+    for table in tables(metrics):
+        table.show(console)
     write_found(options, metrics)
     different = [each for each in found if each.base == _FLOAT32 and each.same_texts < each.texts]
     if different:
         raise RuntimeError("texts differ on a float32 base; see the table")
 
 
-def table(metrics: Mapping[str, Any]) -> Table:
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
     """Returns what `--json` writes, as a table."""
     rows = [_cells(Agreement(**each)) for each in metrics["agreements"]]
-    return Table("llama.cpp beside JAX", _HEADER, rows)
+    return [Table("llama.cpp beside JAX", _HEADER, rows)]
 
 
 def _cells(found: Agreement) -> list[str]:

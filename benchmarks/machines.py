@@ -120,6 +120,9 @@ MACHINES = {
 }
 _WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
+# Whose versions decide what is compiled.
+_COMPILERS = ("jax", "libtpu", "jax-cuda12-plugin")
+
 # Virtual devices of this machine's processor: what they hold in bfloat16 is held in float32 too.
 CPU = "cpu"
 
@@ -174,6 +177,17 @@ def shapes_on(device: Any, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map(put, tree)
+
+
+def compiler_versions() -> dict[str, str]:
+    """Returns the versions that decide what is compiled, of the compilers that are installed."""
+    found = {}
+    for package in _COMPILERS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def requirements(name: str) -> list[str]:

@@ -8,7 +8,7 @@ Beside the time of a step stand what the host spends on it: gathering the batch 
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,8 @@ import optax
 
 import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
+from benchmarks.tables import Table
+from experiments.common.console import Console
 from experiments.common.options import positive_int
 from experiments.common.timing import in_turns
 from experiments.common.training import Training
@@ -40,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in order:
             times[name].append(kinds[name].run(batches[: options.steps]))
     results = {
-        "device": str(jax.devices()[0]),
         "milliseconds": {name: 1e3 * float(np.median(found)) for name, found in times.items()},
         "lora_over_hand_written": _ratio(times, "lora", "hand-written"),
         "not_donated_over_donated": _ratio(times, "lora, not donated", "lora"),
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dispatch a step": 1e6 * kinds["lora"].seconds_to_dispatch(batches[0]),
         },
     }
-    print(_text(results))
+    for table in tables(results):
+        table.show(Console())
     write_found(options, results)
     return 0
 
@@ -126,13 +128,21 @@ def _ratio(times: dict[str, list[float]], kind: str, other: str) -> float:
     return float(np.median(np.divide(times[kind], times[other])))
 
 
-def _text(results: dict[str, Any]) -> str:
-    lines = [f"{results['device']}, JAX {jax.__version__}, batch {_BATCH_SIZE}, rank 1"]
-    lines += [f"{name:<17} {value:8.3f} ms" for name, value in results["milliseconds"].items()]
-    lines.append(f"lora / hand-written, median of rounds: {results['lora_over_hand_written']:.3f}")
-    lines.append(f"not donated / donated: {results['not_donated_over_donated']:.3f}")
-    lines += [f"{name:<16} {value:6.0f} µs" for name, value in results["host_microseconds"].items()]
-    return "\n".join(lines)
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes: the times, and ratios that are medians over rounds."""
+    ratios = {
+        "lora": f"{found['lora_over_hand_written']:.3f} × hand-written",
+        "lora, not donated": f"{found['not_donated_over_donated']:.3f} × lora",
+    }
+    steps = [
+        [name, f"{milliseconds:.3f}", ratios.get(name, "")]
+        for name, milliseconds in found["milliseconds"].items()
+    ]
+    host = [[name, f"{taken:.0f}"] for name, taken in found["host_microseconds"].items()]
+    return [
+        Table(f"MNIST step, batch {_BATCH_SIZE}, rank 1", ["", "ms", "median of ratios"], steps),
+        Table("The host's part of a step", ["", "µs"], host),
+    ]
 
 
 def _parser() -> MeasuringParser:

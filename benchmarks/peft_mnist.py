@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.measuring import write_found
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
+from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import check_installed, exit_code
 from experiments.common.options import Parser, positive_int
@@ -32,6 +33,15 @@ _CONTENDERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "PEFT, torch.compile": (f"{_TORCH}:Peft", {"compiled": True}),
     "parametrize": (f"{_TORCH}:Parametrized", {}),
 }
+_HEADER = (
+    "",
+    "ms a step",
+    "steps/s",
+    "ours is faster",
+    "to the first step",
+    "peak memory",
+    "losses",
+)
 _COMPARED_LOSSES = 50
 _LEARNING_RATE = 1e-3
 
@@ -61,7 +71,14 @@ def compare(options: argparse.Namespace) -> None:
                 progress.advance()
         results = {name: found.results() for name, found in contenders.items()}
     differences = _loss_differences(contenders)
-    _present(results, differences, options, console)
+    metrics = _metrics(results, differences, options)
+    for table in tables(metrics):
+        table.show(console)
+    console.note(
+        f"losses: the greatest relative difference of the first {_COMPARED_LOSSES} from ours\n"
+        + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    )
+    write_found(options, metrics)
 
 
 def _write_start(folder: str, options: argparse.Namespace) -> None:
@@ -133,55 +150,46 @@ def _loss_differences(contenders: Mapping[str, Measured]) -> dict[str, float]:
     }
 
 
-def _present(
+def _metrics(
     results: Mapping[str, Mapping[str, Any]],
     differences: Mapping[str, float],
     options: argparse.Namespace,
-    console: Console,
-) -> None:
+) -> dict[str, Any]:
+    """Returns all numbers, fit for JSON."""
     rates = {name: np.array(found["rates"]) for name, found in results.items()}
-    ratios = {name: float(np.median(rates[OURS] / found)) for name, found in rates.items()}
     versions: dict[str, str] = {}
     for found in results.values():
         versions |= found["versions"]
-    console.rule(
-        f"MNIST step, 784-1000-2000-10, batch {options.batch_size}, rank {options.rank}, "
-        f"threads: {options.threads}"
-    )
-    console.table(
-        [
-            "",
-            "ms a step",
-            "steps/s",
-            "ours is faster",
-            "to the first step",
-            "peak memory",
-            "losses",
-        ],
-        [
-            [
-                name,
-                f"{found['milliseconds']:.2f}",
-                f"{found['steps_per_second']:.0f}",
-                f"{ratios[name]:.2f}×",
-                f"{found['seconds_to_first_step']:.1f} s",
-                f"{found['peak_bytes'] / 1e6:.0f} MB",
-                f"{differences[name]:.0e}" if name != OURS else "",
-            ]
-            for name, found in results.items()
-        ],
-    )
-    console.note(
-        f"losses: the greatest relative difference of the first {_COMPARED_LOSSES} from ours\n"
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-    )
-    found = {
+    return {
         "threads": options.threads,
-        "faster": ratios,
+        "batch_size": options.batch_size,
+        "rank": options.rank,
+        "faster": {name: float(np.median(rates[OURS] / found)) for name, found in rates.items()},
         "loss_differences": differences,
         "contenders": results,
+        "versions": versions,
     }
-    write_found(options, found)
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes, as a table."""
+    rows = [
+        [
+            name,
+            f"{each['milliseconds']:.2f}",
+            f"{each['steps_per_second']:.0f}",
+            f"{found['faster'][name]:.2f}×",
+            f"{each['seconds_to_first_step']:.1f} s",
+            f"{each['peak_bytes'] / 1e6:.0f} MB",
+            f"{found['loss_differences'][name]:.0e}" if name != OURS else "",
+        ]
+        for name, each in found["contenders"].items()
+    ]
+    title = (
+        f"MNIST step, 784-1000-2000-10, batch {found['batch_size']}, rank {found['rank']}, "
+        f"threads: {found['threads']}"
+    )
+    return [Table(title, _HEADER, rows)]
 
 
 def _parser() -> Parser:

@@ -13,7 +13,7 @@ import contextlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from benchmarks.machines import MACHINES, devices_of
+from benchmarks.machines import MACHINES, compiler_versions, devices_of
 from benchmarks.measuring import write_found
 from benchmarks.models import SCANNED_TRANSFORMER, Model
 from benchmarks.peers.options import comparison_parser
@@ -38,6 +38,7 @@ from benchmarks.quantized_programs import (
     transformer,
     wrapped_params,
 )
+from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.memory import keep_freed_memory
@@ -50,6 +51,7 @@ _OF_QWIX = ("nf4", "int8")
 _BATCH, _RANK, _LEARNING_RATE = 10, 1, 1e-3
 
 Row = dict[str, Any]
+Found = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,19 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(options: argparse.Namespace) -> None:
     console = Console()
     formats = [DENSE, *(name for name in options.format or _DEFAULT_FORMATS if name != DENSE)]
-    found: dict[str, Any] = {}
+    measured: dict[str, Callable[..., Found]] = {}
     if options.target:
-        found[options.target] = _compiled_for(options, formats, console)
+        measured[options.target] = _compiled_for
     for name in options.model or ([] if options.target else MODELS):
-        measured = _mnist if name == "mnist" else _scanned_transformer
-        found[name] = measured(options, formats, console)
+        measured[name] = _mnist if name == "mnist" else _scanned_transformer
+    found = {}
+    for name, measure in measured.items():
+        found[name] = measure(options, formats, console)
+        _table(found[name]).show(console)
     write_found(options, found)
 
 
 # --- the MNIST study's step --------------------------------------------------------------------
 
 
-def _mnist(options: argparse.Namespace, formats: Sequence[str], console: Console) -> list[Row]:
+def _mnist(options: argparse.Namespace, formats: Sequence[str], console: Console) -> Found:
     contenders = _contenders(formats, console)
     steps, rounds = options.steps, options.rounds
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -124,10 +129,11 @@ def _mnist(options: argparse.Namespace, formats: Sequence[str], console: Console
         }
         for name in remotes
     ]
-    console.rule(f"MNIST step, 784-1000-2000-10, batch {_BATCH}, rank {_RANK}")
-    _print(rows, console)
     console.note(", ".join(f"{name} {version}" for name, version in versions.items()))
-    return rows
+    title = (
+        f"MNIST step, 784-1000-2000-10, batch {_BATCH}, rank {_RANK}, threads: {options.threads}"
+    )
+    return {"title": title, "versions": versions, "rows": rows}
 
 
 def _contenders(
@@ -155,7 +161,7 @@ def _over_ours(name: str, seconds: Mapping[str, Sequence[float]]) -> float | Non
 
 def _scanned_transformer(
     options: argparse.Namespace, formats: Sequence[str], console: Console
-) -> list[Row]:
+) -> Found:
     model = SCANNED_TRANSFORMER
     random = np.random.default_rng(0)
     params = jax.tree.map(
@@ -175,9 +181,7 @@ def _scanned_transformer(
         }
         for name in formats
     ]
-    console.rule(model.description)
-    _print(rows, console)
-    return rows
+    return {"title": model.description, "rows": rows}
 
 
 class _Steps:
@@ -204,9 +208,7 @@ class _Steps:
 # --- accelerators that are not there -----------------------------------------------------------
 
 
-def _compiled_for(
-    options: argparse.Namespace, formats: Sequence[str], console: Console
-) -> list[Row]:
+def _compiled_for(options: argparse.Namespace, formats: Sequence[str], console: Console) -> Found:
     device = devices_of(options.target, 4)[0]
     model = in_dtype(
         transformer(
@@ -235,26 +237,11 @@ def _compiled_for(
                 }
             )
             progress.advance()
-    console.rule(f"{model.description}, bfloat16, for {options.target}")
-    console.table(
-        ["", "arguments", "temporary", "largest layer", "TFLOP", "GB accessed", "XLA expects"],
-        [
-            [
-                row["name"],
-                _megabytes(row["argument_bytes"]),
-                _megabytes(row["temporary_bytes"]),
-                _megabytes(row["layer_bytes"]),
-                f"{row['flops'] / 1e12:.3f}",
-                f"{row['bytes'] / 1e9:.2f}",
-                f"{1e3 * row['optimal_seconds']:.2f} ms" if row["optimal_seconds"] else "",
-            ]
-            for row in rows
-        ],
-    )
     console.note(
         "TFLOP, GB and time: XLA counts the body of a loop once, whatever the number of layers"
     )
-    return rows
+    title = f"{model.description}, bfloat16, for {options.target}"
+    return {"title": title, "versions": compiler_versions(), "rows": rows}
 
 
 # --- report ------------------------------------------------------------------------------------
@@ -264,30 +251,18 @@ def _memory_row(memory: Memory) -> Row:
     return {"argument_bytes": memory.arguments, "temporary_bytes": memory.temporary}
 
 
-def _print(rows: Sequence[Row], console: Console) -> None:
-    has_peers = any(row.get("ours_is_faster") for row in rows)
-    console.table(
-        [
-            "",
-            "ms a step",
-            "steps/s",
-            "of dense's time",
-            "arguments",
-            "temporary",
-            *(["ours is faster"] if has_peers else []),
-        ],
-        [
-            [
-                row["name"],
-                f"{row['milliseconds']:.2f}",
-                f"{1e3 / row['milliseconds']:.1f}",
-                f"{row['dense_is_faster']:.2f}×",
-                _megabytes(row["argument_bytes"]),
-                _megabytes(row["temporary_bytes"]),
-                *([_times(row["ours_is_faster"])] if has_peers else []),
-            ]
-            for row in rows
-        ],
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes, as a table for each model."""
+    return [_table(each) for each in found.values() if "rows" in each]
+
+
+def _table(found: Found) -> Table:
+    rows = found["rows"]
+    columns = {name: cell for name, cell in _COLUMNS.items() if any(map(cell, rows))}
+    return Table(
+        found["title"],
+        ["", *columns],
+        [[row["name"], *(cell(row) for cell in columns.values())] for row in rows],
     )
 
 
@@ -296,12 +271,27 @@ def _ratio(times: Any, others: Any) -> float:
     return float(np.median(np.divide(times, others)))
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}×"
+def _column(name: str, style: str, of: Callable[[float], float] = float) -> Callable[[Row], str]:
+    """Returns what writes one number of a row; nothing for a row that lacks it."""
+    return lambda row: "" if row.get(name) is None else style.format(of(row[name]))
 
 
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:,.2f} MB"
+def _megabytes(name: str) -> Callable[[Row], str]:
+    return _column(name, "{:,.2f} MB", lambda count: count / 1e6)
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "ms a step": _column("milliseconds", "{:.2f}"),
+    "steps/s": _column("milliseconds", "{:.1f}", lambda milliseconds: 1e3 / milliseconds),
+    "of dense's time": _column("dense_is_faster", "{:.2f}×"),
+    "arguments": _megabytes("argument_bytes"),
+    "temporary": _megabytes("temporary_bytes"),
+    "ours is faster": _column("ours_is_faster", "{:.2f}×"),
+    "largest layer": _megabytes("layer_bytes"),
+    "TFLOP": _column("flops", "{:.3f}", lambda count: count / 1e12),
+    "GB accessed": _column("bytes", "{:.2f}", lambda count: count / 1e9),
+    "XLA expects": _column("optimal_seconds", "{:.2f} ms", lambda seconds: 1e3 * seconds),
+}
 
 
 def _parser() -> Any:

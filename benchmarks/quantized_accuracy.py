@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import optax
 
 import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
+from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.evaluation import evaluate
@@ -61,10 +62,10 @@ def _compare(options: argparse.Namespace) -> None:
         for row in studies[study](options, console):
             found[study].append(row)
             console.note(", ".join(f"{name} {value}" for name, value in row.items()))
-    for study, rows in found.items():
-        console.rule(f"{study}; seeds: {options.seeds}; mean, and greatest less least")
-        _print(rows, console)
-    write_found(options, {"seeds": options.seeds, **found})
+    metrics = {"seeds": options.seeds, "studies": found}
+    for table in tables(metrics):
+        table.show(console)
+    write_found(options, metrics)
 
 
 def quantized(params: Any, targets: str | Sequence[str], name: str) -> Any:
@@ -161,7 +162,16 @@ def _trained(training: Training, task: TextTask, console: Console) -> Row:
 # --- report ------------------------------------------------------------------------------------
 
 
-def _print(rows: Sequence[Row], console: Console) -> None:
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes, as a table for each study."""
+    suffix = "" if found["seeds"] == 1 else ": mean, and greatest less least"
+    return [
+        _table(f"{study}, seeds: {found['seeds']}{suffix}", rows)
+        for study, rows in found["studies"].items()
+    ]
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
     measured = [name for name in rows[0] if name not in ("format", "seed", "digit")]
     formats = list(dict.fromkeys(row["format"] for row in rows))
     cells = {
@@ -170,7 +180,8 @@ def _print(rows: Sequence[Row], console: Console) -> None:
         }
         for name in formats
     }
-    console.table(
+    return Table(
+        title,
         ["format", *measured],
         [[name, *(_spread(cells[name][column]) for column in measured)] for name in formats],
     )

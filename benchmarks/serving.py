@@ -19,15 +19,16 @@ import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
+from benchmarks.tables import Table
+from experiments.common.console import Console
 from experiments.common.options import positive_int
 from experiments.common.timing import in_turns
-from lora_jax._tables import table
 
 BATCH = 64
 RANK = 8
 COUNTS = (1, 8, 64)
 TOKENS = 16
-HEADER = ("batch of 64", "MFLOP", "of the base's", "ms", "of the base's")
+HEADER = (f"batch of {BATCH}", "MFLOP", "of the base's", "ms", "of the base's")
 
 Call = Callable[[], Any]
 
@@ -35,11 +36,11 @@ Call = Callable[[], Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints the tables, and returns the exit code."""
     options = _parser().parse_args(argv)
+    console = Console()
     results = {}
     for name in options.model or list(MODELS):
         results[name] = Comparison(*MODELS[name][:2]).measured(options.rounds)
-        print(_text(name, results[name]))
-    print(f"{jax.devices()[0]}, JAX {jax.__version__}")
+        _table(name, results[name]).show(console)
     write_found(options, {"models": results})
     return 0
 
@@ -136,20 +137,24 @@ def _milliseconds(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
     return {name: float(np.median(each[2:])) for name, each in times.items()}
 
 
-def _text(name: str, results: Mapping[str, Mapping[str, float]]) -> str:
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `--json` writes, as a table for each model."""
+    return [_table(name, results) for name, results in found["models"].items()]
+
+
+def _table(name: str, results: Mapping[str, Mapping[str, float]]) -> Table:
     milliseconds, mflop = results["milliseconds"], results["mflop"]
     rows = [
-        (
+        [
             call,
             f"{mflop[call]:,.1f}" if call in mflop else "",
             f"{mflop[call] / mflop['base model']:.3f}" if call in mflop else "",
             f"{milliseconds[call]:.2f}",
             f"{milliseconds[call] / milliseconds['base model']:.2f}",
-        )
+        ]
         for call in milliseconds
     ]
-    description = MODELS[name][2]
-    return f"{name}: {description}, rank {RANK}\n\n{table(HEADER, rows, right=HEADER[1:])}\n"
+    return Table(f"{name}: {MODELS[name][2]}, rank {RANK}", HEADER, rows)
 
 
 def _parser() -> MeasuringParser:

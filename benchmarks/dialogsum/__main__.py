@@ -32,7 +32,7 @@ _EPILOG = """\
 examples:
   python -m benchmarks.dialogsum                           all that is missing, several hours
   python -m benchmarks.dialogsum --only base --only lora-8
-  python -m benchmarks.dialogsum --report --markdown       nothing is computed
+  python -m benchmarks.dialogsum --report                  nothing is computed
   python -m benchmarks.dialogsum --speed                   ten minutes
   python -m benchmarks.dialogsum --grid t5                 half an hour
   python -m benchmarks.dialogsum --model path/to/another-model --results results/another
@@ -54,10 +54,7 @@ def _run(options: argparse.Namespace) -> None:
         _compute(options, grid, store, console)
     found = store.load_all([*grid.cells, SPEED])
     for table in tables(grid, found):
-        if options.markdown:
-            print(table.as_markdown())
-        else:
-            table.show(console)
+        table.show(console)
     if options.picture:
         # Matplotlib takes half a second to import, which other calls save.
         from benchmarks.dialogsum.picture import save_picture
@@ -146,7 +143,6 @@ def _parser() -> Parser:
         default=10,
         help="of --speed: how many steps each takes",
     )
-    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw ROUGE as a PNG")
     parser.add_argument(
         "study",

@@ -100,7 +100,7 @@ def _differences(methods: Cells, found: Mapping[str, Found]) -> Table:
         differences = [str(mean_score(own[kind] - reference[kind])) for kind in KINDS]
         rows.append([cell.label, *differences, _memory_ratio(cell, found, name)])
     title = "Difference to full fine-tuning on the same dialogues, with 95 % confidence"
-    return Table(title, ["", *_ROUGE, "its memory"], rows)
+    return Table(title, ["", *_ROUGE, "× memory of a step"], rows)
 
 
 def _ranks(ranks: Cells, found: Mapping[str, Found]) -> Table:

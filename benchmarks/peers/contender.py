@@ -1,7 +1,7 @@
 """One side of a comparison of trainings, what was seen of it, and how sides take turns."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,6 @@ def check_losses(greatest: float, bound: float = GREATEST_LOSS_DIFFERENCE) -> No
         raise RuntimeError(f"the losses differ by {greatest:.1e}, expected less than {bound}")
 
 
-def versions(contenders: Mapping[str, Contender]) -> str:
-    """Returns, in a line, the versions of everything that computed."""
-    found = {name: each for one in contenders.values() for name, each in one.versions.items()}
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+def versions(contenders: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns the versions of everything that computed, from the results of all."""
+    return {name: each for one in contenders for name, each in one["versions"].items()}

@@ -141,6 +141,7 @@ class Findings:
     def metrics(self) -> dict[str, Any]:
         """Returns all of it, fit for JSON."""
         differences = self.loss_differences()
+        results = {name: each.results() for name, each in self.training.items()}
         return {
             "threads": self.threads,
             "study_arguments": list(self.study_arguments),
@@ -152,11 +153,12 @@ class Findings:
                     "tokens_per_second": each.rate,
                     "faster": self.faster(name),
                     "leaner": self.leaner(name),
-                    **each.results(),
+                    **results[name],
                 }
                 for name, each in self.training.items()
             },
             "writing": {name: each.results() for name, each in self.writing.items()},
+            "versions": versions(results.values()),
         }
 
 
@@ -168,7 +170,8 @@ def present(findings: Findings, options: argparse.Namespace, console: Console) -
     beside = metrics["beside"]
     console.note(
         f"× PEFT: of {beside['speed']} for speed, {beside['memory']} for memory; losses: the "
-        f"greatest relative difference from {OURS}\n" + versions(findings.training)
+        f"greatest relative difference from {OURS}\n"
+        + ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     )
     write_found(options, metrics)
     check_losses(max(findings.loss_differences().values()), findings.loss_bound)

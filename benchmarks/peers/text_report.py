@@ -19,7 +19,11 @@ from benchmarks.peers.contender import (
     versions,
 )
 from benchmarks.peers.text_contender import Exchange, TextContender
+from benchmarks.tables import Table
 from experiments.common.console import Console
+from experiments.common.memory import MEGABYTE
+
+_SIDES = (OURS, PEFT)
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Findings:
 
     def metrics(self) -> dict[str, Any]:
         """Returns all of it, fit for JSON."""
+        with_dropout = {name: each.results() for name, each in self.trained.items()}
         return {
             "threads": self.threads,
             "study_arguments": list(self.study_arguments),
@@ -60,16 +65,20 @@ class Findings:
             },
             "exchanges": {name: vars(found) for name, found in self.exchanges.items()},
             "without_dropout": {name: each.results() for name, each in self.fixed.items()},
-            "with_dropout": {name: each.results() for name, each in self.trained.items()},
+            "with_dropout": with_dropout,
+            "versions": versions(with_dropout.values()),
         }
 
 
 def present(findings: Findings, options: argparse.Namespace, console: Console) -> None:
     """Prints and writes what was found; raises if the two don't compute the same."""
-    _print(findings, console)
+    metrics = findings.metrics()
+    for table in tables(metrics):
+        table.show(console)
+    console.note(", ".join(f"{name} {version}" for name, version in metrics["versions"].items()))
     if options.plot:
         _save_plot(findings, options.plot)
-    write_found(options, findings.metrics())
+    write_found(options, metrics)
     check_losses(findings.loss_differences().max())
     for maker, found in findings.exchanges.items():
         if found.alike < found.sentences:
@@ -79,60 +88,60 @@ def present(findings: Findings, options: argparse.Namespace, console: Console) -
             )
 
 
-def _print(findings: Findings, console: Console) -> None:
-    trained, fixed = findings.trained, findings.fixed
-    seeds = len(trained[OURS].accuracies)
-    console.rule(
-        f"LoRA on text, threads: {findings.threads}, seeds: {seeds}, steps of each training: "
-        f"{len(trained[OURS].losses[0])}"
-    )
-    console.table(
-        ["", OURS, PEFT, f"{OURS} / {PEFT}"],
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` found, as tables."""
+    return [_training_table(found), _exchange_table(found)]
+
+
+def _training_table(found: Mapping[str, Any]) -> Table:
+    fixed, trained = found["without_dropout"], found["with_dropout"]
+    speeds = [
         [
-            _row(
-                "steps/s, dropout off", fixed, lambda it: it.rate, "{:.2f}", findings.faster(fixed)
-            ),
-            _row(
-                "steps/s, dropout on",
-                trained,
-                lambda it: it.rate,
-                "{:.2f}",
-                findings.faster(trained),
-            ),
-            _row("until ready to train (s)", trained, lambda it: it.seconds_to_ready, "{:.1f}"),
-            _row("peak memory (MB)", trained, lambda it: it.peak_bytes / 1e6, "{:,.0f}"),
-            ["accuracy, each seed", *(_listed(trained[name]) for name in (OURS, PEFT)), ""],
-            ["accuracy, mean", *(f"{_accuracy(trained[name]):.4f}" for name in (OURS, PEFT)), ""],
+            f"steps/s, {name}",
+            *(f"{contenders[side]['steps_per_second']:.2f}" for side in _SIDES),
+            f"{found['faster'][name]:.2f}",
+        ]
+        for name, contenders in (("without dropout", fixed), ("with dropout", trained))
+    ]
+    accuracies = [trained[side]["accuracies"] for side in _SIDES]
+    rows = [
+        *speeds,
+        _row("until ready to train (s)", trained, "seconds_to_ready", "{:.1f}", 1),
+        _row("peak memory (MB)", trained, "peak_bytes", "{:,.0f}", MEGABYTE),
+        [
+            "accuracy, each seed",
+            *(", ".join(f"{one:.4f}" for one in own) for own in accuracies),
+            "",
         ],
+        ["accuracy, mean", *(f"{np.mean(own):.4f}" for own in accuracies), ""],
+        [
+            f"difference of the first {len(fixed[OURS]['losses'][0])} losses, without dropout",
+            "",
+            f"{found['greatest_loss_difference']:.1e}",
+            "",
+        ],
+    ]
+    title = (
+        f"LoRA on text, threads: {found['threads']}, seeds: {len(accuracies[0])}, steps of each "
+        f"training: {len(trained[OURS]['losses'][0])}"
     )
-    steps, difference = len(fixed[OURS].losses[0]), findings.loss_differences().max()
-    console.note(f"The first {steps} losses without dropout differ by at most {difference:.1e}")
-    for maker, found in findings.exchanges.items():
-        console.note(
-            f"The adapter of {maker} on the other side: {found.alike:,} of {found.sentences:,} "
-            f"predictions are the same, log-probabilities differ by at most {found.difference:.1e}"
-        )
-    console.note(versions(trained))
+    return Table(title, ["", *_SIDES, f"{OURS} / {PEFT}"], rows)
 
 
 def _row(
-    title: str,
-    contenders: Mapping[str, TextContender],
-    value: Any,
-    style: str,
-    ratio: float | None = None,
+    title: str, contenders: Mapping[str, Any], name: str, style: str, unit: float
 ) -> list[str]:
-    ours, theirs = (value(contenders[name]) for name in (OURS, PEFT))
-    ratio = ours / theirs if ratio is None else ratio
-    return [title, style.format(ours), style.format(theirs), f"{ratio:.2f}"]
+    ours, theirs = (contenders[side][name] / unit for side in _SIDES)
+    return [title, style.format(ours), style.format(theirs), f"{ours / theirs:.2f}"]
 
 
-def _accuracy(contender: TextContender) -> float:
-    return float(np.mean(contender.accuracies))
-
-
-def _listed(contender: TextContender) -> str:
-    return ", ".join(f"{accuracy:.4f}" for accuracy in contender.accuracies)
+def _exchange_table(found: Mapping[str, Any]) -> Table:
+    rows = [
+        [maker, f"{each['alike']:,} of {each['sentences']:,}", f"{each['difference']:.1e}"]
+        for maker, each in found["exchanges"].items()
+    ]
+    header = ["the adapter of", "the same predictions", "log-probabilities differ by at most"]
+    return Table("An adapter on the other side", header, rows)
 
 
 def _save_plot(findings: Findings, path: Path) -> None:

@@ -22,7 +22,7 @@ from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.scale.models import MODELS, TENSOR
 from benchmarks.scale.picture import save_picture
 from benchmarks.scale.plans import KINDS, Task, plan_of, smallest_plan
-from benchmarks.scale.report import Row, all_numbers, read_rows, show, tables
+from benchmarks.scale.report import Row, all_numbers, show
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code
 from experiments.common.options import positive_int
@@ -38,10 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     console = Console()
-    if options.read:
-        for table in tables([row for path in options.read for row in read_rows(path)]):
-            print(table.as_markdown())
-        return
     tasks = _tasks(options)
     # Compilers of accelerators do not need one, and JAX must not look for it.
     jax.config.update("jax_platforms", "cpu")
@@ -140,14 +136,6 @@ def _parser() -> Any:
     )
     parser.add_argument("--rank", type=positive_int, default=16, help="of the adapters")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the memory as a PNG")
-    parser.add_argument(
-        "--from",
-        dest="read",
-        action="append",
-        type=Path,
-        metavar="FILE",
-        help="compile nothing: print what --json wrote as tables in Markdown (repeatable)",
-    )
     return parser
 
 

@@ -1,13 +1,12 @@
 """Plans as tables on the terminal, as JSON, and as the tables of the documentation."""
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machines import GIB, MACHINES
+from benchmarks.machines import GIB, MACHINES, compiler_versions
 from benchmarks.scale.collectives import Traffic
 from benchmarks.scale.plans import Plan, Task
 from benchmarks.tables import Table
@@ -17,8 +16,6 @@ from experiments.common.errors import InputError
 Row = tuple[Task, Plan]
 
 _MEMORY = ("base", "trained", "optimizer", "activations", "temporaries")
-# Whose versions decide the numbers.
-_COMPILERS = ("jax", "libtpu", "jax-cuda12-plugin")
 # What less of is not worth a word.
 _LITTLE = GIB / 20
 
@@ -86,7 +83,7 @@ def all_numbers(rows: Sequence[Row]) -> dict[str, Any]:
         | {**dataclasses.asdict(plan), "total": plan.total, "fits": plan.fits(task.machine)}
         for task, plan in rows
     ]
-    return {"versions": _versions(), "plans": plans}
+    return {"versions": compiler_versions(), "plans": plans}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -102,16 +99,6 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(
             f"{path} is no file of plans, such as --json writes: {type(error).__name__}: {error}"
         ) from error
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _COMPILERS:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _task(entries: Mapping[str, Any]) -> Task:
@@ -146,7 +133,7 @@ def _slices(rows: Sequence[Row]) -> Table:
 
 def _slice_cells(step: tuple[str, str], of_machines: Sequence[Row | None]) -> list[str]:
     slices = [
-        "none" if row is None else f"{row[0].devices} × {row[1].total / GIB:.1f} GiB"
+        "" if row is None else f"{row[0].devices} × {row[1].total / GIB:.1f} GiB"
         for row in of_machines
     ]
     plan = next(row[1] for row in of_machines if row is not None)

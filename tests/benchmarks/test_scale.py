@@ -11,6 +11,7 @@ from benchmarks.scale import models, plans, report
 from benchmarks.scale.__main__ import main
 from benchmarks.scale.collectives import Traffic, collectives
 from benchmarks.scale.flops import product_flops
+from experiments.common.errors import InputError
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.shapes import ONE_TOKEN, param_shapes
 
@@ -237,7 +238,7 @@ def test_the_command_prints_writes_and_draws(plan_of_kind, tmp_path, capsys, mon
     assert (tmp_path / "plan.png").stat().st_size > 1_000
 
 
-def test_what_was_written_becomes_tables_in_markdown(tmp_path, capsys):
+def test_what_was_written_becomes_tables(tmp_path):
     tasks = [
         dataclasses.replace(TASK, machine=machine, kind=kind)
         for machine, kind in (("tpu-v5e", "lora"), ("tpu-v5p", "lora"), ("tpu-v5p", "full"))
@@ -245,19 +246,16 @@ def test_what_was_written_becomes_tables_in_markdown(tmp_path, capsys):
     rows = [(task, PLAN) for task in tasks]
     (tmp_path / "plan.json").write_text(json.dumps(report.all_numbers(rows)))
     assert report.read_rows(tmp_path / "plan.json") == rows
-    assert main(["--from", str(tmp_path / "plan.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| small | lora | 0.051 | 8 × 6.5 GiB | 8 × 6.5 GiB |"
-    assert lines[3] == "| small | full | 0.051 | none | 8 × 6.5 GiB |"
-    assert lines[7] == "| small | lora | 8 tpu-v5e | 5 all-gather 2.0 GiB |"
+    slices, sent = report.tables(rows)
+    assert slices.rows[0] == ["small", "lora", "0.051", "8 × 6.5 GiB", "8 × 6.5 GiB"]
+    assert slices.rows[1] == ["small", "full", "0.051", "", "8 × 6.5 GiB"]
+    assert sent.rows[0] == ["small", "lora", "8 tpu-v5e", "5 all-gather 2.0 GiB"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"plans": [{}]}', '{"plans": 1}'])
-def test_a_file_without_plans_is_refused_in_one_line(content, tmp_path, capsys):
+def test_a_file_without_plans_is_refused(content, tmp_path):
     path = tmp_path / "plan.json"
     if content is not None:
         path.write_text(content)
-    assert main(["--from", str(path)]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert error.startswith("error: ")
-    assert "is no file of plans, such as --json writes" in error
+    with pytest.raises(InputError, match="is no file of plans, such as --json writes"):
+        report.read_rows(path)

@@ -1,0 +1,1 @@
+"""The studies' own numbers, stored."""
