@@ -20,9 +20,9 @@ from benchmarks.programs import (
     program_text,
     programs,
 )
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 
 TARGETS = {"flops": 1.00, "bytes": 1.02, "temporary_bytes": 1.05, "seconds": 1.15}
 EXACT = ("flops", "bytes", "temporary_bytes")

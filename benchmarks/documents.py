@@ -32,9 +32,9 @@ from benchmarks.peers import llm_report, text_report
 from benchmarks.scale import report as scale
 from benchmarks.stored import RESULTS, ResultStore
 from benchmarks.studies.tables import STUDIES
-from benchmarks.tables import Table
 from experiments.common.errors import InputError, exit_code
 from experiments.common.options import Parser
+from experiments.common.tables import Table
 
 ROOT = Path(__file__).parents[1]
 _REGION = re.compile(

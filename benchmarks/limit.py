@@ -24,10 +24,10 @@ from benchmarks.machines import MACHINES, compiler_versions, devices_of, shapes_
 from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import Model
 from benchmarks.programs import Cost, Program, adapted, base_function, by_hand, wrapped_params
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 from experiments.common.timing import rounds_of_milliseconds
 
 LIMIT, BY_HAND, ADAPT = "limit", "by hand", "adapt"

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.measuring import MeasuringParser, write_found
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import InputError, exit_code, needed_module
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import Dialogue, dialogues

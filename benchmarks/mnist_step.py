@@ -17,9 +17,9 @@ import optax
 
 import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 from experiments.common.timing import in_turns
 from experiments.common.training import Training
 from experiments.data.batches import epoch_batches

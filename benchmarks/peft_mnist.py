@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.measuring import write_found
 from benchmarks.peers.options import comparison_parser
 from benchmarks.peers.processes import Remote
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import check_installed, exit_code
 from experiments.common.options import Parser, positive_int
+from experiments.common.tables import Table
 from experiments.common.timing import in_turns
 
 OURS = "lora_jax"

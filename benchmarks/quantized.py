@@ -38,11 +38,11 @@ from benchmarks.quantized_programs import (
     transformer,
     wrapped_params,
 )
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.memory import keep_freed_memory
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 from experiments.common.timing import in_turns, rounds_of_milliseconds
 
 MODELS = ("mnist", "scanned-transformer")

@@ -20,13 +20,13 @@ import optax
 
 import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import exit_code
 from experiments.common.evaluation import evaluate
 from experiments.common.memory import keep_freed_memory
 from experiments.common.options import positive_int
 from experiments.common.stores import BaseCheckpoint
+from experiments.common.tables import Table
 from experiments.data.dataset import Dataset
 from experiments.data.images import CLASSES, load_images
 from experiments.mnist import options as mnist

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.limit import ADAPT, BY_HAND
 from benchmarks.peers.contender import OURS, PEFT
-from benchmarks.tables import Table
+from experiments.common.tables import Table
 
 Found = Mapping[str, Any]
 

@@ -19,9 +19,9 @@ import lora_jax
 from benchmarks.measuring import MeasuringParser, write_found
 from benchmarks.models import MLP, SCANNED_TRANSFORMER, Model
 from benchmarks.programs import Cost, base_function
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.options import positive_int
+from experiments.common.tables import Table
 from experiments.common.timing import in_turns
 
 BATCH = 64

@@ -6,8 +6,8 @@ import numpy as np
 
 from benchmarks.dialogsum.cells import Cell, Found, Grid
 from benchmarks.dialogsum.speed import NAME as SPEED
-from benchmarks.tables import Table
 from experiments.common.memory import MEGABYTE
+from experiments.common.tables import Table
 from experiments.llm.options import TrainingOptions
 from experiments.llm.rouge import KINDS, Score, mean_score
 

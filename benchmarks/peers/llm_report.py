@@ -17,9 +17,9 @@ from benchmarks.peers.contender import (
     versions,
 )
 from benchmarks.peers.llm_contender import Writing
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.memory import MEGABYTE
+from experiments.common.tables import Table
 from experiments.llm.options import parsed
 
 # With eight bits of precision, the order of sums moves a loss by more than in float32.

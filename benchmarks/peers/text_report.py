@@ -19,9 +19,9 @@ from benchmarks.peers.contender import (
     versions,
 )
 from benchmarks.peers.text_contender import Exchange, TextContender
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.memory import MEGABYTE
+from experiments.common.tables import Table
 
 _SIDES = (OURS, PEFT)
 

@@ -9,9 +9,9 @@ from typing import Any
 from benchmarks.machines import GIB, MACHINES, compiler_versions
 from benchmarks.scale.collectives import Traffic
 from benchmarks.scale.plans import Plan, Task
-from benchmarks.tables import Table
 from experiments.common.console import Console
 from experiments.common.errors import InputError
+from experiments.common.tables import Table
 
 Row = tuple[Task, Plan]
 

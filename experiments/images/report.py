@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from experiments.common.claims import Claim
-from experiments.common.console import Console, device_name
-from experiments.common.memory import MEGABYTE
+from experiments.common.console import device_name
 from experiments.common.run import Run
-from experiments.images.drawing import DIGITS, Drawn
+from experiments.common.tables import Table, megabytes
+from experiments.images.drawing import Drawn
 from experiments.images.options import BaseOptions, Options
 
 # Pixels are between -1 and 1; two ways of adding the same numbers, over all steps of the way.
@@ -60,11 +60,6 @@ class Findings:
     tuned: Mapping[int, Tuned]
     combined: Drawn | None
     served_difference: float
-
-    @property
-    def seen(self) -> tuple[int, ...]:
-        """The digits that the base has seen."""
-        return tuple(digit for digit in DIGITS if digit not in self.tuned)
 
     def claims(self) -> list[Claim]:
         """Returns what LoRA claims, and whether it holds here."""
@@ -120,51 +115,52 @@ class Findings:
 
 def present(findings: Findings, options: Options, run: Run) -> None:
     """Prints the tables and finishes the run."""
-    _print_tables(findings, run.console)
+    metrics = findings.metrics(options)
+    for table in tables(metrics):
+        table.show(run.console)
     run.finish(
-        findings.metrics(options),
+        metrics,
         claims=findings.claims(),
         draw=lambda folder: _save_grid(findings, folder, options),
     )
 
 
-def _print_tables(findings: Findings, console: Console) -> None:
-    console.rule(
-        f"Recognised by a classifier that is right on {findings.classifier_accuracy:.1%} of digits"
-    )
-    held_out = list(findings.tuned)
-    console.table(
-        ["", *(f"{digit}, held out" for digit in held_out), "the others"],
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` has of what was drawn, and of costs."""
+    sizes = metrics["adapter_bytes"]
+    adapters = [[digit, *map(megabytes, own.values())] for digit, own in sizes.items()]
+    return [
+        _recognised(metrics),
+        _costs(metrics),
+        Table("Adapters", ["", *next(iter(sizes.values()))], adapters),
+    ]
+
+
+def _recognised(metrics: Mapping[str, Any]) -> Table:
+    held_out = list(metrics["costs"])
+    rows = []
+    for name, shares in metrics["recognised"].items():
+        others = [share for digit, share in shares.items() if digit not in held_out]
+        own = [f"{shares[digit]:.0%}" for digit in held_out]
+        rows.append([name, *own, f"{np.mean(others):.0%}"])
+    accuracy = f"{metrics['classifier_accuracy']:.1%}"
+    title = f"Recognised by a classifier that is right on {accuracy} of digits"
+    return Table(title, ["", *(f"{digit}, held out" for digit in held_out), "the others"], rows)
+
+
+def _costs(metrics: Mapping[str, Any]) -> Table:
+    rows = [
         [
-            [
-                name,
-                *(f"{drawn.recognised[digit]:.0%}" for digit in held_out),
-                f"{drawn.mean_of(findings.seen):.0%}",
-            ]
-            for name, drawn, _ in findings.rows()
-        ],
-    )
-    console.rule("What it costs")
-    console.table(
-        ["", "trainable", "seconds", "memory of a step"],
-        [
-            [
-                f"{'LoRA' if name == 'lora' else 'in full'}, {digit}",
-                f"{cost['trainable']:,} of {findings.base_parameters:,}",
-                f"{cost['seconds']:.0f}",
-                f"{cost['step_bytes'] / MEGABYTE:,.0f} MB",
-            ]
-            for digit, tuned in findings.tuned.items()
-            for name, cost in tuned.costs.items()
-        ],
-    )
-    console.table(
-        ["adapter", *next(iter(findings.tuned.values())).bytes],
-        [
-            [str(digit), *(f"{size / MEGABYTE:.2f} MB" for size in tuned.bytes.values())]
-            for digit, tuned in findings.tuned.items()
-        ],
-    )
+            f"{digit}, {'LoRA' if name == 'lora' else 'in full'}",
+            f"{cost['trainable']:,} of {metrics['base_parameters']:,}",
+            f"{cost['seconds']:.0f}",
+            megabytes(cost["step_bytes"]),
+        ]
+        for digit, costs in metrics["costs"].items()
+        for name, cost in costs.items()
+    ]
+    header = ["", "trainable", "seconds", "memory of a step"]
+    return Table("What learning a digit costs", header, rows)
 
 
 def _same(text: str, one: Drawn, other: Drawn) -> Claim:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from experiments.common.files import atomic_path
 from experiments.common.options import Option, parsed_as, positive_int
 from experiments.common.run import Run
 from experiments.common.shared_options import FolderOptions
+from experiments.common.tables import Table
 from experiments.llm.adapter_folder import AdapterFolder
 from experiments.llm.answers import Writer
 from experiments.llm.dialogsum import NAME as DIALOGSUM
@@ -25,7 +26,7 @@ from experiments.llm.examples import Example, Message, read_examples
 from experiments.llm.loss import losses_at_places
 from experiments.llm.options import AdapterPath, ModelPath, NewTokens
 from experiments.llm.packing import TrainingSteps
-from experiments.llm.rouge import KINDS, mean_score, rouge
+from experiments.llm.rouge import KINDS, Score, mean_score, rouge
 from experiments.llm.texts import tokenized
 
 _DESCRIPTION = """\
@@ -187,31 +188,41 @@ def _present(
     options: EvaluatingOptions,
     run: Run,
 ) -> None:
-    run.console.rule(f"{len(questions):,} answers, means with 95 % confidence")
     means = {name: {kind: mean_score(own[kind]) for kind in KINDS} for name, own in scores.items()}
+    metrics = {
+        "data": options.data,
+        "adapter": str(options.adapter) if options.adapter else None,
+        "device": device_name(),
+        "answers": len(questions),
+        "references": sum(len(question.answers) for question in questions),
+        "perplexity": dict(perplexities),
+        "rouge": {
+            name: {kind: score._asdict() for kind, score in own.items()}
+            for name, own in means.items()
+        },
+        # So that two runs can be compared answer by answer.
+        "rouge_of_each": {
+            name: {kind: own[kind].round(4).tolist() for kind in KINDS}
+            for name, own in scores.items()
+        },
+    }
+    for table in tables(metrics):
+        table.show(run.console)
+    run.finish(metrics)
+
+
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what metrics.json has of the answers, as a table."""
     rows = [
-        [name, *map(str, own.values()), f"{perplexities[name]:.3f}"] for name, own in means.items()
+        [
+            name,
+            *(str(Score(**own[kind])) for kind in KINDS),
+            f"{metrics['perplexity'][name]:.3f}",
+        ]
+        for name, own in metrics["rouge"].items()
     ]
-    run.console.table(["", *_NAMES.values(), "perplexity"], rows)
-    run.finish(
-        {
-            "data": options.data,
-            "adapter": str(options.adapter) if options.adapter else None,
-            "device": device_name(),
-            "answers": len(questions),
-            "references": sum(len(question.answers) for question in questions),
-            "perplexity": dict(perplexities),
-            "rouge": {
-                name: {kind: score._asdict() for kind, score in own.items()}
-                for name, own in means.items()
-            },
-            # So that two runs can be compared answer by answer.
-            "rouge_of_each": {
-                name: {kind: own[kind].round(4).tolist() for kind in KINDS}
-                for name, own in scores.items()
-            },
-        }
-    )
+    title = f"{metrics['answers']:,} answers, means with 95 % confidence"
+    return [Table(title, ["", *_NAMES.values(), "perplexity"], rows)]
 
 
 def _write_answers(

@@ -7,10 +7,10 @@ from typing import Any
 
 import lora_jax
 from experiments.common.claims import Claim, weights_claim
-from experiments.common.console import Console, device_name
-from experiments.common.memory import MEGABYTE
+from experiments.common.console import device_name
 from experiments.common.resumable import Evaluated, History
 from experiments.common.run import Run
+from experiments.common.tables import Table, megabytes, trainable
 from experiments.llm.options import Options
 from experiments.llm.task import LanguageTask
 
@@ -71,6 +71,7 @@ class Findings:
             "data": self.task.name,
             "model": str(self.task.model.path),
             "device": device_name(),
+            "description": options.training.description,
             "method": options.training.method,
             "rank": options.training.chosen_method.rank,
             "soft_prompt": options.training.soft_prompt,
@@ -87,6 +88,7 @@ class Findings:
             "fullness": self.fullness,
             "parameters": {
                 "original": counts.original,
+                "total": counts.total,
                 "trainable": counts.trainable,
                 "percent": counts.percent,
             },
@@ -106,9 +108,11 @@ class Findings:
 
 def present(findings: Findings, options: Options, run: Run) -> None:
     """Prints the tables and finishes the run."""
-    _print_tables(findings, run.console, options)
+    metrics = findings.metrics(options)
+    for table in tables(metrics):
+        table.show(run.console)
     run.finish(
-        findings.metrics(options),
+        metrics,
         claims=findings.claims(options.what_learns.dtype),
         draw=lambda folder: _save_plot(findings, folder, options),
     )
@@ -121,26 +125,25 @@ _DESCRIPTIONS = {
 }
 
 
-def _print_tables(findings: Findings, console: Console, options: Options) -> None:
-    held_out = len(findings.task.validation.examples)
-    console.rule(f"{held_out:,} held-out examples: {options.training.description}")
-    console.table(
-        ["", *findings.evaluations["on"]],
-        [
-            [_DESCRIPTIONS[name], *(f"{value:.4f}" for value in found.values())]
-            for name, found in findings.evaluations.items()
-        ],
-    )
-    console.rule("What it costs")
-    counts = lora_jax.count_parameters(findings.wrapped)
-    rows = {
-        "trainable numbers": f"{counts.trainable:,} of {counts.total:,} ({counts.percent:.3f} %)",
-        "adapter": f"{findings.adapter_bytes / MEGABYTE:,.2f} MB",
-        "memory of a step": f"{findings.step_bytes / MEGABYTE:,.0f} MB",
-        "peak memory": f"{findings.peak_bytes / MEGABYTE:,.0f} MB",
-        "tokens a second": f"{findings.tokens_per_second:,.0f}",
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` has of held-out examples and costs."""
+    held_out = metrics["held_out"]
+    rows = [
+        [_DESCRIPTIONS[name], *(f"{value:.4f}" for value in found.values())]
+        for name, found in held_out.items()
+    ]
+    costs = {
+        "trainable numbers": trainable(metrics["parameters"]),
+        "adapter": megabytes(metrics["adapter_bytes"]),
+        "memory of a step": megabytes(metrics["step_bytes"]),
+        "peak memory": megabytes(metrics["peak_bytes"]),
+        "tokens a second": f"{metrics['tokens_per_second']:,.0f}",
     }
-    console.table(["", "measured"], [list(row) for row in rows.items()])
+    title = f"{metrics['examples']['validation']:,} held-out examples: {metrics['description']}"
+    return [
+        Table(title, ["", *held_out["on"]], rows),
+        Table("What it costs", ["", "measured"], list(map(list, costs.items()))),
+    ]
 
 
 def _save_plot(findings: Findings, folder: Path, options: Options) -> None:

@@ -1,6 +1,6 @@
 """What the MNIST study found: as metrics, as tables, as pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 
 import lora_jax
 from experiments.common.claims import ALIKE, Claim, predictions_claim, weights_claim
-from experiments.common.console import Console, device_name
+from experiments.common.console import device_name
 from experiments.common.evaluation import Evaluation
 from experiments.common.run import Run
+from experiments.common.tables import Table
 from experiments.data.images import CLASSES
 from experiments.mnist.options import Options
 
 # Float32 rounds a weight of size 1 by 6e-8, and a sum of a few of them by a few times that.
 _ROUNDING = 1e-5
+# The networks whose answers are counted.
+TESTED = ("base", "adapted", "disabled", "merged", "restored")
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class Findings:
             },
             **{
                 name: {
-                    "accuracy": evaluation.accuracy,
-                    "wrong_counts": evaluation.wrong_counts(CLASSES),
+                    "accuracy": self.evaluations[name].accuracy,
+                    "wrong_counts": self.evaluations[name].wrong_counts(CLASSES),
                 }
-                for name, evaluation in self.evaluations.items()
+                for name in TESTED
             },
             "frozen_unchanged": self.frozen_unchanged,
             "max_weight_error": self.max_weight_error,
@@ -85,46 +88,44 @@ class Findings:
 
 def present(findings: Findings, options: Options, run: Run) -> None:
     """Prints the tables and finishes the run."""
-    _print_tables(findings, options, run.console)
+    metrics = findings.metrics(options)
+    wrong_answers, *costs = tables(metrics)
+    run.console.rule("What was added")
+    run.console.note(lora_jax.summary(findings.wrapped))
+    wrong_answers.show(run.console)
+    run.console.note(_lesson(findings, options))
+    for table in (_claims(findings.claims()), *costs):
+        table.show(run.console)
     run.finish(
-        findings.metrics(options),
+        metrics,
         claims=findings.claims(),
         draw=lambda folder: _save_plots(findings, options, folder),
     )
 
 
-def _print_tables(findings: Findings, options: Options, console: Console) -> None:
-    console.rule("What was added")
-    console.note(lora_jax.summary(findings.wrapped))
-    console.rule("Wrong answers, by digit")
-    console.table(
-        ["", "accuracy", *map(str, range(CLASSES))],
-        [
-            [name, f"{evaluation.accuracy:.4f}", *map(str, evaluation.wrong_counts(CLASSES))]
-            for name, evaluation in findings.evaluations.items()
-        ],
-    )
-    console.note(_lesson(findings, options))
-    console.rule("What LoRA claims")
-    console.table(
-        ["claim", "holds", "measured"],
-        [
-            [claim.text, "yes" if claim.holds else "NO", claim.measured]
-            for claim in findings.claims()
-        ],
-    )
-    console.rule("What it costs")
-    base_time = findings.milliseconds["base"]
-    console.table(
-        ["inference", "milliseconds per batch", "of the base's"],
-        [
-            [name, f"{time:.3f}", f"{time / base_time:.2f}×"]
-            for name, time in findings.milliseconds.items()
-        ],
-    )
-    console.table(
-        ["checkpoint", "bytes"], [[name, f"{size:,}"] for name, size in findings.bytes.items()]
-    )
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` has of answers, of inference and of checkpoints."""
+    wrong_answers = [
+        [name, f"{metrics[name]['accuracy']:.4f}", *map(str, metrics[name]["wrong_counts"])]
+        for name in TESTED
+    ]
+    milliseconds = metrics["milliseconds"]
+    inference = [
+        [name, f"{each:.3f}", f"{each / milliseconds['base']:.2f}×"]
+        for name, each in milliseconds.items()
+    ]
+    checkpoints = [[name, f"{size:,}"] for name, size in metrics["bytes"].items()]
+    digits = map(str, range(len(metrics["base"]["wrong_counts"])))
+    return [
+        Table("Wrong answers, by digit", ["", "accuracy", *digits], wrong_answers),
+        Table("Inference", ["", "milliseconds per batch", "of the base's"], inference),
+        Table("Checkpoints", ["", "bytes"], checkpoints),
+    ]
+
+
+def _claims(claims: Sequence[Claim]) -> Table:
+    rows = [[claim.text, "yes" if claim.holds else "NO", claim.measured] for claim in claims]
+    return Table("What LoRA claims", ["claim", "holds", "measured"], rows)
 
 
 def _lesson(findings: Findings, options: Options) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common.console import Console, device_name
+from experiments.common.console import device_name
 from experiments.common.evaluation import Evaluation
 from experiments.common.run import Run
 from experiments.common.stores import Result
+from experiments.common.tables import Table
 from experiments.data.dataset import Dataset
 from experiments.data.images import CLASSES
 from experiments.ranks.cells import Cell, FineTuning, StepTimes
@@ -97,44 +98,47 @@ class Findings:
 
 def present(findings: Findings, options: Options, run: Run) -> None:
     """Prints the tables and finishes the run."""
-    _print_tables(findings, options.grid, run.console)
-    run.finish(findings.metrics(options), draw=lambda folder: _save_plot(findings, options, folder))
+    metrics = findings.metrics(options)
+    for table in tables(metrics):
+        table.show(run.console)
+    run.console.note(_lesson(findings, options.grid))
+    run.finish(metrics, draw=lambda folder: _save_plot(findings, options, folder))
 
 
-def _print_tables(findings: Findings, grid: GridOptions, console: Console) -> None:
-    digit = findings.digit
-    before = findings.base.wrong_counts(CLASSES)[digit]
-    times = f"mean of {grid.repeats}; in brackets the least and the most"
-    if grid.repeats == 1:
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` has of the cells: a column for each rank."""
+    digit, repeats = metrics["digit"], metrics["repeats"]
+    before = metrics["base"]["wrong_counts"][digit]
+    times = f"mean of {repeats}; in brackets the least and the most"
+    if repeats == 1:
         times = "one fine-tuning each"
-
-    def table(title: str, text: Callable[[str, int], str]) -> None:
-        console.rule(title)
-        console.table(
-            ["", *(f"rank {rank}" for rank in grid.ranks)],
-            [
-                [METHODS[method].label, *(text(method, rank) for rank in grid.ranks)]
-                for method in grid.methods
-            ],
-        )
-
-    table(
-        f"Wrong answers on digit {digit}; the base: {before} ({times})",
-        lambda method, rank: _mean_and_range(findings.wrong(method, rank)),
-    )
-    table(
-        f"Accuracy on all digits; the base: {findings.base.accuracy:.4f} (mean)",
-        lambda method, rank: f"{np.mean(findings.accuracy(method, rank)):.4f}",
-    )
-    table("Trainable numbers", lambda method, rank: f"{findings.trainable(method, rank):,}")
-    table(
-        "Time of a training step, in those of LoRA of rank 1 (and in milliseconds)",
-        lambda method, rank: (
-            f"{findings.relative_time(method, rank):.2f}× "
-            f"({findings.milliseconds(method, rank):.2f})"
+    return [
+        _by_rank(
+            f"Wrong answers on digit {digit}; the base: {before} ({times})",
+            metrics["cells"],
+            lambda cell: _mean_and_range(cell["wrong"]),
         ),
-    )
-    console.note(_lesson(findings, grid))
+        _by_rank(
+            f"Accuracy on all digits; the base: {metrics['base']['accuracy']:.4f} (mean)",
+            metrics["cells"],
+            lambda cell: f"{np.mean(cell['accuracy']):.4f}",
+        ),
+        _by_rank("Trainable numbers", metrics["cells"], lambda cell: f"{cell['trainable']:,}"),
+        _by_rank(
+            "Time of a training step, in those of LoRA of rank 1 (and in milliseconds)",
+            metrics["cells"],
+            lambda cell: f"{cell['relative_time']:.2f}× ({cell['milliseconds']:.2f})",
+        ),
+    ]
+
+
+def _by_rank(
+    title: str, cells: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]
+) -> Table:
+    texts = {(cell["method"], cell["rank"]): text(cell) for cell in cells}
+    methods, ranks = (list(dict.fromkeys(key)) for key in zip(*texts, strict=True))
+    rows = [[METHODS[name].label, *(texts[name, rank] for rank in ranks)] for name in methods]
+    return Table(title, ["", *(f"rank {rank}" for rank in ranks)], rows)
 
 
 def _mean_and_range(values: Sequence[float]) -> str:

@@ -1,7 +1,7 @@
 """Methods and ranks side by side, each trained with several seeds."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from experiments.common.console import Console, device_name
 from experiments.common.memory import MEGABYTE
 from experiments.common.run import Run
 from experiments.common.stores import CellStore, Result
+from experiments.common.tables import Table
 from experiments.data.dataset import TextDataset
 from experiments.models.bert import Encoder
 from experiments.text.evaluation import Examination
@@ -109,19 +110,24 @@ def _present(
         },
         "methods": [_row(method, results) for method, results in found.items()],
     }
-    run.console.rule(
-        f"Accuracy on {len(task.test):,} test sentences after {len(task.train):,} training "
-        f"sentences, {options.training.epochs} epochs; seeds: {len(options.seeds)}"
-    )
-    run.console.table(
-        ["method", "trainable", "accuracy", "memory of a step", "steps per second"],
-        [_cells(row) for row in metrics["methods"]],
-    )
+    for table in tables(metrics):
+        table.show(run.console)
     run.finish(
         metrics,
         draw=lambda folder: _save_plot(found, task, options, folder),
         file="comparison.json",
     )
+
+
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what comparison.json holds, as a table."""
+    examples = metrics["examples"]
+    title = (
+        f"Accuracy on {examples['test']:,} test sentences after {examples['train']:,} training "
+        f"sentences, {metrics['training']['epochs']} epochs; seeds: {len(metrics['seeds'])}"
+    )
+    header = ["method", "trainable", "accuracy", "memory of a step", "steps per second"]
+    return [Table(title, header, list(map(_cells, metrics["methods"])))]
 
 
 def _row(method: Method, results: Sequence[Result]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _row(method: Method, results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     deviation = "" if row["deviation"] is None else f" ± {row['deviation']:.4f}"
     return [
         row["method"],

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 import lora_jax
 from experiments.common.claims import ALIKE, Claim, predictions_claim, weights_claim
-from experiments.common.console import Console, device_name
+from experiments.common.console import device_name
 from experiments.common.evaluation import Evaluation
-from experiments.common.memory import MEGABYTE
 from experiments.common.resumable import Evaluated, History
 from experiments.common.run import Run
+from experiments.common.tables import Table, megabytes, trainable
 from experiments.text.methods import Method
 from experiments.text.options import Options
 from experiments.text.task import TextTask
@@ -50,11 +50,6 @@ class Findings:
     merge_seconds: float
     frozen_unchanged: bool
 
-    @property
-    def merged_alike(self) -> float:
-        on, merged = (self.evaluations[name].predictions for name in ("on", "merged"))
-        return float(np.mean(on == merged))
-
     def claims(self) -> list[Claim]:
         """Returns what LoRA claims, and whether it holds here."""
         on, merged = (self.evaluations[name] for name in ("on", "merged"))
@@ -71,6 +66,7 @@ class Findings:
             "dataset": self.task.dataset,
             "device": device_name(),
             "seed": options.seeds[0],
+            "description": str(self.method),
             "method": self.method.name,
             "rank": self.method.rank,
             "training": options.training.as_json(),
@@ -81,11 +77,16 @@ class Findings:
             },
             "parameters": {
                 "original": counts.original,
+                "total": counts.total,
                 "trainable": counts.trainable,
                 "percent": counts.percent,
             },
             "accuracy": {name: found.accuracy for name, found in self.evaluations.items()},
-            "merged_predictions_alike": self.merged_alike,
+            "loss": {name: found.loss for name, found in self.evaluations.items()},
+            "predictions_as_on": {
+                name: int((found.predictions == self.evaluations["on"].predictions).sum())
+                for name, found in self.evaluations.items()
+            },
             "frozen_unchanged": self.frozen_unchanged,
             "best": self.best,
             "steps": len(history.of("loss")),
@@ -114,42 +115,14 @@ def confusion(evaluation: Evaluation, classes: int) -> NDArray[np.int64]:
 
 def present(findings: Findings, options: Options, run: Run) -> None:
     """Prints the tables and finishes the run."""
-    _print_tables(findings, run.console)
+    metrics = findings.metrics(options)
+    for table in tables(metrics):
+        table.show(run.console)
     run.finish(
-        findings.metrics(options),
+        metrics,
         claims=findings.claims(),
         draw=lambda folder: _save_plots(findings, folder),
     )
-
-
-def _print_tables(findings: Findings, console: Console) -> None:
-    console.rule(f"{len(findings.task.test):,} test sentences: {findings.method}")
-    on = findings.evaluations["on"].predictions
-    console.table(
-        ["", "accuracy", "loss", "predictions as with adapters on"],
-        [
-            [
-                _DESCRIPTIONS[name],
-                f"{found.accuracy:.4f}",
-                f"{found.loss:.4f}",
-                f"{(found.predictions == on).sum():,} of {len(on):,}",
-            ]
-            for name, found in findings.evaluations.items()
-        ],
-    )
-    console.rule("What it costs")
-    counts = lora_jax.count_parameters(findings.wrapped)
-    sizes = findings.bytes
-    rows = {
-        "trainable numbers": f"{counts.trainable:,} of {counts.total:,} ({counts.percent:.3f} %)",
-        "adapter, with its head": _megabytes(sizes["adapter"]),
-        "model": _megabytes(sizes["model"]),
-        "peak memory": _megabytes(findings.peak_bytes),
-        "memory of the longest step": _megabytes(findings.step_bytes),
-        "steps per second": f"{findings.history.steps_per_second:.2f}",
-        "time to merge": f"{1000 * findings.merge_seconds:.1f} ms",
-    }
-    console.table(["", "measured"], [list(row) for row in rows.items()])
 
 
 _DESCRIPTIONS = {
@@ -159,8 +132,32 @@ _DESCRIPTIONS = {
 }
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / MEGABYTE:,.2f} MB"
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Returns what `Findings.metrics` has of accuracy and costs."""
+    sentences, counts = metrics["examples"]["test"], metrics["parameters"]
+    accuracies = [
+        [
+            _DESCRIPTIONS[name],
+            f"{metrics['accuracy'][name]:.4f}",
+            f"{metrics['loss'][name]:.4f}",
+            f"{alike:,} of {sentences:,}",
+        ]
+        for name, alike in metrics["predictions_as_on"].items()
+    ]
+    costs = {
+        "trainable numbers": trainable(counts),
+        "adapter, with its head": megabytes(metrics["bytes"]["adapter"]),
+        "model": megabytes(metrics["bytes"]["model"]),
+        "peak memory": megabytes(metrics["peak_bytes"]),
+        "memory of the longest step": megabytes(metrics["step_bytes"]),
+        "steps per second": f"{metrics['steps_per_second']:.2f}",
+        "time to merge": f"{1000 * metrics['merge_seconds']:.1f} ms",
+    }
+    header = ["", "accuracy", "loss", "predictions as with adapters on"]
+    return [
+        Table(f"{sentences:,} test sentences: {metrics['description']}", header, accuracies),
+        Table("What it costs", ["", "measured"], list(map(list, costs.items()))),
+    ]
 
 
 def _save_plots(findings: Findings, folder: Path) -> None:

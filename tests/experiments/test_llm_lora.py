@@ -24,6 +24,7 @@ KEYS = {
         "data",
         "model",
         "device",
+        "description",
         "method",
         "rank",
         "soft_prompt",
