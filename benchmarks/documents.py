@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 _REGION = re.compile(
     r"(?<=<!-- results: )(?P<name>\S+)(?P<begin> -->\n).*?(?=<!-- end of results -->)", re.DOTALL
 )
+
+_SCALE = "scale"
 
 Found = Mapping[str, Any]
 
@@ -73,7 +75,8 @@ def _cells(name: str) -> tuple[str, Shown]:
 
     def text() -> str:
         found = ResultStore(RESULTS / grid.results).load_all([*grid.cells, SPEED])
-        return "\n".join(map(_titled, dialogsum.tables(grid, found)))
+        tables = dialogsum.tables(grid, found)
+        return "\n".join([*map(_titled, tables), _sources(grid.results, found.values())])
 
     return grid.results, Shown([f"{grid.results}/*"], text)
 
@@ -90,14 +93,13 @@ def _ratios() -> str:
 
 
 def _plans() -> str:
-    """Returns the plans of all files, each with its command."""
-    files = [RESULTS / "scale" / f"{name}.json" for name in _PLANS]
-    rows = [row for path in files for row in scale.read_rows(path)]
-    sources = [_source(_loaded(f"scale/{name}")) for name in _PLANS]
-    return "\n".join([*map(_titled, scale.tables(rows)), *sources])
+    """Returns the plans of all files."""
+    paths = sorted((RESULTS / _SCALE).glob("*.json"))
+    found = [_loaded(f"{_SCALE}/{path.stem}") for path in paths]
+    rows = [row for path in paths for row in scale.read_rows(path)]
+    return "\n".join([*map(_titled, scale.tables(rows)), _sources(_SCALE, found)])
 
 
-_PLANS = tuple(sorted(path.stem for path in (RESULTS / "scale").glob("*.json")))
 SHOWN: Mapping[str, Shown] = dict(
     [
         _one("compiled_cost", compiled_cost.tables),
@@ -118,7 +120,7 @@ SHOWN: Mapping[str, Shown] = dict(
         _one("serving", serving.tables),
         *map(_study, STUDIES),
         *map(_cells, GRIDS),
-        ("plans", Shown(["scale/*"], _plans)),
+        ("plans", Shown([f"{_SCALE}/*"], _plans)),
         ("ratios", Shown(ratios.RESULTS, _ratios)),
     ]
 )
@@ -181,19 +183,24 @@ def _titled(table: Table) -> str:
 
 
 def _source(found: Found) -> str:
-    """Returns the command, and what it ran on."""
+    """Returns the commands of a file, and what they ran on."""
     commands = "`, `".join(found["commands"])
     return f"`{commands}` ({', '.join(_made_on(found))})\n"
 
 
+def _sources(folder: str, files: Iterable[Found]) -> str:
+    """Returns where the commands of many files are, and what they ran on."""
+    made_on = dict.fromkeys(each for found in files for each in _made_on(found))
+    return f"Each file in `benchmarks/results/{folder}` has its commands ({', '.join(made_on)}).\n"
+
+
 def _made_on(found: Found) -> Iterator[str]:
-    machine = found.get("made_on")
+    machine, versions = found.get("made_on"), found.get("versions", {})
+    yield f"JAX {versions['jax'] if machine is None else machine['jax']}"
     if machine is not None:
-        yield f"JAX {machine['jax']}"
-        yield f"{machine['cores']} cores of {machine['processor']}"
-    for name, version in found.get("versions", {}).items():
-        if machine is None or name != "jax":
-            yield f"{name} {version}"
+        cores = machine["cores"]
+        yield f"{cores} core{'s' if cores > 1 else ''} of {machine['processor']}"
+    yield from (f"{name} {version}" for name, version in versions.items() if name != "jax")
 
 
 def _parser() -> Parser:
