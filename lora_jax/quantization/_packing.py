@@ -53,7 +53,11 @@ def unpacked(packed_codes: Array, bits: int, axis: int, size: int) -> Array:
         shape = [1] * (packed_codes.ndim + 1)
         shape[axis + 1] = count
         shifts = (bits * jnp.arange(count - 1, -1, -1)).astype(jnp.uint8).reshape(shape)
-        codes = (jnp.expand_dims(packed_codes, axis + 1) >> shifts) & jnp.uint8(mask)
+        # Not broadcast: XLA's partitioner takes forward through a broadcast how an array is cut only
+        # after it has found how products are cut. Where those are cut by activations over the
+        # same axis of the mesh, it would gather dequantised weights.
+        copies = jnp.stack([packed_codes] * count, axis=axis + 1)
+        codes = (copies >> shifts) & jnp.uint8(mask)
     else:
         groups = _grouped(packed_codes, width, axis).astype(jnp.uint32)
         word = jnp.zeros((), jnp.uint32)
