@@ -53,8 +53,8 @@ def unpacked(packed_codes: Array, bits: int, axis: int, size: int) -> Array:
         shape = [1] * (packed_codes.ndim + 1)
         shape[axis + 1] = count
         shifts = (bits * jnp.arange(count - 1, -1, -1)).astype(jnp.uint8).reshape(shape)
-        # Not broadcast: XLA's partitioner takes forward through a broadcast how an array is cut only
-        # after it has found how products are cut. Where those are cut by activations over the
+        # Not broadcast: XLA's partitioner takes how an array is cut forward through a broadcast,
+        # but only once it has found how products are cut. Where activations cut these over the
         # same axis of the mesh, it would gather dequantised weights.
         copies = jnp.stack([packed_codes] * count, axis=axis + 1)
         codes = (copies >> shifts) & jnp.uint8(mask)
