@@ -13,6 +13,7 @@ from experiments.llm.rouge import KINDS, Score, mean_score
 
 _ROUGE = ("ROUGE-1", "ROUGE-2", "ROUGE-L")
 _REFERENCE = "full"
+_ANOTHER_SEED = "-seed-1"
 
 Cells = Mapping[str, Cell]
 
@@ -29,6 +30,7 @@ def tables(grid: Grid, found: Mapping[str, Found]) -> list[Table]:
         _costs(grid.methods, found),
         _speeds(grid.methods, found),
         _differences(grid.methods, found),
+        _two_seeds(grid.methods, found),
         _ranks(grid.ranks, found),
         _search(grid.search, found),
     )
@@ -101,6 +103,35 @@ def _differences(methods: Cells, found: Mapping[str, Found]) -> Table:
         rows.append([cell.label, *differences, _memory_ratio(cell, found, name)])
     title = "Difference to full fine-tuning on the same dialogues, with 95 % confidence"
     return Table(title, ["", *_ROUGE, "× memory of a step"], rows)
+
+
+def _two_seeds(methods: Cells, found: Mapping[str, Found]) -> Table:
+    """Returns the means over both seeds of a method, and how they differ from the reference's."""
+    both = {
+        name: _mean_of_each(found[name], found[f"{name}{_ANOTHER_SEED}"])
+        for name in methods
+        if name in found and f"{name}{_ANOTHER_SEED}" in found
+    }
+    rows = [
+        [methods[name].label, *(str(mean_score(own[kind])) for kind in KINDS)]
+        for name, own in both.items()
+    ]
+    if _REFERENCE in both:
+        rows += [
+            [
+                f"{methods[name].label}, difference to full fine-tuning",
+                *(str(mean_score(own[kind] - both[_REFERENCE][kind])) for kind in KINDS),
+            ]
+            for name, own in both.items()
+            if name != _REFERENCE
+        ]
+    title = "Two seeds of each, the mean of both for each dialogue, with 95 % confidence"
+    return Table(title, ["", *_ROUGE], rows)
+
+
+def _mean_of_each(*found: Found) -> dict[str, np.ndarray]:
+    scores = list(map(_each, found))
+    return {kind: np.mean([own[kind] for own in scores], axis=0) for kind in KINDS}
 
 
 def _ranks(ranks: Cells, found: Mapping[str, Found]) -> Table:

@@ -176,6 +176,23 @@ def test_the_tables_compare_dialogue_by_dialogue():
     assert not any("Ranks" in title for title in by_title)
 
 
+def test_two_seeds_are_averaged_dialogue_by_dialogue():
+    found = {
+        "lora-8": stored_cell("lora", [0.3, 0.5]),
+        "lora-8-seed-1": stored_cell("lora", [0.1, 0.3]),
+        "full": stored_cell("full", [0.4, 0.6]),
+        "full-seed-1": stored_cell("full", [0.4, 0.6]),
+    }
+    (seeds,) = (
+        table for table in tables(GRIDS["smollm2"], found) if table.title.startswith("Two seeds")
+    )
+    rows = {row[0]: row[1] for row in seeds.rows}
+    assert rows["LoRA, rank 8"].startswith("0.300 (")
+    assert rows["full fine-tuning"].startswith("0.500 (")
+    difference = rows["LoRA, rank 8, difference to full fine-tuning"]
+    assert difference == "-0.200 (-0.200 to -0.200)"
+
+
 def test_a_learning_rate_that_no_option_gave_is_that_of_the_method():
     found = {"prompt-20": stored_cell("none", [0.3], None), "full": stored_cell("full", [0.4])}
     (costs,) = (table for table in tables(GRIDS["smollm2"], found) if "costs" in table.title)
