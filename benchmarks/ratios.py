@@ -51,13 +51,15 @@ def _compiled(models: Iterable[Found]) -> list[list[str]]:
 def _timed(steps: Iterable[Found]) -> list[list[str]]:
     of_limit = {(each["rank"], each["step"]): each["of_limit"] for each in steps}
     ranks = dict.fromkeys(rank for rank, _ in of_limit)
+    name = f"time, Llama-shaped blocks on 8 × 512 tokens, rank {' / '.join(map(str, ranks))}"
+    by_hand = [of_limit[rank, ADAPT] / of_limit[rank, BY_HAND] for rank in ranks]
     return [
+        [name, _BY_HAND, _both(by_hand)],
         [
-            f"time, Llama-shaped blocks on 8 × 512 tokens, rank {rank}",
-            f"{_BY_HAND} / the frozen model's own forward pass and input gradient",
-            f"{of_limit[rank, ADAPT] / of_limit[rank, BY_HAND]:.2f} / {of_limit[rank, ADAPT]:.2f}",
-        ]
-        for rank in ranks
+            "the same blocks",
+            "the frozen model's own forward pass and input gradient",
+            _both(of_limit[rank, ADAPT] for rank in ranks),
+        ],
     ]
 
 
@@ -73,7 +75,7 @@ def _beside_peft_on_text(found: Found) -> list[list[str]]:
         [
             "time, BERT on text, with dropout / without",
             _PEFT,
-            " / ".join(map("{:.2f}".format, times)),
+            _both(times),
         ],
         ["peak memory, BERT on text, with dropout", _PEFT, f"{memory:.2f}"],
         ["seconds until BERT is ready to train", _PEFT, f"{ready:.1f}: JAX compiles"],
@@ -88,6 +90,10 @@ def _beside_peft_on_language(targets: Iterable[Found]) -> list[list[str]]:
         "written tokens/s": "tokens/s of writing, SmolLM2-135M, adapter merged",
     }
     return [[name, _PEFT, f"{found[target]:.2f}"] for target, name in names.items()]
+
+
+def _both(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
 
 
 def _range(values: list[float], digits: str) -> str:
