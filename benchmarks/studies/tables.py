@@ -9,7 +9,6 @@ from experiments.common.tables import Table
 from experiments.images import report as images
 from experiments.llm import evaluating
 from experiments.llm import report as llm
-from experiments.mnist import report as mnist
 from experiments.ranks import report as ranks
 from experiments.text import comparison
 from experiments.text import report as text
@@ -57,11 +56,7 @@ class Study:
     tables: Callable[[Sequence[Found]], list[Table]]
 
 
-def _mnist(runs: Sequence[Found]) -> list[Table]:
-    return [*mnist.tables(runs[0]), _with_replay(runs)]
-
-
-def _with_replay(runs: Sequence[Found]) -> Table:
+def _with_replay(runs: Sequence[Found]) -> list[Table]:
     digit = runs[0]["digit"]
     names = [f"adapted, digit {digit} only", *(f"adapted, `--replay {each}`" for each in _REPLAYS)]
     found = {
@@ -73,7 +68,7 @@ def _with_replay(runs: Sequence[Found]) -> Table:
         for name, each in found.items()
     ]
     header = ["", "accuracy", f"wrong {digit}s", "other wrong answers"]
-    return Table(f"Fine-tuned on digit {digit}, with a share of other digits", header, rows)
+    return [Table(f"Fine-tuned on digit {digit}, with a share of other digits", header, rows)]
 
 
 def _wrong(counts: Sequence[int], digit: int) -> list[str]:
@@ -100,7 +95,8 @@ _LLM = ("experiments.llm_lora",)
 _DIALOGSUM = ("--data", "dialogsum")
 STUDIES: Mapping[str, Study] = {
     "mnist": Study(
-        [Call(_MNIST), *(Call((*_MNIST, "--replay", str(share))) for share in _REPLAYS)], _mnist
+        [Call(_MNIST), *(Call((*_MNIST, "--replay", str(share))) for share in _REPLAYS)],
+        _with_replay,
     ),
     "ranks": Study([Call(("experiments.rank_study",))], _only(ranks.tables)),
     "text": Study([Call(("experiments.text_lora", "--rank", "8"))], _only(text.tables)),
