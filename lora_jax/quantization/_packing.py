@@ -50,21 +50,18 @@ def unpacked(packed_codes: Array, bits: int, axis: int, size: int) -> Array:
     count, width = group_of(bits)
     mask = (1 << bits) - 1
     if width == 1:
-        shape = [1] * (packed_codes.ndim + 1)
-        shape[axis + 1] = count
-        shifts = (bits * jnp.arange(count - 1, -1, -1)).astype(jnp.uint8).reshape(shape)
-        # Not broadcast: XLA's partitioner takes how an array is cut forward through a broadcast,
-        # but only once it has found how products are cut. Where activations cut these over the
-        # same axis of the mesh, it would gather dequantised weights.
-        copies = jnp.stack([packed_codes] * count, axis=axis + 1)
-        codes = (copies >> shifts) & jnp.uint8(mask)
+        word = packed_codes
     else:
         groups = _grouped(packed_codes, width, axis).astype(jnp.uint32)
         word = jnp.zeros((), jnp.uint32)
         for place in range(width):
             word = word | (groups.take(place, axis=axis + 1) << (8 * (width - 1 - place)))
-        parts = [(word >> (bits * (count - 1 - place))) & mask for place in range(count)]
-        codes = jnp.stack(parts, axis=axis + 1).astype(jnp.uint8)
+    shifts = (bits * (count - 1 - place) for place in range(count))
+    parts = [(word >> shift) & mask for shift in shifts]
+    # Stacked, and not shifted as one broadcast array: XLA's partitioner takes how an array is cut
+    # forward through a broadcast, but only once it has found how products are cut. Where
+    # activations cut these over the same axis of the mesh, it would gather dequantised weights.
+    codes = jnp.stack(parts, axis=axis + 1).astype(jnp.uint8)
     codes = _joined(codes, axis)
     return codes[(slice(None),) * axis + (slice(size),)] if codes.shape[axis] != size else codes
 
