@@ -37,10 +37,8 @@ from experiments.common.options import Parser
 from experiments.common.tables import Table
 
 ROOT = Path(__file__).parents[1]
-_REGION = re.compile(
-    r"(?<=<!-- results: )(?P<name>\S+)(?P<begin> -->\n).*?(?=<!-- end of results -->)", re.DOTALL
-)
-
+_BEGIN, _END = "<!-- results: ", "<!-- end of results -->"
+_REGION = re.compile(rf"(?<={_BEGIN})(?P<name>\S+)(?P<begin> -->\n).*?(?={_END})", re.DOTALL)
 _SCALE = "scale"
 
 Found = Mapping[str, Any]
@@ -132,21 +130,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    differing = [path for path in documents() if with_results(text := path.read_text()) != text]
+    written = {path: with_results(path.read_text()) for path in documents()}
+    differing = [path for path, text in written.items() if text != path.read_text()]
+    names = [str(path.relative_to(ROOT)) for path in differing]
     if options.check:
         if differing:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in differing)
-            raise RuntimeError(f"{names}: not what is stored; python -m benchmarks.documents")
+            raise RuntimeError(
+                f"{', '.join(names)}: not what is stored; python -m benchmarks.documents"
+            )
         return
-    for path in differing:
-        path.write_text(with_results(path.read_text()))
-        print(path.relative_to(ROOT))
+    for path, name in zip(differing, names, strict=True):
+        path.write_text(written[path])
+        print(name)
 
 
 def documents() -> Iterator[Path]:
     """Yields the documents that show results."""
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
-        if _REGION.search(path.read_text()):
+        if _BEGIN in path.read_text():
             yield path
 
 
@@ -159,8 +160,10 @@ def with_results(text: str) -> str:
     """Returns a document in which all tables are those of the stored results.
 
     Raises:
-      InputError: it names a result that is not stored.
+      InputError: it names a result that is not stored, or a region has no end.
     """
+    if text.count(_BEGIN) != text.count(_END) or len(names_in(text)) != text.count(_END):
+        raise InputError(f"a line `{_BEGIN}NAME -->` lacks its line `{_END}`, or the other way")
 
     def region(found: re.Match[str]) -> str:
         name = found["name"]

@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.dialogsum.cells import Cell, Found
+from benchmarks.running import as_typed, run_module
 from benchmarks.stored import ResultStore
-from experiments.common.errors import EXIT_INTERRUPTED, EXIT_OK
 
 _STUDY = "experiments.llm_lora"
 # What metrics.json holds of paths, or of each step, is not stored.
@@ -83,7 +80,7 @@ class Workplace:
             out = self.folder / f"{cell.name}-answers"
             commands.append([*options, *chosen, "--out", str(out)])
             result["answers"] = _kept(_metrics_of(commands[-1], out), _KEPT_OF_ANSWERS)
-        shown = [shlex.join(["python", "-m", _STUDY, *command]) for command in commands]
+        shown = [as_typed([_STUDY, *command]) for command in commands]
         self.store.save(cell.name, result, commands=shown)
 
     def _trained(self, options: Sequence[str], out: Path) -> Found:
@@ -98,11 +95,7 @@ class Workplace:
 
 def _metrics_of(options: Sequence[str], out: Path) -> Found:
     """Runs the study with these options, and returns what it has written."""
-    code = subprocess.run([sys.executable, "-m", _STUDY, *options], check=False).returncode
-    if code == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
-    if code != EXIT_OK:
-        raise RuntimeError(f"{shlex.join(['llm_lora', *options])} ended with {code}")
+    run_module([_STUDY, *options])
     return _read(out)
 
 

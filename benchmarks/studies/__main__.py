@@ -7,17 +7,16 @@ benchmarks.documents` puts the tables into the documentation.
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.running import as_typed, run_module
 from benchmarks.stored import RESULTS, ResultStore
 from benchmarks.studies.tables import STUDIES, Call
 from experiments.common.console import Console
-from experiments.common.errors import EXIT_INTERRUPTED, EXIT_OK, exit_code
+from experiments.common.errors import exit_code
 from experiments.common.options import Parser
 
 # Of what a study has written, paths mean nothing elsewhere.
@@ -42,23 +41,19 @@ def _run(options: argparse.Namespace) -> None:
     for name in [] if options.report else options.study or missing:
         folder = options.work / name
         runs = [_numbers_of(call, folder) for call in STUDIES[name].calls]
-        commands = [
-            shlex.join(["python", "-m", *call.command(folder)]) for call in STUDIES[name].calls
-        ]
+        commands = [as_typed(call.command(folder)) for call in STUDIES[name].calls]
         store.save(name, {"runs": runs}, commands=commands)
-    for name, found in store.load_all(options.study or list(STUDIES)).items():
-        for table in STUDIES[name].tables(found["runs"]):
+    for name in options.study or list(STUDIES):
+        found = store.load(name)
+        for table in STUDIES[name].tables(found["runs"]) if found else ():
             table.show(console)
+        if found is None:
+            console.note(f"{name} is not stored yet")
 
 
 def _numbers_of(call: Call, folder: Path) -> Any:
     """Calls a study, and returns what it has written."""
-    command = call.command(folder)
-    code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
-    if code == EXIT_INTERRUPTED:
-        raise KeyboardInterrupt
-    if code != EXIT_OK:
-        raise RuntimeError(f"{shlex.join(command)} ended with {code}")
+    run_module(call.command(folder))
     found = json.loads(call.found_in(folder).read_text(encoding="utf-8"))
     return {name: each for name, each in found.items() if name not in _PATHS}
 

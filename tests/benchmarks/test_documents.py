@@ -74,6 +74,13 @@ def test_another_name_is_refused(document, capsys):
     assert "no result nothing is shown; one of compiled_cost" in capsys.readouterr().err
 
 
+def test_a_region_without_an_end_is_refused(document, capsys):
+    text = document.read_text()
+    document.write_text(text.replace("<!-- end of results -->\n", "") + text)
+    assert main([]) == 2
+    assert "lacks its line `<!-- end of results -->`" in capsys.readouterr().err
+
+
 def test_on_a_float32_base_llama_cpp_writes_what_jax_does():
     found = ResultStore(RESULTS).load("llama_cpp")["agreements"]
     exact = [each for each in found if each["base"] == "float32"]

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
+from benchmarks import running
 from benchmarks.stored import ResultStore
-from benchmarks.studies import __main__
 from benchmarks.studies.__main__ import main
 from benchmarks.studies.tables import STUDIES
 
@@ -46,7 +46,7 @@ def folders(tmp_path, monkeypatch):
         (out / "metrics.json").write_text(json.dumps({**METRICS, "model": "/a/path"}))
         return subprocess.CompletedProcess(command, 3 if (tmp_path / "fails").exists() else 0)
 
-    monkeypatch.setattr(__main__.subprocess, "run", run)
+    monkeypatch.setattr(running.subprocess, "run", run)
     return ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
 
 
@@ -64,6 +64,8 @@ def test_what_fails_is_not_stored(folders, tmp_path, capsys):
     (tmp_path / "fails").touch()
     assert main([*folders, "images"]) == 1
     assert "ended with 3" in capsys.readouterr().err
+    assert main([*folders, "--report", "images"]) == 0
+    assert "images is not stored yet" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 
