@@ -35,9 +35,9 @@ from experiments.mnist.task import base_settings, digit_to_tune, finetuned, pret
 from experiments.mnist_lora import with_adapters
 from experiments.models.bert import Encoder
 from experiments.text import options as text
-from experiments.text.evaluation import Examination
+from experiments.text.comparison import trained_result
 from experiments.text.methods import Method
-from experiments.text.task import TextTask, adapted_apply, loaded_texts, text_task
+from experiments.text.task import loaded_texts, text_task
 from experiments.text.training import Training
 
 DENSE = "dense"
@@ -142,21 +142,8 @@ def _text_rows(options: argparse.Namespace, console: Console) -> Iterator[Row]:
             task = text_task(dataset, in_format, chosen.data, seed=seed)
             training = Training(task, Method("lora", 8), chosen.training, seed=seed, steps=steps)
             steps = training.steps
-            yield {"format": name, "seed": seed, **_trained(training, task, console)}
-
-
-def _trained(training: Training, task: TextTask, console: Console) -> Row:
-    """Returns the accuracy of the adapter that is best on the held-out sentences."""
-    training.compile(console)
-    adapted, best = adapted_apply(task.apply), []
-    examine = Examination(task.validation, max_length=task.max_length)
-    training.run(
-        lambda wrapped: examine(adapted, wrapped).measured,
-        best.append,
-        console=console,
-    )
-    test = Examination(task.test, max_length=task.max_length)
-    return {"accuracy": round(test(adapted, best[-1]).accuracy, 4)}
+            accuracy = trained_result(training, task, console)["accuracy"]
+            yield {"format": name, "seed": seed, "accuracy": round(accuracy, 4)}
 
 
 # --- report ------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def training_step(
         def loss_of(params: Any) -> Array:
             return cross_entropy(apply_fn({"params": params}, inputs), labels)
 
-        loss, gradients = jax.value_and_grad(loss_of)(params)
+        # Frozen weights may be codes, which are whole numbers.
+        loss, gradients = jax.value_and_grad(loss_of, allow_int=True)(params)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 

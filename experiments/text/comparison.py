@@ -44,7 +44,7 @@ def compare(options: Options, run: Run) -> None:
                 training = Training(task, method, options.training, seed=seed, steps=steps)
                 steps = training.steps
                 console.note(f"{method}, seed {seed}")
-                result = _result(training, task, console)
+                result = trained_result(training, task, console)
                 store.save(settings, result)
             found[method].append(result)
     run.phase_ended("training")
@@ -70,7 +70,7 @@ def _settings(
     }
 
 
-def _result(training: Training, task: TextTask, console: Console) -> dict[str, Any]:
+def trained_result(training: Training, task: TextTask, console: Console) -> dict[str, Any]:
     """Trains; returns how well the best adapter does on the test sentences, and what it cost."""
     training.compile(console)
     examine = Examination(task.validation, max_length=task.max_length)

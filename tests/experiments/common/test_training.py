@@ -55,6 +55,16 @@ def test_adapters_learn_and_all_else_stays_bit_for_bit(small_network, small_spli
     assert all(trains == moves for trains, moves in jax.tree.leaves(moved, is_leaf=_is_pair))
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_adapters_beside_a_quantised_base_learn(small_network, small_split, params, console, name):
+    quantized = lora_jax.quantize(params, "hidden_./kernel", format=name)
+    wrapped = lora_jax.wrap(quantized, "hidden_./kernel", rank=4)
+    adapted, tx = lora_jax.adapt(small_network.apply), lora_jax.optimizer(optax.adam(2e-2))
+    found = trained(adapted, wrapped, tx, small_split, console)
+    assert found.losses[-5:].mean() < found.losses[:5].mean()
+    assert bytes_of(lora_jax.unwrap(found.params)) == bytes_of(quantized)
+
+
 def _is_pair(node):
     return isinstance(node, tuple)
 
