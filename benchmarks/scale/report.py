@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machines import GIB, MACHINES, compiler_versions
+from benchmarks.machines import CPU, GIB, MACHINES, compiler_versions
 from benchmarks.scale.collectives import Traffic
-from benchmarks.scale.plans import Plan, Task
+from benchmarks.scale.models import MODELS
+from benchmarks.scale.plans import KINDS, Plan, Task
 from experiments.common.console import Console
 from experiments.common.errors import InputError
 from experiments.common.tables import Table
@@ -116,7 +117,18 @@ def _plan(entries: Mapping[str, Any]) -> Plan:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Returns the slices with their memory and operations, and what their devices send."""
-    return [_slices(rows), _sent(rows)]
+    ordered = sorted(rows, key=_place)
+    return [_slices(ordered), _sent(ordered)]
+
+
+def _place(row: Row) -> tuple[int, ...]:
+    """Returns what orders rows by model, step and machine."""
+    task, _ = row
+    return (
+        list(MODELS).index(task.model),
+        KINDS.index(task.kind),
+        [*MACHINES, CPU].index(task.machine),
+    )
 
 
 def _slices(rows: Sequence[Row]) -> Table:
