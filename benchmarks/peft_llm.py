@@ -13,35 +13,30 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks.peers.contender import OURS, PEFT, Contender, take_turns
+from benchmarks.peers.llm_comparison import (
+    TRAINING,
+    check_compared,
+    llm_parser,
+    remote,
+    write_start,
+)
 from benchmarks.peers.llm_contender import Writing
 from benchmarks.peers.llm_report import Findings, present
-from benchmarks.peers.options import comparison_parser
-from benchmarks.peers.processes import Remote
-from benchmarks.peers.random_model import SIZES
 from experiments.common.console import Console
-from experiments.common.errors import InputError, check_installed, exit_code
+from experiments.common.errors import exit_code
 from experiments.common.options import Parser, positive_int
 from experiments.common.timing import in_turns
 from experiments.llm.options import parsed
 
-_TRAINING: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    OURS: ("benchmarks.peers.llm_jax:LoraJax", {"remat": True}),
-    f"{OURS}, no remat": ("benchmarks.peers.llm_jax:LoraJax", {"remat": False}),
-    PEFT: ("benchmarks.peers.llm_torch:Peft", {"checkpointing": False}),
-    f"{PEFT}, checkpointing": ("benchmarks.peers.llm_torch:Peft", {"checkpointing": True}),
-}
 _WRITING = {
     OURS: "benchmarks.peers.llm_jax:LoraJaxWriter",
     PEFT: "benchmarks.peers.llm_torch:PeftWriter",
 }
 _BLOCK = 5
 _ROUNDS = 5
-_QUANTIZED = ("none", "nf4")
-_DEFAULT = ("--data", "dialogsum", "--train-examples", "250")
 _EPILOG = """\
 examples:
   python -m benchmarks.peft_llm
@@ -58,62 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Lets all train and both write, and reports on them."""
-    for package in ("peft", "transformers"):
-        check_installed(package, "--group peers")
-    study_arguments = _study_arguments(options)
+    check_compared(options)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         console.note("Preparing the model, the examples and the adapter")
-        sizes = _write_start(folder, study_arguments, options)
+        sizes = write_start(folder, options, steps=options.first_steps, prompts=options.prompts)
         training = _trained(folder, sizes, options, console)
-        is_quantized = parsed(study_arguments).what_learns.quantize != "none"
+        is_quantized = parsed(options.study).what_learns.quantize != "none"
         writing = {} if is_quantized else _written(folder, options, console)
-    present(Findings(training, writing, options.threads, study_arguments), options, console)
-
-
-def _study_arguments(options: argparse.Namespace) -> list[str]:
-    """Returns what the study would be called with; raises unless PEFT's side can do the same."""
-    study = parsed(options.study)
-    training, model = study.training, study.what_learns
-    compared = {
-        "--method": (training.method, "lora"),
-        "--objective": (training.objective, "sft"),
-        "--mesh": (model.mesh, None),
-    }
-    for option, (chosen, expected) in compared.items():
-        if chosen != expected:
-            raise InputError(
-                f"{option} {chosen} is not compared: both sides train LoRA on answers, on one "
-                "device; leave it out"
-            )
-    if model.quantize not in _QUANTIZED:
-        raise InputError(
-            f"--quantize {model.quantize} is not compared; expected one of {', '.join(_QUANTIZED)}"
-        )
-    if model.quantize == "nf4":
-        check_installed("bitsandbytes", "--group peers")
-    if options.sizes is not None and model.model is not None:
-        raise InputError("--sizes is for weights of the packaged model's kind; leave out --model")
-    if training.no_remat:
-        raise InputError("--no-remat is compared anyway, beside training without it; leave it out")
-    return list(options.study)
-
-
-def _write_start(folder: str, study_arguments: list[str], options: argparse.Namespace) -> list[int]:
-    """Has the files written that all start from, and returns the tokens of each step."""
-    start = _remote("benchmarks.peers.llm_start:Start", options, folder=folder)
-    with contextlib.closing(start):
-        return start.call(
-            "write",
-            study_arguments=study_arguments,
-            most_steps=options.first_steps,
-            most_prompts=options.prompts,
-            sizes=options.sizes,
-        )
-
-
-def _remote(target: str, options: argparse.Namespace, **arguments: object) -> Remote:
-    return Remote(target, threads=options.threads, arguments=arguments)
+    present(Findings(training, writing, options.threads, options.study), options, console)
 
 
 def _trained(
@@ -122,10 +70,10 @@ def _trained(
     """Returns all contenders after the same steps; ours leaves its adapter in the folder."""
     with contextlib.ExitStack() as stack:
         contenders = {}
-        with console.progress("Getting ready to train", len(_TRAINING)) as progress:
-            for name, (target, arguments) in _TRAINING.items():
-                remote = _remote(target, options, folder=folder, **arguments)
-                contenders[name] = Contender(stack.enter_context(contextlib.closing(remote)))
+        with console.progress("Getting ready to train", len(TRAINING)) as progress:
+            for name, (target, arguments) in TRAINING.items():
+                own = remote(target, options, folder=folder, **arguments)
+                contenders[name] = Contender(stack.enter_context(contextlib.closing(own)))
                 contenders[name].begin()
                 progress.advance()
         take_turns(contenders, sizes, block=_BLOCK, description="Training", console=console)
@@ -139,8 +87,8 @@ def _written(folder: str, options: argparse.Namespace, console: Console) -> dict
         writers = {}
         with console.progress("Getting ready to write", len(_WRITING)) as progress:
             for name, target in _WRITING.items():
-                remote = _remote(target, options, folder=folder, new_tokens=options.new_tokens)
-                writers[name] = Writing(stack.enter_context(contextlib.closing(remote)))
+                own = remote(target, options, folder=folder, new_tokens=options.new_tokens)
+                writers[name] = Writing(stack.enter_context(contextlib.closing(own)))
                 writers[name].begin()
                 progress.advance()
         with console.progress("Writing", _ROUNDS) as progress:
@@ -152,13 +100,7 @@ def _written(folder: str, options: argparse.Namespace, console: Console) -> dict
 
 
 def _parser() -> Parser:
-    parser = comparison_parser("peft_llm", __doc__)
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "--sizes",
-        choices=SIZES,
-        help="random weights in the sizes of this model, with the tokenizer of the packaged one",
-    )
+    parser = llm_parser("peft_llm", __doc__, _EPILOG)
     parser.add_argument(
         "--first-steps",
         type=positive_int,
@@ -175,14 +117,6 @@ def _parser() -> Parser:
         default=64,
         metavar="N",
         help="tokens to write after each prompt",
-    )
-    parser.add_argument(
-        "study",
-        nargs="*",
-        default=_DEFAULT,
-        metavar="OPTION",
-        help="after --, options of `python -m experiments.llm_lora` "
-        f"(default: {' '.join(_DEFAULT)})",
     )
     return parser
 

@@ -20,13 +20,15 @@ def tables(results: Mapping[str, Found]) -> list[Table]:
         *_timed(results["limit_llama"]["steps"]),
         *_beside_peft_on_mnist(results["peft_mnist"]),
         *_beside_peft_on_text(results["peft_text"]),
-        *_beside_peft_on_language(results["peft_llm"]["targets"]),
+        *_beside_peft_on_language(*(results[name]["targets"] for name in LANGUAGE)),
     ]
     header = ["a training step through `adapt`", "compared with", "ratio"]
     return [Table("Ratios of a training step", header, rows)]
 
 
-RESULTS = ("compiled_cost", "limit_llama", "peft_mnist", "peft_text", "peft_llm")
+# On a processor with AVX-512, and on one without.
+LANGUAGE = ("peft_llm", "peft_llm_avx2")
+RESULTS = ("compiled_cost", "limit_llama", "peft_mnist", "peft_text", *LANGUAGE)
 
 
 def _compiled(models: Iterable[Found]) -> list[list[str]]:
@@ -82,14 +84,19 @@ def _beside_peft_on_text(found: Found) -> list[list[str]]:
     ]
 
 
-def _beside_peft_on_language(targets: Iterable[Found]) -> list[list[str]]:
-    found = {each["description"].partition(",")[0]: each["found"] for each in targets}
+def _beside_peft_on_language(*targets: Iterable[Found]) -> list[list[str]]:
+    found = [
+        {each["description"].partition(",")[0]: each["found"] for each in own} for own in targets
+    ]
     names = {
         "training tokens/s": "tokens/s of training, SmolLM2-135M, fastest beside fastest",
         "training memory": "peak memory of training, SmolLM2-135M, leanest beside leanest",
         "written tokens/s": "tokens/s of writing, SmolLM2-135M, adapter merged",
     }
-    return [[name, _PEFT, f"{found[target]:.2f}"] for target, name in names.items()]
+    return [
+        [f"{name}, with AVX-512 / without", _PEFT, _both(each[target] for each in found)]
+        for target, name in names.items()
+    ]
 
 
 def _both(values: Iterable[float]) -> str:

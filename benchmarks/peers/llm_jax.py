@@ -13,6 +13,7 @@ import lora_jax
 from benchmarks.peers.batches import read_batches
 from benchmarks.peers.llm_start import StartFolder
 from benchmarks.peers.steps import timed_steps
+from benchmarks.peers.xla_profile import xla_seconds
 from experiments.common.adamw import clipped_adamw
 from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.console import Console, device_name
@@ -77,6 +78,10 @@ class LoraJax(_OnJax):
     def steps(self, first: int, count: int) -> dict[str, Any]:
         """Takes these steps; returns their losses, and the seconds in all."""
         return timed_steps(self._step, first, count)
+
+    def profile(self, first: int, count: int) -> dict[str, float]:
+        """Takes these steps; returns how long kinds of operations took in all."""
+        return xla_seconds(lambda: self.steps(first, count)["seconds"], self._steps.texts)
 
     def save(self) -> None:
         """Writes the adapter that both sides write with."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.batches import read_batches
 from benchmarks.peers.llm_start import StartFolder
+from benchmarks.peers.torch_profile import Sizes, torch_seconds
 from benchmarks.peers.torch_training import OnTorch, TorchTraining, prepare_process
 
 
@@ -49,6 +50,11 @@ class Peft(TorchTraining):
         """Computes a gradient for a batch of every length, and drops it."""
         of_length = {batch["tokens"].shape[-1]: batch for batch in self._batches}
         self.try_batches(list(of_length.values()))
+
+    def profile(self, first: int, count: int) -> dict[str, float]:
+        """Takes these steps; returns how long kinds of operations took in all."""
+        sizes = Sizes.of(self._model, self._model.get_base_model().config.vocab_size)
+        return torch_seconds(lambda: self.steps(first, count)["seconds"], sizes)
 
     def add_gradients(self, batch: Mapping[str, Any]) -> float:
         """Adds the gradients of batches that are stacked, and returns the loss of a token."""

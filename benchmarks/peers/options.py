@@ -1,4 +1,4 @@
-"""What the command lines of both comparisons share."""
+"""What the command lines of all comparisons share."""
 
 import argparse
 import os

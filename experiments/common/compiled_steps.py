@@ -29,6 +29,11 @@ class CompiledSteps:
         return self._compiled[length](*arguments)
 
     @property
+    def texts(self) -> list[str]:
+        """The compiled programs of all lengths, as text."""
+        return [program.as_text() for program in self._compiled.values()]
+
+    @property
     def bytes(self) -> int:
         """The memory of the step of the greatest length: arguments, temporaries, new results."""
         found = self._compiled[max(self._compiled)].memory_analysis()

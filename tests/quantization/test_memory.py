@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +181,33 @@ def assert_one_layer_more(model, name, dense):
     layer = largest_matrix_bytes(wrapped_params(model, name))
     # What is made again beside the layer, such as x · lora_A, is small.
     assert Memory.of(compiled).temporary <= dense + 1.05 * layer
+
+
+TEMPORARY_BYTES = """
+from benchmarks.models import MLP
+from benchmarks.quantized_programs import Memory, step_program, wrapped_params
+
+print(Memory.of(step_program(MLP, wrapped_params(MLP, "nf4")).lowered().compile()).temporary)
+"""
+
+
+def test_scheduled_for_memory_layers_that_are_not_scanned_need_one_too():
+    found = {}
+    for concurrent in ("false", "true"):
+        flag = f"--xla_cpu_enable_concurrency_optimized_scheduler={concurrent}"
+        found[concurrent] = int(
+            subprocess.run(
+                [sys.executable, "-c", TEMPORARY_BYTES],
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
+    dense = Memory.of(compiled_step(MLP, DENSE)).temporary
+    layer = largest_matrix_bytes(wrapped_params(MLP, "nf4"))
+    # Its numbers, its codes in bytes of their own, and its scales.
+    assert found["false"] - dense < 1.3 * layer
+    assert found["true"] - dense > 2 * layer
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
