@@ -162,3 +162,15 @@ def test_a_device_works_on_its_own_examples_alone(machine, monkeypatch):
         for devices in (8, 16)
     )
     assert whole.temporaries <= 1.1 * half.temporaries
+
+
+def test_a_quantised_base_is_gathered_no_more_than_a_dense_one(machine, monkeypatch):
+    """Devices that share an example cut its activations over the axis that weights are cut over."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1_024, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    monkeypatch.setitem(models.MODELS, "small", tiny_llama.config("llama", **sizes, **heads))
+    moved = {}
+    for kind in (plans.LORA, plans.NF4):
+        plan = plans.plan_of(plans.Task("small", kind, machine, 4, tensor=4, length=256))
+        moved[kind] = sum(traffic.bytes for traffic in plan.traffic.values())
+    assert 0 < moved[plans.NF4] <= 1.2 * moved[plans.LORA]
