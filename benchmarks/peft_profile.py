@@ -23,7 +23,7 @@ from benchmarks.peers.llm_comparison import (
 )
 from benchmarks.peers.xla_profile import KINDS
 from experiments.common.console import Console
-from experiments.common.errors import exit_code
+from experiments.common.errors import InputError, exit_code
 from experiments.common.options import positive_int
 from experiments.common.tables import Table
 
@@ -47,6 +47,11 @@ def _run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         console.note("Preparing the model, the examples and the adapter")
         steps = len(write_start(folder, options, steps=_BEFORE + options.steps, prompts=1))
+        if steps <= _BEFORE:
+            raise InputError(
+                f"steps of the training: {steps}; expected more than the {_BEFORE} that come "
+                "before those that are profiled: more --train-examples or --epochs"
+            )
         found = {
             "threads": options.threads,
             "steps": steps - _BEFORE,

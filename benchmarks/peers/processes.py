@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common.errors import InputError
+
 _SERVER = "benchmarks.peers.served"
 
 
@@ -49,7 +51,8 @@ class Remote:
         """Returns what the object's method returns.
 
         Raises:
-          RuntimeError: the method raised, which is printed, or the process ended.
+          InputError: the method raised it.
+          RuntimeError: the method raised another error, which is printed, or the process ended.
         """
         return self._ask({"method": method, "arguments": arguments})
 
@@ -79,6 +82,8 @@ class Remote:
         if not reply:
             raise RuntimeError(f"{self._target}: its process ended with {self._process.wait()}")
         found = json.loads(reply)
+        if "input_error" in found:
+            raise InputError(found["input_error"])
         if "error" in found:
             raise RuntimeError(f"{self._target}: {found['error']}")
         return found["result"]

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import IO, Any
 
+from experiments.common.errors import InputError
 from experiments.common.memory import forget_host_peak, host_peak_bytes
 
 
@@ -62,6 +63,8 @@ def _standard_output() -> IO[str]:
 def _answer(work: Callable[[Any], Any], question: Any, replies: IO[str]) -> None:
     try:
         reply = {"result": work(question)}
+    except InputError as error:
+        reply = {"input_error": str(error)}
     except Exception as error:  # whatever it is, the other process tells it
         traceback.print_exc()
         reply = {"error": f"{type(error).__name__}: {error}"}

@@ -2,6 +2,8 @@
 
 import os
 
+from experiments.common.errors import InputError
+
 
 class Squares:
     """Squares of numbers, moved by an offset."""
@@ -18,6 +20,9 @@ class Squares:
         print("not a reply")
         os.system("echo nor this")
         return self.squared(number)
+
+    def read(self) -> None:
+        raise InputError("there is no file of squares")
 
     def process(self) -> int:
         return os.getpid()

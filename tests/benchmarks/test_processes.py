@@ -6,6 +6,7 @@ import os
 import pytest
 
 from benchmarks.peers.processes import Remote
+from experiments.common.errors import InputError
 
 SQUARES = "tests.benchmarks.squares:Squares"
 
@@ -41,6 +42,13 @@ def test_memory_counts_for_that_process_alone(remote):
 def test_an_error_there_is_an_error_here(remote):
     with pytest.raises(RuntimeError, match="squares:Squares: ValueError: 'four' is not a number"):
         remote.call("squared", number="four")
+    assert remote.call("squared", number=1) == 4
+
+
+def test_what_the_caller_has_to_change_is_said_without_a_trace(remote, capfd):
+    with pytest.raises(InputError, match="^there is no file of squares$"):
+        remote.call("read")
+    assert "Traceback" not in capfd.readouterr().err
     assert remote.call("squared", number=1) == 4
 
 

@@ -98,3 +98,15 @@ def test_both_sides_spend_time_in_every_kind(tmp_path, capsys):
     for contender in found["contenders"].values():
         assert set(contender["seconds"]) == set(KINDS)
         assert min(contender["seconds"].values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("promoted_ranks")
+def test_a_training_of_too_few_steps_is_refused(tmp_path, capsys):
+    for package in ("torch", "peft", "transformers"):
+        pytest.importorskip(package)
+    from benchmarks import peft_profile
+
+    study = [*write_study(tmp_path), "--train-examples", "4", "--epochs", "1"]
+    assert peft_profile.main(["--threads", "1", "--", *study]) == 2
+    assert "steps of the training: 1; expected more than the 2" in capsys.readouterr().err
