@@ -128,7 +128,8 @@ def cost_with_many_words(words, length):
 @pytest.mark.usefixtures("optimised")
 def test_no_array_has_the_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(loss_module, "CHUNK", 16)
-    assert cost_with_many_words(20_000, 256).temporary_bytes < 256 * 20_000 * 4 / 2
+    # The embedding in another order, which XLA may keep twice, is a quarter of them.
+    assert cost_with_many_words(20_000, 512).temporary_bytes < 512 * 20_000 * 4 / 2
 
 
 @pytest.mark.usefixtures("optimised")
