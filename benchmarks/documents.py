@@ -110,7 +110,7 @@ SHOWN: Mapping[str, Shown] = dict(
         _one("llama_cpp", llama_cpp.tables),
         _one("mnist_step", mnist_step.tables),
         _one("peft_llm", llm_report.tables),
-        _one("peft_llm_avx2", llm_report.tables),
+        _one("peft_llm_slower", llm_report.tables),
         _one("peft_mnist", peft_mnist.tables),
         _one("peft_mnist_one_thread", peft_mnist.tables),
         _one("peft_profile", peft_profile.tables),

@@ -76,5 +76,5 @@ def _processor() -> str:
         name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     name = entries.get("model name", platform.machine())
-    # Machines of one name are twice as fast where products have registers twice as wide.
+    # Machines of one name differ in the width of their registers, and so in the speed of products.
     return f"{name} with AVX-512" if "avx512f" in entries.get("flags", "").split() else name
