@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.measuring import MeasuringParser, write_found
+from benchmarks.peers.contender import versions
 from benchmarks.peers.llm_comparison import (
     TRAINING,
     check_compared,
@@ -52,11 +53,12 @@ def _run(options: argparse.Namespace) -> None:
                 f"steps of the training: {steps}; expected more than the {_BEFORE} that come "
                 "before those that are profiled: more --train-examples or --epochs"
             )
-        found = {
+        found: dict[str, Any] = {
             "threads": options.threads,
             "steps": steps - _BEFORE,
             "contenders": _profiled(folder, steps, options, console),
         }
+    found["versions"] = versions(found["contenders"].values())
     for table in tables(found):
         table.show(console)
     write_found(options, found)

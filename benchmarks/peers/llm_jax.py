@@ -17,6 +17,7 @@ from benchmarks.peers.xla_profile import xla_seconds
 from experiments.common.adamw import clipped_adamw
 from experiments.common.compiled_steps import CompiledSteps
 from experiments.common.console import Console, device_name
+from experiments.common.errors import InputError
 from experiments.common.memory import accelerator_peak_bytes, keep_freed_memory, return_freed_memory
 from experiments.llm.answers import filled_up
 from experiments.llm.exporting import write_peft
@@ -80,7 +81,13 @@ class LoraJax(_OnJax):
         return timed_steps(self._step, first, count)
 
     def profile(self, first: int, count: int) -> dict[str, float]:
-        """Takes these steps; returns how long kinds of operations took in all."""
+        """Takes these steps; returns how long kinds of operations took in all.
+
+        Raises:
+          InputError: they run elsewhere than on a CPU.
+        """
+        if jax.default_backend() != "cpu":
+            raise InputError("steps are profiled on a CPU alone; JAX_PLATFORMS=cpu has them there")
         return xla_seconds(lambda: self.steps(first, count)["seconds"], self._steps.texts)
 
     def save(self) -> None:

@@ -3,9 +3,12 @@
 import json
 from collections import Counter
 
+import jax
 import pytest
 
+from benchmarks import peft_profile
 from benchmarks.peers import xla_profile
+from benchmarks.peers.llm_jax import LoraJax
 from benchmarks.peers.xla_profile import (
     ATTENTION,
     FACTORS,
@@ -15,6 +18,7 @@ from benchmarks.peers.xla_profile import (
     WEIGHTS,
     kind_of,
 )
+from experiments.common.errors import InputError
 from tests.experiments.small_llm_study import write_study
 
 PREFIX = "jit(step)/transpose(jvp(Llama.hidden_states/Llama._run))/while/body/checkpoint"
@@ -81,19 +85,29 @@ def test_the_sizes_of_what_pytorch_takes_say_the_kind_of_an_operation(name, shap
     assert Sizes(frozen={(64, 96)}, rank=8, vocabulary=300).kind_of(name, shapes) == kind
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("promoted_ranks")
-def test_both_sides_spend_time_in_every_kind(tmp_path, capsys):
+def test_steps_elsewhere_than_on_a_cpu_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match="on a CPU alone; JAX_PLATFORMS=cpu"):
+        LoraJax.profile(LoraJax.__new__(LoraJax), first=0, count=1)
+
+
+@pytest.fixture
+def peers(promoted_ranks):
+    """Skips a test where PEFT's side can't run."""
     for package in ("torch", "peft", "transformers"):
         pytest.importorskip(package)
-    from benchmarks import peft_profile
 
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("peers")
+def test_both_sides_spend_time_in_every_kind(tmp_path, capsys):
     file = tmp_path / "profile.json"
     arguments = ["--steps", "3", "--threads", "1", "--json", str(file), "--"]
     assert peft_profile.main([*arguments, *write_study(tmp_path)]) == 0
     assert "PEFT, checkpointing" in capsys.readouterr().out
     found = json.loads(file.read_text())
     assert found["steps"] == 3
+    assert {"jax", "torch", "peft"} <= set(found["versions"])
     assert len(found["contenders"]) == 4
     for contender in found["contenders"].values():
         assert set(contender["seconds"]) == set(KINDS)
@@ -101,12 +115,8 @@ def test_both_sides_spend_time_in_every_kind(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("promoted_ranks")
+@pytest.mark.usefixtures("peers")
 def test_a_training_of_too_few_steps_is_refused(tmp_path, capsys):
-    for package in ("torch", "peft", "transformers"):
-        pytest.importorskip(package)
-    from benchmarks import peft_profile
-
     study = [*write_study(tmp_path), "--train-examples", "4", "--epochs", "1"]
     assert peft_profile.main(["--threads", "1", "--", *study]) == 2
     assert "steps of the training: 1; expected more than the 2" in capsys.readouterr().err
